@@ -1,0 +1,109 @@
+"""The gradient of the architecture parameters: DARTS's eq. 6 and 7 (Liu et al., arXiv:1806.09055, section 2.3)."""
+
+import contextlib
+
+import torch
+
+
+class Architect:
+    """Computes the alphas' gradient of L_V(w'(alpha), alpha), w' being w after one virtual step on L_T.
+
+    net: a module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of the optimizer of
+    its weights, so that the virtual step is the step it would take; eps_scale: the length of eq. 7's shift of w.
+
+    Every method leaves weights, BN statistics and optimizer as they were, to the last bit.
+    """
+
+    def __init__(self, net, w_momentum, w_weight_decay, eps_scale=0.01):
+        self.net = net
+        self.w_momentum = w_momentum
+        self.w_weight_decay = w_weight_decay
+        self.eps_scale = eps_scale
+
+    def virtual_step(self, trn_X, trn_y, xi, w_optim):
+        """w' = w - xi * (momentum * buf + grad_w L_T(w, a) + weight_decay * w), a tensor per weight.
+
+        xi: the weights' learning rate; buf: the momentum buffers of `w_optim`, none before its first step.
+        """
+        weights = list(self.net.weights())
+        grads = self._grad(trn_X, trn_y, weights)
+        with torch.no_grad():
+            w_virtual = []
+            for w, grad in zip(weights, grads):
+                buf = w_optim.state[w].get("momentum_buffer") if w in w_optim.state else None
+                step = grad + self.w_weight_decay * w
+                if buf is not None:
+                    step += self.w_momentum * buf
+                w_virtual.append(w - xi * step)
+        return w_virtual
+
+    def unrolled_backward(self, trn_X, trn_y, val_X, val_y, xi, w_optim):
+        """Eq. 6: set every alpha.grad to grad_a L_V(w', a) - xi * H. Returns L_V(w', a), a scalar.
+
+        With xi = 0, w' is w and this is the first-order approximation: one backward pass of L_V at (w, a).
+        """
+        weights, alphas = list(self.net.weights()), list(self.net.alphas())
+        if xi == 0:
+            dalpha, loss = self._grad(val_X, val_y, alphas, with_loss=True)
+        else:
+            w_virtual = self.virtual_step(trn_X, trn_y, xi, w_optim)
+            with self._weights_at(w_virtual):
+                grads, loss = self._grad(val_X, val_y, alphas + weights, with_loss=True)
+            dalpha, d = grads[: len(alphas)], grads[len(alphas) :]
+            hessian = self.compute_hessian(d, trn_X, trn_y)
+            dalpha = [da - xi * h for da, h in zip(dalpha, hessian)]
+        for alpha, grad in zip(alphas, dalpha):
+            alpha.grad = grad
+        return loss
+
+    def compute_hessian(self, dw, trn_X, trn_y):
+        """Eq. 7: (grad_a L_T(w + eps d, a) - grad_a L_T(w - eps d, a)) / (2 eps), a tensor per alpha.
+
+        dw: d = grad_w' L_V(w', a), a tensor per weight; eps = eps_scale / ||d||, over all weights together. It is an
+        approximation of d2 L_T / (da dw) . d, which is zero where d is. Always at full precision: in bf16 the
+        difference of two gradients that lie so near each other would be rounding noise.
+        """
+        alphas = list(self.net.alphas())
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in dw]))
+        if norm == 0:
+            return [torch.zeros_like(alpha) for alpha in alphas]
+        eps = self.eps_scale / norm
+        weights = [w.detach() for w in self.net.weights()]
+        shifts = [eps * d for d in dw]
+        with torch.autocast(trn_X.device.type, enabled=False):
+            with self._weights_at([w + shift for w, shift in zip(weights, shifts)]):
+                dalpha_pos = self._grad(trn_X, trn_y, alphas)
+            with self._weights_at([w - shift for w, shift in zip(weights, shifts)]):
+                dalpha_neg = self._grad(trn_X, trn_y, alphas)
+        return [(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)]
+
+    def _grad(self, X, y, wrt, with_loss=False):
+        """Gradients of the loss at a batch with respect to `wrt`, zeros where it does not depend on them."""
+        with frozen_statistics(self.net):
+            loss = self.net.loss(X, y)
+        grads = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+        return (grads, loss.detach()) if with_loss else grads
+
+    @contextlib.contextmanager
+    def _weights_at(self, values):
+        """Run at other weights; afterwards the weights are copied back rather than shifted back, which would round."""
+        weights = [w.detach() for w in self.net.weights()]
+        saved = [w.clone() for w in weights]
+        try:
+            torch._foreach_copy_(weights, values)
+            yield
+        finally:
+            torch._foreach_copy_(weights, saved)
+
+
+@contextlib.contextmanager
+def frozen_statistics(net):
+    """Let normalisation layers use the batch's statistics as they do in training, without recording them."""
+    tracking = [module for module in net.modules() if getattr(module, "track_running_stats", False)]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

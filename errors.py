@@ -1,0 +1,18 @@
+"""Errors that are the user's to mend: one line that says what was given and what is allowed."""
+
+import contextlib
+import sys
+
+
+class UserError(ValueError):
+    """A mistake in the input: an option, a file, a genotype. Scripts print it in one line and exit with 2."""
+
+
+@contextlib.contextmanager
+def user_errors_in_one_line(program):
+    """Turn a `UserError` raised inside into one line on stderr and exit code 2; leave other exceptions alone."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,89 @@
+"""The network of the second stage: a genotype stacked deep, with an auxiliary head (DARTS, section 4.2)."""
+
+from torch import nn
+
+from genotypes import check
+from models.augment_cells import AugmentCell
+from models.ops import DropPath_
+from models.search_cnn import check_positive, reduction_cells
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier at two thirds of the depth, whose loss helps in training.
+
+    input_size: height and width at that cell, in pixels. 7 and 8 are pooled as published, by 5x5 windows to 2x2; other
+    sizes adaptively to 2x2. C: channels there.
+    """
+
+    def __init__(self, input_size, C, n_classes):
+        super().__init__()
+        if input_size in (7, 8):
+            pool = nn.AvgPool2d(5, stride=input_size - 5, padding=0, count_include_pad=False)
+        else:
+            pool = nn.AdaptiveAvgPool2d(2)
+        self.net = nn.Sequential(
+            nn.ReLU(),
+            pool,
+            nn.Conv2d(C, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            nn.BatchNorm2d(768),
+            nn.ReLU(),
+        )
+        self.linear = nn.Linear(768, n_classes)
+
+    def forward(self, x):
+        return self.linear(self.net(x).flatten(1))
+
+
+class AugmentCNN(nn.Module):
+    """A genotype, stacked.
+
+    input_size: height and width of the images, in pixels, 8 and up; auxiliary: with the auxiliary head, after cell
+    2 * n_layers // 3; the other arguments are `SearchCNN`'s. Raises ValueError where a number is too small, and
+    GenotypeError for a genotype that cannot be built.
+    """
+
+    def __init__(self, input_size, C_in, C, n_classes, n_layers, auxiliary, genotype, stem_multiplier=3):
+        super().__init__()
+        check_positive(
+            input_size=input_size, C_in=C_in, C=C, n_classes=n_classes, n_layers=n_layers,
+            stem_multiplier=stem_multiplier,
+        )  # fmt: skip
+        check(genotype)
+        self.aux_pos = 2 * n_layers // 3 if auxiliary else None
+        self.aux_head = None
+
+        C_cur = stem_multiplier * C
+        self.stem = nn.Sequential(nn.Conv2d(C_in, C_cur, 3, padding=1, bias=False), nn.BatchNorm2d(C_cur))
+        self.cells = nn.ModuleList()
+        C_pp, C_p, reduction_p = C_cur, C_cur, False
+        size = input_size
+        for layer in range(n_layers):
+            reduction = layer in reduction_cells(n_layers)
+            if reduction:
+                C, size = 2 * C, -(-size // 2)
+            cell = AugmentCell(genotype, C_pp, C_p, C, reduction_p, reduction)
+            self.cells.append(cell)
+            C_pp, C_p, reduction_p = C_p, cell.C_out, reduction
+            if layer == self.aux_pos:
+                self.aux_head = AuxiliaryHead(size, C_p, n_classes)
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(C_p, n_classes)
+
+    def forward(self, x):
+        """Images (N, C_in, H, W) -> (logits, aux_logits), each (N, n_classes); aux_logits is None in eval."""
+        aux_logits = None
+        s0 = s1 = self.stem(x)
+        for layer, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1)
+            if layer == self.aux_pos and self.training:
+                aux_logits = self.aux_head(s1)
+        return self.linear(self.gap(s1).flatten(1)), aux_logits
+
+    def drop_path_prob(self, p):
+        """Set the drop path probability of every operation."""
+        for module in self.modules():
+            if isinstance(module, DropPath_):
+                module.p = p

@@ -1,0 +1,43 @@
+"""The cell of the search: every edge a mixture of all candidates."""
+
+import torch
+from torch import nn
+
+from models.ops import FactorizedReduce, MixedOp, StdConv
+
+
+def cell_inputs(C_pp, C_p, C, reduction_p, affine):
+    """preproc0 and preproc1: bring the outputs of the two previous cells to C channels and one size.
+
+    After a reduction cell (`reduction_p`) the older of the two is twice as large, and is halved.
+    """
+    preproc0 = FactorizedReduce(C_pp, C, affine) if reduction_p else StdConv(C_pp, C, 1, 1, 0, affine)
+    return preproc0, StdConv(C_p, C, 1, 1, 0, affine)
+
+
+class SearchCell(nn.Module):
+    """A cell of n_nodes nodes, each the sum of its mixed edges from both inputs and all earlier nodes (DARTS, eq. 1).
+
+    C_pp, C_p: channels of the outputs of the cell before the previous one and of the previous one; C: channels of each
+    node; reduction_p: the previous cell halved the size; reduction: this one does, its edges from the inputs having
+    stride 2.
+    """
+
+    def __init__(self, n_nodes, C_pp, C_p, C, reduction_p, reduction):
+        super().__init__()
+        self.preproc0, self.preproc1 = cell_inputs(C_pp, C_p, C, reduction_p, affine=False)
+        self.dag = nn.ModuleList(
+            nn.ModuleList(MixedOp(C, 2 if reduction and source < 2 else 1) for source in range(i + 2))
+            for i in range(n_nodes)
+        )
+
+    def forward(self, s0, s1, w_dag):
+        """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, 8).
+
+        Returns the nodes' concatenation, (N, n_nodes * C, H, W). This execution, an operation at a time, is the
+        definition of the cell.
+        """
+        states = [self.preproc0(s0), self.preproc1(s1)]
+        for edges, weights in zip(self.dag, w_dag):
+            states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights)))
+        return torch.cat(states[2:], dim=1)
