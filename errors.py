@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one line that says what was given and what is allowed."""
 
+import argparse
 import contextlib
 import sys
 
@@ -16,3 +17,10 @@ def user_errors_in_one_line(program):
     except UserError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, without the usage; argparse exits with 2 as it is."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")

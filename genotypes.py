@@ -15,7 +15,7 @@ from torch import nn
 from errors import UserError
 from models.ops import OPS, PRIMITIVES, DropPath_, Identity
 
-__all__ = ["DARTS_V1", "DARTS_V2", "Genotype", "GenotypeError", "PRIMITIVES", "from_str", "parse", "resolve", "to_dag"]
+GENOTYPE_FILE = "genotype.json"  # in a search's folder
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
@@ -119,6 +119,11 @@ def from_str(s):
     return check(Genotype(**{name: _read(node) for name, node in given}))
 
 
+def as_lists(genotype):
+    """The genotype as a dict of lists, for JSON."""
+    return {field: list(value) for field, value in genotype._asdict().items()}
+
+
 def check(genotype):
     """Return the genotype if it can be built; raise GenotypeError with the place and what is allowed if not."""
     for kind in ("normal", "reduce"):
@@ -164,7 +169,7 @@ def resolve(given):
         return from_str(given)
     path = Path(given)
     try:
-        path = path / "genotype.json" if path.is_dir() else path
+        path = path / GENOTYPE_FILE if path.is_dir() else path
         found = path.is_file()
     except OSError:  # no name that a file could have
         found = False

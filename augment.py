@@ -1,0 +1,122 @@
+"""Train a found cell from scratch: the evaluation of DARTS (Liu et al., arXiv:1806.09055, section 3.2).
+
+python augment.py --dataset cifar10 --genotype DARTS_V2                  # the paper's protocol
+python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the cell that a search found
+python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
+python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
+"""
+
+import time
+
+import torch
+from torch import nn
+
+from config import AugmentConfig
+from data_sets import Loader
+from errors import user_errors_in_one_line
+from genotypes import resolve
+from models.augment_cnn import AugmentCNN
+from runs import Meters, Run, set_random_state
+from utils import get_data, param_size
+
+
+def main():
+    config = AugmentConfig()
+    genotype = resolve(config.genotype)
+    config.genotype = str(genotype)  # a folder may change; the run's configuration must not
+    run = Run(config)
+    device = run.device
+
+    size, channels, n_classes, trn_data, val_data = get_data(
+        config.dataset, config.data_path, config.cutout_length, validation=True,
+        image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
+    )  # fmt: skip
+    loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
+    trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
+    val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)
+
+    torch.manual_seed(config.seed)
+    net = AugmentCNN(
+        size, channels, config.init_channels, n_classes, config.layers, config.aux_weight > 0, genotype
+    )  # fmt: skip
+    net = net.to(device, memory_format=torch.channels_last)
+    criterion = nn.CrossEntropyLoss()
+    optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optim, config.epochs)
+
+    keeps = {"net": net, "optim": optim, "scheduler": scheduler}
+    first_epoch, top1, best_top1 = 1, 0.0, 0.0
+    checkpoint = run.start()
+    if checkpoint:
+        for name, keeper in keeps.items():
+            keeper.load_state_dict(checkpoint[name])
+        scheduler.T_max = config.epochs
+        first_epoch, top1, best_top1 = checkpoint["epoch"] + 1, checkpoint["top1"], checkpoint["best_top1"]
+        set_random_state(checkpoint["random"])
+    run.log(
+        f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
+        f"classes; {param_size(net):.3f} M parameters without the auxiliary head"
+    )
+
+    with run.interruptible():
+        for epoch in range(first_epoch, config.epochs + 1):
+            net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
+            train(epoch, run, net, criterion, trn_loader, optim, scheduler)
+            top1 = validate(epoch, run, net, criterion, val_loader)
+            scheduler.step()
+            is_best, best_top1 = epoch == 1 or top1 > best_top1, max(top1, best_top1)
+            state = {name: keeper.state_dict() for name, keeper in keeps.items()}
+            run.save(is_best, epoch, top1=top1, best_top1=best_top1, genotype=config.genotype, **state)
+
+    run.finish(
+        epochs=config.epochs, test_top1=top1, test_error=1 - top1, best_test_top1=best_top1,
+        parameters_M=param_size(net),
+    )  # fmt: skip
+
+
+def train(epoch, run, net, criterion, loader, optim, scheduler):
+    """One epoch: the loss, and the auxiliary head's by its weight."""
+    config = run.config
+    lr = scheduler.get_last_lr()[0]
+    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train")
+    started = time.monotonic()
+
+    net.train()
+    for X, y in meters.watch(loader.epoch(epoch), len(loader)):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
+            logits, aux_logits = net(X)
+            loss = objective = criterion(logits, y)
+            if aux_logits is not None:
+                objective = loss + config.aux_weight * criterion(aux_logits, y)
+        optim.zero_grad()
+        objective.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        optim.step()
+
+        run.step += 1
+        meters.update(loss.detach(), logits.detach(), y)
+        meters.scalars("step", "val")
+        run.scalar("lr/w", lr)
+
+    meters.scalars("train")
+    run.scalar("epoch", epoch)
+    run.scalar("speed/steps_per_second", len(loader) / (time.monotonic() - started))
+    run.log(f"{meters.title}  {meters}  lr {lr:.5f}  {(time.monotonic() - started) / len(loader):.2f} s a step")
+
+
+@torch.no_grad()
+def validate(epoch, run, net, criterion, loader):
+    """Loss and accuracy on the test images; returns top 1 as a fraction."""
+    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  test")
+    net.eval()
+    for X, y in meters.watch(loader.epoch(epoch), len(loader)):
+        logits, _ = net(X)
+        meters.update(criterion(logits, y), logits, y)
+    meters.scalars("test")
+    run.log(f"{meters.title}  {meters}")
+    return meters.top1.avg
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("augment.py"):
+        main()

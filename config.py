@@ -1,0 +1,227 @@
+"""The options of both scripts, each with its default, in one place."""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+from data_sets import DATASETS
+from errors import OneLineParser, UserError
+
+CONFIG_FILE = "config.json"  # in a run's folder
+MAY_CHANGE = ("epochs", "workers", "device", "print_freq")  # when a run is resumed; all else comes from the run
+
+
+def _number(kind, low, high=math.inf, low_open=False, high_open=False):
+    """An argparse type: a number of this kind within bounds, which the complaint names."""
+    names = {int: "a whole number", float: "a number"}
+    bounds = f"{'above' if low_open else 'of at least'} {low}"
+    if high < math.inf:
+        bounds += f" and {'below' if high_open else 'at most'} {high}"
+
+    def read(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
+        if not inside or math.isinf(number):
+            raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}, not {text!r}")
+        return number
+
+    return read
+
+
+positive_int = _number(int, 1)
+natural = _number(int, 0)
+positive = _number(float, 0, low_open=True)
+nonnegative = _number(float, 0)
+probability = _number(float, 0, 1, high_open=True)  # 1 would leave nothing to divide by
+
+
+class _Config:
+    """Options as attributes. `argv` is a list of words; None takes the command line."""
+
+    stage = None  # the run's parent folder
+
+    def __init__(self, argv=None):
+        parser = self.build_parser()
+        words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
+        options = parser.parse_args(words)
+        if options.resume is not None:
+            options = self._resume(parser, words, options)
+        if "genotype" in options and options.genotype is None:
+            parser.error("--genotype is required")
+        vars(self).update(vars(options))
+
+    def _resume(self, parser, words, options):
+        """The options of the run to be resumed, with those that may change as given on the command line."""
+        folder = self._resumed_folder(options.resume)
+        ungiven = object()
+        given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), ungiven)))
+        given = {name: value for name, value in vars(given).items() if value is not ungiven and name != "resume"}
+        for name in given:
+            if name not in MAY_CHANGE:
+                raise UserError(
+                    f"--{_option(name)} is fixed by the run {folder}; --resume allows only "
+                    + ", ".join(f"--{_option(other)}" for other in MAY_CHANGE)
+                )
+        try:
+            stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"--resume {options.resume}: no {self.stage} run's {CONFIG_FILE} in {folder}") from None
+        if not isinstance(stored, dict) or set(stored) != set(vars(options)):
+            raise UserError(f"--resume {options.resume}: {folder / CONFIG_FILE} is not of a {self.stage} run")
+        return parser.parse_args(_words(stored | given | {"resume": options.resume, "overwrite": False}))
+
+    @staticmethod
+    def _resumed_folder(resume):
+        return Path(resume).parent if Path(resume).is_file() else Path(resume)
+
+    def folder(self):
+        """The run's folder."""
+        if self.resume is not None:
+            return self._resumed_folder(self.resume)
+        return Path(self.runs_path) / self.stage / (self.name or self.dataset)
+
+    @classmethod
+    def build_parser(cls):
+        parser = OneLineParser(
+            description=cls.__doc__.splitlines()[0],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        cls.add_options(parser)
+
+        group = parser.add_argument_group("data")
+        group.add_argument("--dataset", default="digits", choices=list(DATASETS), help="data set")
+        group.add_argument(
+            "--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to"
+        )
+        group.add_argument(
+            "--image-size", type=_number(int, 8), default=32, metavar="PIXELS",
+            help="of the data set `folder`: images are scaled and cropped to this height and width",
+        )  # fmt: skip
+        group.add_argument(
+            "--image-channels", type=int, default=3, choices=(1, 3), help="of the data set `folder`: 1 grey, 3 colour"
+        )
+        group.add_argument(
+            "--workers", type=natural, default=2, metavar="N", help="processes that load images; 0: none"
+        )
+
+        group = parser.add_argument_group("run")
+        group.add_argument("--name", metavar="NAME", help="name of the run's folder (default: the data set)")
+        group.add_argument("--runs-path", default="runs", metavar="DIR", help=f"a run's folder is DIR/{cls.stage}/NAME")
+        group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds, if any")
+        group.add_argument(
+            "--resume", metavar="RUN",
+            help="go on after the last finished epoch of the run in this folder, with its options; "
+            + ", ".join(f"--{_option(name)}" for name in MAY_CHANGE) + " may be given anew",
+        )  # fmt: skip
+        group.add_argument("--seed", type=natural, default=2, metavar="N", help="of everything that is random")
+        group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+        group.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where PyTorch deems it safe")
+        group.add_argument("--print-freq", type=positive_int, default=50, metavar="N", help="steps between log lines")
+        return parser
+
+    def data_options(self):
+        """The command-line words that name the same data."""
+        names = ("data_path", "image_size", "image_channels")
+        defaults = self.build_parser()
+        changed = [name for name in names if getattr(self, name) != defaults.get_default(name)]
+        return shlex.join(
+            word for name in ["dataset", *changed] for word in (f"--{_option(name)}", str(vars(self)[name]))
+        )
+
+    def as_dict(self):
+        return dict(vars(self))
+
+    def as_markdown(self):
+        """The options as a Markdown table."""
+        rows = [f"| {_option(name)} | {value} |" for name, value in sorted(self.as_dict().items())]
+        return "\n".join(["| option | value |", "|---|---|", *rows])
+
+
+class SearchConfig(_Config):
+    """Search for a cell: DARTS, first or second order."""
+
+    stage = "search"
+
+    @staticmethod
+    def add_options(parser):
+        group = parser.add_argument_group("network")
+        group.add_argument("--layers", type=positive_int, default=8, metavar="N", help="cells")
+        group.add_argument("--init-channels", type=positive_int, default=16, metavar="C", help="of the first cells")
+        group.add_argument("--nodes", type=positive_int, default=4, metavar="N", help="nodes of a cell")
+
+        group = parser.add_argument_group("search")
+        group.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="epochs")
+        group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images a step and half")
+        group.add_argument(
+            "--order", default="second", choices=("first", "second"), help="of the alphas' gradient: eq. 6, or xi = 0"
+        )
+        group.add_argument("--w-lr", type=positive, default=0.025, metavar="LR", help="weights: learning rate")
+        group.add_argument(
+            "--w-lr-min", type=nonnegative, default=0.001, metavar="LR", help="weights: after the cosine"
+        )
+        group.add_argument("--w-momentum", type=probability, default=0.9, metavar="M", help="weights: SGD's momentum")
+        group.add_argument("--w-weight-decay", type=nonnegative, default=3e-4, metavar="D", help="weights: decay")
+        group.add_argument("--w-grad-clip", type=positive, default=5.0, metavar="NORM", help="weights: gradient norm")
+        group.add_argument("--alpha-lr", type=positive, default=3e-4, metavar="LR", help="alphas: Adam's learning rate")
+        group.add_argument("--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: decay")
+
+
+class AugmentConfig(_Config):
+    """Train the network that a genotype makes, from scratch."""
+
+    stage = "augment"
+
+    @staticmethod
+    def add_options(parser):
+        group = parser.add_argument_group("network")
+        group.add_argument(
+            "--genotype", metavar="G",
+            help="DARTS_V1, DARTS_V2, a string 'Genotype(...)', a genotype.json, or a search's folder",
+        )  # fmt: skip
+        group.add_argument("--layers", type=positive_int, default=20, metavar="N", help="cells")
+        group.add_argument("--init-channels", type=positive_int, default=36, metavar="C", help="of the first cells")
+
+        group = parser.add_argument_group("training")
+        group.add_argument("--epochs", type=positive_int, default=600, metavar="N", help="epochs")
+        group.add_argument("--batch-size", type=positive_int, default=96, metavar="N", help="images a step")
+        group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate, cosine to zero")
+        group.add_argument("--momentum", type=probability, default=0.9, metavar="M", help="SGD's momentum")
+        group.add_argument("--weight-decay", type=nonnegative, default=3e-4, metavar="D", help="decay")
+        group.add_argument("--grad-clip", type=positive, default=5.0, metavar="NORM", help="gradient norm")
+        group.add_argument(
+            "--aux-weight", type=nonnegative, default=0.4, metavar="W", help="auxiliary loss; 0: no head"
+        )
+        group.add_argument(
+            "--cutout-length", type=natural, default=16, metavar="PIXELS", help="side of the square cut out"
+        )
+        group.add_argument("--drop-path-prob", type=probability, default=0.2, metavar="P", help="at the last epoch")
+
+
+def _option(name):
+    return name.replace("_", "-")
+
+
+def _words(options):
+    """A command line that sets these options, so that values from a file pass the same checks as typed ones."""
+    words = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{_option(name)}")
+        elif value is not None and value is not False:
+            words += [f"--{_option(name)}={value}"]
+    return words
+
+
+def _hyphenate(word):
+    """`--batch_size` is `--batch-size`; values are left alone."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    return "--" + _option(option[2:]) + equals + value

@@ -1,0 +1,245 @@
+"""Data sets behind one registry, their splits, and batches whose randomness depends on (seed, epoch, sample) alone.
+
+A new data set is one entry in `DATASETS`; the tests walk the registry.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision import datasets
+
+from errors import UserError
+
+HELD_OUT = 5  # where a data set has no test images of its own, every fifth image of each class is one
+STATISTICS_IMAGES = 10_000  # mean and std of a larger training set come from that many of its images, evenly spaced
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the rest of the code needs to know of a data set.
+
+    load(path, train, size, channels) returns (source, labels, n_classes): source[i] is (PIL image, label), of `size`
+    pixels a side and `channels` channels; labels is a list of integers. `augmentation` is a key of
+    `preproc.augmentation`; mean_std the pixels' (mean, std) per channel, None where it is computed from the images.
+    """
+
+    load: Callable
+    size: int
+    channels: int
+    augmentation: str
+    mean_std: tuple | None = None
+
+
+def load_torchvision(name, path, train, size, channels):
+    """A data set of torchvision's, downloaded to `path` if it isn't there."""
+    split = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
+    try:
+        source = getattr(datasets, name)(path, download=True, **split)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"data set {name} was looked for in {Path(path).resolve()}, and could not be downloaded ({error}); "
+            "offline there are --dataset digits, and --dataset folder --data-path DIR for images of your own"
+        ) from None
+    labels = [int(label) for label in (source.labels if name == "SVHN" else source.targets)]
+    return source, labels, max(labels) + 1
+
+
+def load_digits(path, train, size, channels):
+    """scikit-learn's 1,797 handwritten digits, which come with the library; a fixed fifth of them is the test set."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    images = [Image.fromarray(image) for image in np.round(digits.images * (255 / 16)).astype(np.uint8)]
+    source = list(zip(images, digits.target.tolist()))
+    return *hold_out(source, digits.target.tolist(), train), 10
+
+
+def load_folder(path, train, size, channels):
+    """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, a fixed fifth of train/ is held out."""
+    root = Path(path)
+    loader = functools.partial(open_image, size=size, mode={1: "L", 3: "RGB"}[channels])
+    source = image_folder(root / "train", loader)
+    if not (root / "val").is_dir():
+        return *hold_out(source, source.targets, train), len(source.classes)
+    if train:
+        return source, source.targets, len(source.classes)
+    held_out = image_folder(root / "val", loader)
+    if held_out.classes != source.classes:
+        differing = sorted(set(held_out.classes) ^ set(source.classes))
+        raise UserError(f"{root}: train/ and val/ must hold the same classes; only one has {', '.join(differing)}")
+    return held_out, held_out.targets, len(source.classes)
+
+
+def image_folder(root, loader):
+    """torchvision's ImageFolder, with one line for a folder that it cannot use."""
+    if not root.is_dir():
+        raise UserError(f"image folder {root} does not exist; --data-path must name a folder that holds train/CLASS/*")
+    try:
+        source = datasets.ImageFolder(root, loader=loader)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"image folder {root} must hold a folder of images for each class: {error}") from None
+    if len(source.classes) < 2:
+        raise UserError(f"image folder {root} holds one class, {source.classes[0]}; at least two are needed")
+    return source
+
+
+def open_image(file, size, mode):
+    """The image's centre, as a square of `size` pixels a side."""
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert(mode)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {file}: {error}") from None
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+DATASETS = {
+    "digits": Spec(load_digits, 8, 1, "affine"),
+    "cifar10": Spec(
+        functools.partial(load_torchvision, "CIFAR10"), 32, 3, "crop+flip",
+        ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ),
+    "cifar100": Spec(functools.partial(load_torchvision, "CIFAR100"), 32, 3, "crop+flip"),
+    "svhn": Spec(functools.partial(load_torchvision, "SVHN"), 32, 3, "crop"),
+    "mnist": Spec(functools.partial(load_torchvision, "MNIST"), 28, 1, "affine", ((0.1307,), (0.3081,))),
+    "kmnist": Spec(functools.partial(load_torchvision, "KMNIST"), 28, 1, "affine"),
+    "fashionmnist": Spec(
+        functools.partial(load_torchvision, "FashionMNIST"), 28, 1, "affine+flip", ((0.2860,), (0.3530,))
+    ),
+    "folder": Spec(load_folder, 32, 3, "crop+flip"),
+}  # fmt: skip
+
+
+class Images(Dataset):
+    """Labelled images, transformed; what the transforms draw depends on (seed, epoch, sample) alone.
+
+    Indexed by (epoch, sample), or by sample for epoch 0, so that it doesn't matter which process loads an image.
+    `labels` are all images' labels, at no cost.
+    """
+
+    def __init__(self, source, labels, transform, plain_transform, seed):
+        self.source = source
+        self.labels = labels
+        self.transform = transform
+        self.plain_transform = plain_transform
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        epoch, sample = key if isinstance(key, tuple) else (0, key)
+        image, label = self.source[sample]
+        generator = torch.default_generator  # torch.manual_seed would reset CUDA's generators too
+        state = generator.get_state()
+        generator.manual_seed(mix(self.seed, epoch, sample))
+        try:
+            return self.transform(image), label
+        finally:
+            generator.set_state(state)
+
+    def without_augmentation(self):
+        """The same images, as they are in validation."""
+        return Images(self.source, self.labels, self.plain_transform, self.plain_transform, self.seed)
+
+
+class Batches(Sampler):
+    """Batches of (epoch, sample) keys, in an order that depends on (seed, epoch) alone.
+
+    In training (`shuffle`) a last batch of a single image is left out: BN has no statistics of one value.
+    """
+
+    def __init__(self, samples, batch_size, shuffle, seed):
+        self.samples = np.asarray(samples)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self):
+        n = len(self.samples)
+        return max(1, math.ceil((n - 1 if self.shuffle else n) / self.batch_size))
+
+    def __iter__(self):
+        samples = self.samples
+        if self.shuffle:
+            samples = np.random.default_rng([self.seed, self.epoch]).permutation(samples)
+        for batch in range(len(self)):
+            start = batch * self.batch_size
+            yield [(self.epoch, int(sample)) for sample in samples[start : start + self.batch_size]]
+
+
+class Loader:
+    """The batches of each epoch, loaded by `workers` processes, moved to `device` in channels-last order.
+
+    images: an `Images`; samples: the indices of those to use. `len(loader)` is the number of batches.
+    """
+
+    def __init__(self, images, samples, batch_size, device, workers=0, shuffle=True, seed=0):
+        self.batches = Batches(samples, batch_size, shuffle, seed)
+        self.device = device
+        self.loader = DataLoader(
+            images,
+            batch_sampler=self.batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # of its own, so that creating workers draws nothing from the global one
+        )
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch):
+        """Yield (X, y) on the device: (N, C, H, W) float and (N,) integer tensors."""
+        self.batches.epoch = epoch
+        for X, y in self.loader:
+            yield (
+                X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
+                y.to(self.device, non_blocking=True),
+            )
+
+
+def pixel_statistics(source):
+    """(mean, std) of the pixels of each channel, in [0, 1]; a constant channel's std is given as 1."""
+    count, total, squares = 0, 0.0, 0.0
+    for i in range(0, len(source), math.ceil(len(source) / STATISTICS_IMAGES)):
+        pixels = np.asarray(source[i][0], dtype=np.float64) / 255
+        pixels = pixels.reshape(pixels.shape[0] * pixels.shape[1], -1)
+        count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
+
+
+def stratified_split(labels, every, seed):
+    """Indices of the images, split in two: one in `every` of each class, and the others; each class within one image.
+
+    A permutation by class and, within it, by chance: a data set sorted by class is split as any other.
+    """
+    order = np.lexsort((np.random.default_rng(seed).random(len(labels)), labels))
+    taken = np.arange(len(order)) % every == 0
+    return np.sort(order[taken]), np.sort(order[~taken])
+
+
+def hold_out(source, labels, train):
+    """The training or the test part of a data set that comes in one: the same split for every seed."""
+    test_part, train_part = stratified_split(labels, HELD_OUT, seed=0)
+    part = (train_part if train else test_part).tolist()
+    return Subset(source, part), [labels[i] for i in part]
+
+
+def mix(*numbers):
+    """One seed from several natural numbers, so that neighbouring ones have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

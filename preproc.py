@@ -1,0 +1,62 @@
+"""From images to tensors: augmentation, normalisation and cutout (design: DARTS, section 4)."""
+
+import torch
+from torchvision import transforms
+
+from data_sets import DATASETS
+
+
+class Cutout:
+    """Set a square to zero, centred at a random pixel and clipped at the border (DeVries & Taylor, arXiv:1708.04552).
+
+    length: the square's side, in pixels; 0 leaves images alone. Takes and returns a tensor (C, H, W); after
+    normalisation, zero is the mean colour.
+    """
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, img):
+        if self.length == 0:
+            return img
+        height, width = img.shape[-2:]
+        top = int(torch.randint(height, ())) - self.length // 2
+        left = int(torch.randint(width, ())) - self.length // 2
+        img = img.clone()
+        img[..., max(top, 0) : max(top + self.length, 0), max(left, 0) : max(left + self.length, 0)] = 0
+        return img
+
+    def __repr__(self):
+        return f"Cutout(length={self.length})"
+
+
+def augmentation(kind, size):
+    """The random transforms of images of this kind, `size` pixels a side: a key of `DATASETS`'s `augmentation`."""
+    crop = transforms.RandomCrop(size, padding=size // 8)  # 4 pixels at 32
+    flip = transforms.RandomHorizontalFlip()
+    affine = transforms.RandomAffine(
+        15, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=0.1, interpolation=transforms.InterpolationMode.BILINEAR
+    )
+    return {"crop": [crop], "crop+flip": [crop, flip], "affine": [affine], "affine+flip": [affine, flip]}[kind]
+
+
+def data_transforms(dataset, cutout_length, size=None, mean_std=None):
+    """Transforms of a data set's images for training and for validation: (train, valid), from PIL to float tensors.
+
+    dataset: a key of `DATASETS`; cutout_length: pixels, in training only; size: of the images, in pixels (default: the
+    data set's own); mean_std: (mean, std) per channel, of pixels in [0, 1] (default: the data set's constants; without
+    those images are not normalised, which is why `get_data` computes them). Raises ValueError for an unknown data set.
+
+    All randomness is drawn from torch's global generator, which is what `data_sets.Images` seeds for each sample.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
+    spec = DATASETS[dataset]
+    mean_std = mean_std or spec.mean_std
+    to_tensor = [transforms.ToTensor()]
+    if mean_std:
+        to_tensor.append(transforms.Normalize(*mean_std))
+    train = augmentation(spec.augmentation, size or spec.size) + to_tensor
+    if cutout_length > 0:
+        train.append(Cutout(cutout_length))
+    return transforms.Compose(train), transforms.Compose(to_tensor)

@@ -1,0 +1,215 @@
+"""What surrounds both scripts' loops: a run's folder and all that is written there, devices, progress."""
+
+import contextlib
+import json
+import platform
+import shlex
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from config import CONFIG_FILE
+from errors import UserError
+from utils import CHECKPOINT, AverageMeter, accuracy, get_logger, save_checkpoint
+from visualize import HOW_TO_INSTALL, plot
+
+LOG, TENSORBOARD, PLOTS, SUMMARY = "log.txt", "tb", "plots", "summary.json"
+FORMAT = 1  # of checkpoints
+
+
+def pick_device(name):
+    """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"--device {name}: not on this machine; there are auto, {', '.join(['cpu', *cuda])}") from None
+    return device
+
+
+class Run:
+    """A run's folder, `RUNS_PATH/STAGE/NAME`: log, TensorBoard, pictures, checkpoints, summary.
+
+    Creating a Run only checks that the folder may be used; `start` creates it, so that bad input found on the way
+    leaves nothing behind. Raises UserError where the folder holds a run and neither --resume nor --overwrite is given.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.folder = config.folder()
+        self.device = pick_device(config.device)
+        self.started = time.monotonic()
+        self.seconds_before = 0.0  # of the parts before an interruption
+        self.step = 0  # the x axis of every scalar: optimizer steps of w since the start
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; choose another --name")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (config.overwrite or config.resume):
+            raise UserError(
+                f"{self.folder} already holds a run; go on with --resume {self.folder}, replace it with "
+                "--overwrite, or choose another --name"
+            )
+
+    def start(self):
+        """Create the folder and open its log and TensorBoard file; with --resume, return the checkpoint, else None."""
+        checkpoint = self._load() if self.config.resume else None
+        try:
+            if self.config.overwrite and self.folder.is_dir():
+                shutil.rmtree(self.folder)
+            (self.folder / PLOTS).mkdir(parents=True, exist_ok=True)
+            if not self.config.resume:
+                self.write_json(CONFIG_FILE, self.config.as_dict())
+            self.log = get_logger(self.folder / LOG).info
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error}") from None
+        if checkpoint:
+            self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
+            self.log(f"resumed after epoch {checkpoint['epoch']}")
+        # TensorBoard then ignores what was written after the checkpoint
+        self.tensorboard = SummaryWriter(
+            str(self.folder / TENSORBOARD), purge_step=self.step + 1 if checkpoint else None
+        )
+        if not checkpoint:
+            self.tensorboard.add_text("config", self.config.as_markdown(), 0)
+            for row in self.config.as_markdown().splitlines()[2:]:
+                self.log("  ".join(cell.strip() for cell in row.strip("|").split("|", 1)))
+        self.log(f"device {self.device}: {device_name(self.device)}; torch {torch.__version__}")
+        return checkpoint
+
+    def seconds(self):
+        """Seconds that the run has taken, over all its parts."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def scalar(self, tag, value):
+        self.tensorboard.add_scalar(tag, value, self.step)
+
+    def draw(self, gene, name, tag, caption):
+        """Draw a cell into the plots folder and TensorBoard; without `dot`, say once what to install."""
+        path = plot(gene, self.folder / PLOTS / name, caption)
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                self.tensorboard.add_image(tag, np.asarray(image.convert("RGB")), self.step, dataformats="HWC")
+        elif not getattr(self, "dot_missed", False):
+            self.dot_missed = True
+            self.log(f"cells are kept as graphviz sources, as {path}; {HOW_TO_INSTALL}")
+
+    def write_json(self, name, content):
+        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def save(self, is_best, epoch, **state):
+        """Write checkpoint.pt, and best.pt if `is_best`: the state with everything random and the position."""
+        self.tensorboard.flush()
+        about = {"format": FORMAT, "stage": self.config.stage, "config": self.config.as_dict()}
+        position = {"epoch": epoch, "step": self.step, "seconds": self.seconds(), "random": random_state()}
+        save_checkpoint(about | position | state, self.folder, is_best)
+
+    def finish(self, **results):
+        """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
+        results = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)} | results
+        results["seconds"] = self.seconds()
+        results = {name: round(value, 6) if isinstance(value, float) else value for name, value in results.items()}
+        self.write_json(SUMMARY, results)
+        self.tensorboard.close()
+        shown = (round(value, 4) if isinstance(value, float) else quote(str(value)) for value in results.values())
+        self.log("summary " + " ".join(f"{name}={value}" for name, value in zip(results, shown)))
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """On Ctrl-C say how to go on, and exit with 130."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.tensorboard.close()
+            saved = (self.folder / CHECKPOINT).exists()
+            self.log(
+                f"interrupted; the last finished epoch is saved: go on with --resume {self.folder}"
+                if saved
+                else "interrupted in the first epoch; nothing was saved yet"
+            )
+            sys.exit(130)
+
+    def _load(self):
+        path = self.folder / CHECKPOINT
+        try:
+            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            found = (checkpoint["format"], checkpoint["stage"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder} holds no {CHECKPOINT}: its first epoch was not finished; start anew"
+            ) from None
+        except Exception:  # whatever reading a damaged or foreign file may raise
+            raise UserError(f"{path} is not a checkpoint that this program wrote, or is damaged") from None
+        if found != (FORMAT, self.config.stage):
+            raise UserError(f"{path} is of format {found[0]}, stage {found[1]}; need {FORMAT}, {self.config.stage}")
+        return checkpoint
+
+
+def quote(text):
+    """The text as one word of a shell's: as it is, in double quotes where that is enough, as for a genotype."""
+    return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
+
+
+def random_state():
+    """The global generators' state: torch's on the CPU and every CUDA device."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+
+
+def device_name(device):
+    """The processor's or accelerator's name, with the number of threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class Meters:
+    """Averages of loss, top 1 and top 5 (fractions) over a pass through the data, shown as it goes on.
+
+    On a terminal as a progress bar with the time left; elsewhere as a log line every `print_freq` steps.
+    """
+
+    def __init__(self, run, title):
+        self.run = run
+        self.title = title
+        self.loss, self.top1, self.top5 = AverageMeter(), AverageMeter(), AverageMeter()
+
+    def watch(self, batches, n):
+        """Yield the n batches, showing progress."""
+        bar = tqdm(total=n, desc=self.title, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+        started = time.monotonic()
+        with bar:
+            for i, batch in enumerate(batches, 1):
+                yield batch
+                bar.set_postfix_str(str(self), refresh=False)
+                bar.update()
+                if bar.disable and i % self.run.config.print_freq == 0 and i < n:
+                    left = (time.monotonic() - started) / i * (n - i)
+                    self.run.log(f"{self.title}  step {i}/{n}  {self}  {left:.0f} s left")
+
+    def update(self, loss, logits, y):
+        """Add a batch. Reading the numbers waits for the device: once a step, after its work has been queued."""
+        n = y.size(0)
+        top1, top5 = accuracy(logits, y, topk=(1, 5))
+        for meter, value in zip((self.loss, self.top1, self.top5), torch.stack([loss, top1, top5]).tolist()):
+            meter.update(value, n)
+
+    def scalars(self, prefix, attribute="avg"):
+        """Write the averages, or the last values (`val`), to TensorBoard."""
+        for name in ("loss", "top1", "top5"):
+            self.run.scalar(f"{prefix}/{name}", getattr(getattr(self, name), attribute))
+
+    def __str__(self):
+        return f"loss {self.loss.avg:.4f}  top1 {self.top1.avg:.2%}  top5 {self.top5.avg:.2%}"

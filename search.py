@@ -1,0 +1,158 @@
+"""Search for a cell: Algorithm 1 of DARTS (Liu et al., arXiv:1806.09055).
+
+python search.py --dataset cifar10                                       # the paper's protocol, second order
+python search.py --dataset cifar10 --order first                         # first order: faster, a little worse
+python search.py                                                         # embedded data: scikit-learn's digits
+python search.py --dataset folder --data-path DIR --image-size 32        # your images, DIR/train/CLASS/*
+python search.py --resume runs/search/cifar10                            # go on with an interrupted run
+"""
+
+import time
+
+import torch
+from torch import nn
+
+from architect import Architect
+from config import SearchConfig
+from data_sets import Loader, mix, stratified_split
+from errors import user_errors_in_one_line
+from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
+from models.search_cnn import SearchCNN, softmax
+from runs import Meters, Run, quote, set_random_state
+from utils import get_data, param_size
+
+
+def main():
+    config = SearchConfig()
+    run = Run(config)
+    device = run.device
+
+    # the training set in two halves: w learns on one, alpha on the other
+    size, channels, n_classes, data = get_data(
+        config.dataset, config.data_path, cutout_length=0, validation=False,
+        image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
+    )  # fmt: skip
+    w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
+    loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
+    trn_loader = Loader(data, w_half, **loading)
+    val_loader = Loader(data, alpha_half, **loading | {"seed": mix(config.seed, 1)})
+    eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **loading)
+
+    torch.manual_seed(config.seed)
+    net = SearchCNN(channels, config.init_channels, n_classes, config.layers, nn.CrossEntropyLoss(), config.nodes)
+    net = net.to(device, memory_format=torch.channels_last)
+    w_optim = torch.optim.SGD(
+        net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay
+    )
+    alpha_optim = torch.optim.Adam(
+        net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(w_optim, config.epochs, eta_min=config.w_lr_min)
+    architect = Architect(net, config.w_momentum, config.w_weight_decay)
+
+    keeps = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim, "scheduler": scheduler}
+    first_epoch, found = 1, {}
+    checkpoint = run.start()
+    if checkpoint:
+        for name, keeper in keeps.items():
+            keeper.load_state_dict(checkpoint[name])
+        scheduler.T_max = config.epochs
+        first_epoch, found = checkpoint["epoch"] + 1, checkpoint["found"]
+        set_random_state(checkpoint["random"])
+    run.log(
+        f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
+        f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters"
+    )
+
+    with run.interruptible():
+        for epoch in range(first_epoch, config.epochs + 1):
+            train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
+            top1 = validate(epoch, run, net, eval_loader)
+            scheduler.step()
+            found["last"] = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
+            is_best = "best" not in found or top1 > found["best"]["valid_top1"]
+            if is_best:
+                found["best"] = found["last"]
+            show(epoch, run, net, found)
+            run.save(is_best, epoch, found=found, **{name: keeper.state_dict() for name, keeper in keeps.items()})
+
+    last, best = found["last"], found["best"]
+    run.finish(
+        epochs=last["epoch"], valid_top1=last["valid_top1"], best_valid_top1=best["valid_top1"],
+        best_epoch=best["epoch"], genotype=last["string"],
+    )  # fmt: skip
+    run.log("train what was found:")
+    print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
+
+
+def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):
+    """One epoch of Algorithm 1: alpha descends L_V through a virtual step of w, then w descends L_T."""
+    config = run.config
+    xi = w_lr = scheduler.get_last_lr()[0]
+    if config.order == "first":
+        xi = 0.0
+    weights = list(net.weights())
+    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train")
+    steps = min(len(trn_loader), len(val_loader))
+    started = time.monotonic()
+
+    net.train()
+    batches = zip(trn_loader.epoch(epoch), val_loader.epoch(epoch))
+    for (trn_X, trn_y), (val_X, val_y) in meters.watch(batches, steps):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
+            val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
+        alpha_optim.step()
+
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
+            logits = net(trn_X)
+            loss = net.criterion(logits, trn_y)
+        w_optim.zero_grad()
+        loss.backward(inputs=weights)
+        nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
+        w_optim.step()
+
+        run.step += 1
+        meters.update(loss.detach(), logits.detach(), trn_y)
+        meters.scalars("step", "val")
+        run.scalar("step/alpha_loss", val_loss.item())
+        run.scalar("lr/w", w_lr)
+        run.scalar("lr/alpha", alpha_optim.param_groups[0]["lr"])
+
+    meters.scalars("train")
+    run.scalar("epoch", epoch)
+    run.scalar("speed/steps_per_second", steps / (time.monotonic() - started))
+    run.log(f"{meters.title}  {meters}  w_lr {w_lr:.5f}  {(time.monotonic() - started) / steps:.2f} s a step")
+
+
+@torch.no_grad()
+def validate(epoch, run, net, loader):
+    """Loss and accuracy on the alphas' half, without augmentation; returns top 1 as a fraction."""
+    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  valid")
+    net.eval()
+    for X, y in meters.watch(loader.epoch(epoch), len(loader)):
+        logits = net(X)
+        meters.update(net.criterion(logits, y), logits, y)
+    meters.scalars("valid")
+    run.log(f"{meters.title}  {meters}")
+    return meters.top1.avg
+
+
+def show(epoch, run, net, found):
+    """The state of the search: softmax weights and genotype in the log, TensorBoard, pictures and genotype.json."""
+    genotype = net.genotype()
+    for kind, alpha in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
+        run.log(f"alpha_{kind}, softmax (%):  " + "  ".join(PRIMITIVES))
+        for i, edges in enumerate(softmax(alpha)):
+            for source, row in enumerate(edges.tolist()):
+                columns = (f"{100 * w:{len(op)}.2f}" for op, w in zip(PRIMITIVES, row))
+                run.log(f"  node {i} from {source}:           " + "  ".join(columns))
+                for op, w in zip(PRIMITIVES, row):
+                    run.scalar(f"alpha_{kind}/node{i}_from{source}/{op}", w)
+        run.draw(getattr(genotype, kind), f"epoch{epoch:03d}-{kind}", f"cell/{kind}", f"{kind} cell, epoch {epoch}")
+    run.log(f"genotype = {genotype}")
+    run.write_json(GENOTYPE_FILE, {which: of | as_lists(from_str(of["string"])) for which, of in found.items()})
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("search.py"):
+        main()

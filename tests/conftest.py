@@ -1,0 +1,85 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.search_cnn import SearchCNN
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(script, *words, cwd, timeout=300):
+    """Run a script of this project as a user does; returns the finished process with its output as text."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, words)],
+        cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def assert_one_line_error(process, *mentions):
+    """A user's mistake: exit code 2, one line on stderr that mentions these, nothing that looks like a traceback."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    assert "error: " in lines[0]
+    for mention in mentions:
+        assert mention in lines[0]
+
+
+def smoothed(module):
+    """The module with every ReLU and max pool replaced by an infinitely differentiable function, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(module, name, nn.Softplus())
+        elif isinstance(child, nn.MaxPool2d):
+            setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+        else:
+            smoothed(child)
+    return module
+
+
+def small_net(smooth=False, dtype=torch.float64, seed=0, **changes):
+    torch.manual_seed(seed)
+    arguments = {"C_in": 1, "C": 2, "n_classes": 3, "n_layers": 3, "criterion": nn.CrossEntropyLoss(), "n_nodes": 2}
+    net = SearchCNN(**arguments | changes).to(dtype)
+    return smoothed(net) if smooth else net
+
+
+def batch(n=6, channels=1, size=8, n_classes=3, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, channels, size, size, dtype=dtype, generator=generator)
+    return X, torch.randint(n_classes, (n,), generator=generator)
+
+
+def sgd(net, lr=0.1, momentum=0.9, weight_decay=3e-4, steps=0):
+    """An optimizer of the net's weights that has taken some steps, so that its momentum buffers are there."""
+    optim = torch.optim.SGD(net.weights(), lr, momentum=momentum, weight_decay=weight_decay)
+    for step in range(steps):
+        optim.zero_grad()
+        net.loss(*batch(seed=100 + step)).backward(inputs=list(net.weights()))
+        optim.step()
+    optim.zero_grad()
+    return optim
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A factory of image folders: two classes that a network can tell apart, bright left and bright right halves."""
+    from PIL import Image
+
+    def make(root=tmp_path / "images", splits=("train", "val"), classes=("left", "right"), n=12, size=12, mode="RGB"):
+        generator = torch.Generator().manual_seed(0)
+        for split in splits:
+            for c, name in enumerate(classes):
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for i in range(n):
+                    pixels = torch.randint(0, 100, (size, size), generator=generator)
+                    pixels[:, c * size // 2 : (c + 1) * size // 2] += 150
+                    Image.fromarray(pixels.byte().numpy()).convert(mode).save(folder / f"{i:03d}.png")
+        return root
+
+    return make

@@ -1,0 +1,143 @@
+import ast
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import genotypes as gt
+from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES, Genotype, GenotypeError, from_str, parse, resolve, to_dag
+from models.ops import DropPath_, FactorizedReduce
+
+GOOD = str(DARTS_V2)
+
+
+def strengths(**best):
+    """An edge's strengths: 0.1 for every candidate but those given."""
+    return [best.get(primitive, 0.1) for primitive in PRIMITIVES]
+
+
+def test_parse_takes_the_two_strongest_edges_strongest_first():
+    node0 = torch.tensor([strengths(sep_conv_3x3=0.3), strengths(max_pool_3x3=0.5)])
+    node1 = torch.tensor([strengths(skip_connect=0.2), strengths(dil_conv_5x5=0.9), strengths(avg_pool_3x3=0.4)])
+    assert parse([node0, node1], k=2) == [
+        [("max_pool_3x3", 1), ("sep_conv_3x3", 0)],
+        [("dil_conv_5x5", 1), ("avg_pool_3x3", 2)],
+    ]
+    assert parse([node1], k=1) == [[("dil_conv_5x5", 1)]]
+
+
+def test_parse_never_takes_none_and_does_not_rank_by_it():
+    edges = torch.tensor(
+        [strengths(none=0.9, sep_conv_3x3=0.2), strengths(skip_connect=0.3), strengths(skip_connect=0.25)]
+    )
+    assert parse([edges], k=2) == [[("skip_connect", 1), ("skip_connect", 2)]]
+
+
+def test_parse_breaks_ties_by_order_and_takes_all_edges_where_there_are_fewer_than_k():
+    assert parse([torch.full((2, 8), 0.125)], k=3) == [[("max_pool_3x3", 0), ("max_pool_3x3", 1)]]
+
+
+def test_to_dag_strides_drop_path_and_sources():
+    reduce = to_dag(4, [[("sep_conv_3x3", 0), ("skip_connect", 1)], [("skip_connect", 2), ("max_pool_3x3", 1)]], True)
+    assert [[op.s_idx for op in node] for node in reduce] == [[0, 1], [2, 1]]
+    (sep, reduced_skip), (skip, pool) = reduce
+    assert isinstance(skip, nn.Identity)  # stride 1: no drop path
+    for op in (sep, reduced_skip, pool):
+        assert isinstance(op[-1], DropPath_)
+    assert isinstance(reduced_skip[0], FactorizedReduce)
+    x = torch.randn(2, 4, 9, 9)
+    assert [op(x).shape[-1] for op in (sep, reduced_skip, skip, pool)] == [5, 5, 9, 5]
+    assert all(op(x).shape[-1] == 9 for node in to_dag(4, DARTS_V2.normal, False) for op in node)
+
+
+@pytest.mark.parametrize("genotype", [DARTS_V1, DARTS_V2], ids=["V1", "V2"])
+def test_published_cells_round_trip_through_their_string(genotype):
+    assert from_str(str(genotype)) == genotype
+    assert str(from_str(str(genotype))) == str(genotype)
+
+
+def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
+    genotype = Genotype(((("none", 0),),), [2], [[("conv_7x1_1x7", 1), ("conv_7x1_1x7", 1)]], (2,))
+    assert from_str(str(genotype)) == genotype
+    assert from_str("\n  " + GOOD.replace(", normal_concat", ",\n   normal_concat") + " \n") == DARTS_V2
+
+
+@pytest.mark.parametrize(("text", "mention"), [
+    ("", "genotype"),
+    ("Genotype(", "column"),
+    ("DARTS_V2", "Genotype(normal="),
+    ("Other(normal=1)", "Genotype(normal="),
+    (GOOD.replace("normal=", "abnormal=", 1), "normal_concat"),
+    (GOOD.replace(", reduce_concat=range(2, 6)", ""), "reduce_concat"),
+    (GOOD.replace("sep_conv_3x3", "sep_conv_9x9", 1), "sep_conv_9x9"),
+    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 2)", 1), "0 to 1"),
+    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', -1)", 1), "allowed"),
+    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', True)", 1), "allowed"),
+    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 0.0)", 1), "allowed"),
+    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3',)", 1), "(operation, source)"),
+    (GOOD.replace("('sep_conv_3x3', 0)", "(0, 'sep_conv_3x3')", 1), "operation"),
+    (GOOD.replace("normal=[[", "normal=[", 1).replace("]], normal_concat", "], normal_concat"), "normal"),
+    (GOOD.replace("normal=[[", "normal=[[[", 1).replace("]], normal_concat", "]]], normal_concat"), "normal"),
+    ("Genotype(normal=[], normal_concat=range(2, 6), reduce=[], reduce_concat=range(2, 6))", "list of nodes"),
+    (GOOD.replace("range(2, 6)", "range(2, 7)", 1), "normal_concat"),
+    (GOOD.replace("range(2, 6)", "range(0, 2)", 1), "normal_concat"),
+    (GOOD.replace("range(2, 6)", "[2, 2]", 1), "normal_concat"),
+    (GOOD.replace("range(2, 6)", "[]", 1), "normal_concat"),
+    (GOOD.replace("range(2, 6)", "range(2, 10**99)", 1), "column"),
+    (GOOD.replace("range(2, 6)", f"range({'9' * 400})", 1), "column"),
+    (GOOD.replace("range(2, 6)", "[[2]]", 1), "normal_concat"),
+    ("[" * 5000, "genotype"),
+    ("(" + "-" * 100_000 + "1)", "genotype"),
+    (GOOD + "\0", "genotype"),
+])  # fmt: skip
+def test_a_malformed_genotype_is_refused_with_what_is_allowed(text, mention):
+    with pytest.raises(GenotypeError) as error:
+        from_str(text)
+    assert mention in str(error.value)
+    assert isinstance(error.value, ValueError)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("code", [
+    "__import__('pathlib').Path('ran').touch()",
+    "Genotype(normal=__import__('pathlib').Path('ran').touch(), normal_concat=1, reduce=1, reduce_concat=1)",
+    GOOD.replace("range(2, 6)", "open('ran', 'w')", 1),
+    GOOD.replace("range(2, 6)", "range(open('ran', 'w').write('x'))", 1),
+    GOOD.replace("('sep_conv_3x3', 0)", "(open('ran', 'w'), 0)", 1),
+    GOOD.replace("normal=", "normal=[x for x in [open('ran', 'w')]] or ", 1),
+])  # fmt: skip
+def test_code_in_a_genotype_is_not_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ast.parse(code, mode="eval")  # it is Python that eval would run
+    with pytest.raises(GenotypeError):
+        from_str(code)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_resolve_takes_names_strings_files_and_folders(tmp_path):
+    content = {"last": {"string": str(DARTS_V1)}, "best": {"string": str(DARTS_V2)}}
+    (tmp_path / "genotype.json").write_text(json.dumps(content))
+    assert resolve("DARTS_V2") == DARTS_V2
+    assert resolve(str(DARTS_V1)) == DARTS_V1
+    assert resolve(str(tmp_path)) == DARTS_V1
+    assert resolve(str(tmp_path / "genotype.json")) == DARTS_V1
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '"x"', '{"last": 3}', '{"last": {"string": 3}}', '{"last": {"string": "x"}}']
+)
+def test_resolve_refuses_files_that_are_no_genotype(content, tmp_path):
+    (tmp_path / "genotype.json").write_text(content)
+    with pytest.raises(GenotypeError):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["DARTS_V9", "", "nowhere/at/all", "x" * 5000, "a\0b"])
+def test_resolve_says_what_may_be_given(given):
+    with pytest.raises(GenotypeError, match="DARTS_V1, DARTS_V2"):
+        resolve(given)
+
+
+def test_genotypes_offers_the_primitives_of_the_operations():
+    assert gt.PRIMITIVES is PRIMITIVES

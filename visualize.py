@@ -1,0 +1,84 @@
+"""Draw cells with graphviz.
+
+python visualize.py DARTS_V2
+python visualize.py runs/search/digits --format svg
+python visualize.py "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)" --output cell
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import graphviz
+
+from errors import OneLineParser, user_errors_in_one_line
+from genotypes import resolve
+
+FORMATS = ("png", "svg")
+HOW_TO_INSTALL = (
+    "install graphviz's `dot` to draw it (Debian, Ubuntu: apt-get install graphviz; macOS: brew install graphviz)"
+)
+
+
+def plot(gene, file_path, caption=None):
+    """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture.
+
+    file_path: where to, ending in .png or .svg; .png is added to any other. caption: a line above the cell. Returns the
+    path of the picture; or, where the `dot` program is missing, of its .gv source, which `dot` can draw later.
+    """
+    path = Path(file_path)
+    if path.suffix[1:] not in FORMATS:
+        path = path.with_name(path.name + ".png")
+    graph = draw(gene, caption)
+    source = path.with_suffix(".gv")
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(graph.source, encoding="utf-8")
+    try:
+        path.write_bytes(graph.pipe(format=path.suffix[1:]))
+    except (graphviz.ExecutableNotFound, subprocess.CalledProcessError):
+        return source
+    source.unlink()
+    return path
+
+
+def draw(gene, caption=None):
+    """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right."""
+    graph = graphviz.Digraph(
+        graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t", "dpi": "100"},
+        node_attr={
+            "style": "filled,rounded", "shape": "box", "fontname": "Helvetica", "fontsize": "18", "height": "0.5",
+            "width": "0.5", "penwidth": "1.5",
+        },
+        edge_attr={"fontname": "Helvetica", "fontsize": "16"},
+    )  # fmt: skip
+    if caption:
+        graph.attr(label=caption)
+    inputs = ("c_{k-2}", "c_{k-1}")
+    for name in inputs:
+        graph.node(name, fillcolor="darkseagreen2")
+    for i in range(len(gene)):
+        graph.node(str(i), fillcolor="lightblue")
+    graph.node("c_{k}", fillcolor="palegoldenrod")
+    for i, edges in enumerate(gene):
+        for op, source in edges:
+            graph.edge(inputs[source] if source < 2 else str(source - 2), str(i), label=op)
+        graph.edge(str(i), "c_{k}")
+    return graph
+
+
+def main():
+    parser = OneLineParser(description="Draw the normal and the reduction cell of a genotype.")
+    parser.add_argument("genotype", help="a published cell, a string, a genotype.json, or a search's folder")
+    parser.add_argument("--output", metavar="PREFIX", help="pictures are PREFIX-normal and PREFIX-reduce")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="of the pictures (default: %(default)s)")
+    args = parser.parse_args()
+    with user_errors_in_one_line(parser.prog):
+        genotype = resolve(args.genotype)
+    prefix = args.output or re.sub(r"\W.*", "", Path(args.genotype).name, flags=re.DOTALL) or "cell"
+    for kind in ("normal", "reduce"):
+        path = plot(getattr(genotype, kind), f"{prefix}-{kind}.{args.format}", caption=f"{kind} cell")
+        print(path if path.suffix != ".gv" else f"{path}: {HOW_TO_INSTALL}")
+
+
+if __name__ == "__main__":
+    main()
