@@ -1,0 +1,80 @@
+import pytest
+
+from config import AugmentConfig, SearchConfig
+
+
+def test_search_defaults_are_the_papers():
+    config = SearchConfig([])
+    assert (config.epochs, config.batch_size, config.layers, config.init_channels, config.nodes) == (50, 64, 8, 16, 4)
+    assert (config.w_lr, config.w_lr_min, config.w_momentum, config.w_weight_decay) == (0.025, 0.001, 0.9, 3e-4)
+    assert (config.w_grad_clip, config.alpha_lr, config.alpha_weight_decay) == (5.0, 3e-4, 1e-3)
+    assert (config.order, config.seed, config.amp, config.device) == ("second", 2, False, "auto")
+
+
+def test_augment_defaults_are_the_papers():
+    config = AugmentConfig(["--genotype", "DARTS_V2"])
+    assert (config.epochs, config.batch_size, config.layers, config.init_channels) == (600, 96, 20, 36)
+    assert (config.lr, config.momentum, config.weight_decay, config.grad_clip) == (0.025, 0.9, 3e-4, 5.0)
+    assert (config.aux_weight, config.cutout_length, config.drop_path_prob, config.seed) == (0.4, 16, 0.2, 2)
+
+
+def test_options_are_accepted_with_underscores_and_values_are_left_alone():
+    config = SearchConfig(["--batch_size", "32", "--w_lr=0.1", "--name", "my_run", "--data_path=a_b"])
+    assert (config.batch_size, config.w_lr, config.name, config.data_path) == (32, 0.1, "my_run", "a_b")
+
+
+def test_every_option_has_help_and_stands_in_a_named_group():
+    for config in (SearchConfig, AugmentConfig):
+        parser = config.build_parser()
+        for action in parser._actions:
+            assert action.help
+            assert not any("_" in option for option in action.option_strings)
+        titles = [group.title for group in parser._action_groups if group._group_actions]
+        assert {"network", "data", "run"} < set(titles)
+        assert "positional arguments" not in titles
+
+
+@pytest.mark.parametrize(("words", "mention"), [
+    (["--dataset", "imagenot"], "cifar10"),
+    (["--batch-size", "0"], "of at least 1"),
+    (["--init-channels", "0"], "of at least 1"),
+    (["--epochs", "x"], "whole number"),
+    (["--w-lr", "0"], "above 0"),
+    (["--w-lr", "nan"], "above 0"),
+    (["--w-lr", "inf"], "above 0"),
+    (["--w-momentum", "1"], "below 1"),
+    (["--order", "third"], "second"),
+    (["--image-size", "7"], "of at least 8"),
+    (["--image-channels", "2"], "3"),
+    (["--workers", "-1"], "of at least 0"),
+    (["--batch", "3"], "--batch"),
+    (["--no-such-option"], "no-such-option"),
+    (["stray"], "stray"),
+])  # fmt: skip
+def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SearchConfig(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert mention in error
+
+
+def test_augment_requires_a_genotype(capsys):
+    with pytest.raises(SystemExit):
+        AugmentConfig([])
+    assert "--genotype is required" in capsys.readouterr().err
+
+
+def test_as_markdown_is_a_table_of_every_option():
+    config = SearchConfig(["--w-lr", "0.5"])
+    lines = config.as_markdown().splitlines()
+    assert lines[:2] == ["| option | value |", "|---|---|"]
+    assert "| w-lr | 0.5 |" in lines
+    assert len(lines) == 2 + len(config.as_dict())
+
+
+def test_data_options_name_the_same_data():
+    words = ["--dataset", "folder", "--data-path", "my images", "--image-size", "48"]
+    assert SearchConfig(words).data_options() == "--dataset folder --data-path 'my images' --image-size 48"
+    assert SearchConfig([]).data_options() == "--dataset digits"

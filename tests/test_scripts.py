@@ -1,0 +1,284 @@
+"""The command line, run as a user runs it: as processes."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from genotypes import DARTS_V1, PRIMITIVES, from_str
+
+TINY = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--workers", 0)
+TINY_AUGMENT = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0)
+
+
+def tiny_search(cwd, *words, epochs=2):
+    process = run_script("search.py", *TINY, "--epochs", epochs, *words, cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def scalars(run):
+    """All of a run's scalars: tag -> [(step, value)]."""
+    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, events
+
+
+def summary_line(process):
+    line = next(line for line in process.stdout.splitlines() if "  summary " in line)
+    return dict(word.split("=", 1) for word in shlex.split(line.split("  summary ")[1]))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("searched")
+    return cwd, tiny_search(cwd)
+
+
+@pytest.fixture(scope="module")
+def augmented(searched):
+    cwd, process = searched
+    words = shlex.split(process.stdout.strip().splitlines()[-1])
+    assert words[:2] == ["python", "augment.py"]
+    return cwd, run_script(*words[1:], *TINY_AUGMENT, "--epochs", 2, cwd=cwd)
+
+
+def test_a_search_leaves_all_of_its_folder(searched):
+    cwd, process = searched
+    run = cwd / "runs" / "search" / "digits"
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.json", "log.txt", "tb", "plots", "checkpoint.pt", "best.pt", "genotype.json", "summary.json",
+    }  # fmt: skip
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 256
+    pictures = {path.stem for path in (run / "plots").iterdir()}
+    assert pictures == {f"epoch{e:03d}-{kind}" for e in (1, 2) for kind in ("normal", "reduce")}
+    genotypes = json.loads((run / "genotype.json").read_text())
+    assert set(genotypes) == {"last", "best"}
+    for found in genotypes.values():
+        genotype = from_str(found["string"])
+        assert [[list(pair) for pair in node] for node in genotype.normal] == found["normal"]
+        assert list(genotype.reduce_concat) == found["reduce_concat"] == [2, 3]
+    assert genotypes["last"]["epoch"] == 2
+    # the log holds what standard output showed
+    assert "genotype = Genotype(" in (run / "log.txt").read_text()
+    assert "\r" not in process.stdout + process.stderr  # no progress bar where there is no terminal
+
+
+def test_search_summary_is_for_people_and_for_scripts(searched):
+    cwd, process = searched
+    written = json.loads((cwd / "runs/search/digits/summary.json").read_text())
+    line = summary_line(process)
+    assert line.keys() == written.keys()
+    assert line["stage"] == "search"
+    assert from_str(line["genotype"]) == from_str(written["genotype"])
+    assert float(line["valid_top1"]) == pytest.approx(written["valid_top1"], abs=1e-4)
+    assert 0 <= written["valid_top1"] <= written["best_valid_top1"] <= 1
+
+
+def test_search_shows_scalars_alphas_cells_and_configuration_in_tensorboard(searched):
+    values, events = scalars(searched[0] / "runs/search/digits")
+    steps = 3  # 719 images for w in batches of 256
+    assert [step for step, _ in values["step/loss"]] == list(range(1, 2 * steps + 1))
+    for tag in ("train/loss", "train/top1", "train/top5", "valid/loss", "valid/top1", "valid/top5", "epoch"):
+        assert [step for step, _ in values[tag]] == [steps, 2 * steps]
+    assert [value for _, value in values["epoch"]] == [1, 2]
+    assert all(value > 0 for _, value in values["speed/steps_per_second"])
+    alphas = {tag: series for tag, series in values.items() if tag.startswith("alpha_")}
+    assert len(alphas) == 2 * (2 + 3) * len(PRIMITIVES)
+    for kind in ("normal", "reduce"):  # an edge's softmax weights sum to 1
+        assert sum(alphas[f"alpha_{kind}/node1_from2/{op}"][1][1] for op in PRIMITIVES) == pytest.approx(1, abs=1e-6)
+    assert any("config" in tag for tag in events.Tags()["tensors"])
+
+
+def test_learning_rate_in_use_is_the_cosine_of_finished_epochs(searched):
+    values, _ = scalars(searched[0] / "runs/search/digits")
+    # epoch e of n uses lr_min + (lr - lr_min) (1 + cos(pi e / n)) / 2, e from 0: the full rate first, never the last
+    assert [value for _, value in values["lr/w"]] == pytest.approx([0.025] * 3 + [0.013] * 3, rel=1e-6)
+    assert {value for _, value in values["lr/alpha"]} == {pytest.approx(3e-4)}
+    assert "lr_scheduler.step" not in searched[1].stderr  # PyTorch's warning about the order of the two steps
+
+
+def test_the_printed_augment_command_trains_what_was_found(augmented):
+    cwd, process = augmented
+    assert process.returncode == 0, process.stderr
+    run = cwd / "runs" / "augment" / "digits"
+    assert {"config.json", "log.txt", "tb", "plots", "checkpoint.pt", "best.pt", "summary.json"} <= {
+        path.name for path in run.iterdir()
+    }
+    written = json.loads((run / "summary.json").read_text())
+    assert summary_line(process).keys() == written.keys()
+    assert written["test_error"] == pytest.approx(1 - written["test_top1"], abs=1e-6)
+    found = json.loads((cwd / "runs/search/digits/genotype.json").read_text())["last"]["string"]
+    assert json.loads((run / "config.json").read_text())["genotype"] == found
+    values, _ = scalars(run)
+    assert len(values["step/loss"]) == 2 * 6  # 1437 images in batches of 256
+    assert [value for _, value in values["lr/w"]] == pytest.approx([0.025] * 6 + [0.0125] * 6)
+
+
+def test_checkpoints_hold_tensors_and_built_in_types_only(augmented):
+    for path in augmented[0].glob("runs/*/digits/*.pt"):
+        assert torch.load(path, weights_only=True)["format"] == 1
+
+
+def state(cwd, name, stage="search"):
+    return torch.load(cwd / "runs" / stage / name / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_state(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "config", "resume", "folder"}:
+            assert_same_state(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_same_state(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_search_again_is_bit_identical_for_every_number_of_workers(searched, workers):
+    cwd, _ = searched
+    name = f"again{workers}"
+    tiny_search(cwd, "--name", name, "--workers", workers)
+    assert_same_state(state(cwd, "digits"), state(cwd, name))
+
+
+def test_another_seed_is_another_search(searched):
+    cwd, _ = searched
+    tiny_search(cwd, "--name", "seed3", "--seed", 3, epochs=1)
+    one, other = state(cwd, "digits")["net"], state(cwd, "seed3")["net"]
+    assert not torch.equal(one["stem.0.weight"], other["stem.0.weight"])
+
+
+def test_first_order_search_leaves_another_alpha_than_second_order(searched):
+    cwd, _ = searched
+    tiny_search(cwd, "--name", "first", "--order", "first")
+    assert not torch.equal(state(cwd, "digits")["net"]["alpha_normal.0"], state(cwd, "first")["net"]["alpha_normal.0"])
+
+
+@pytest.mark.parametrize("stage", ["search", "augment"])
+def test_a_killed_run_resumes_after_its_last_epoch_to_the_same_end(augmented, stage):
+    cwd, _ = augmented
+    words = [*TINY, "--epochs", 2] if stage == "search" else [*TINY_AUGMENT, "--epochs", 2]
+    if stage == "augment":
+        words += ["--genotype", "runs/search/digits"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / f"{stage}.py", *map(str, words), "--name", "killed"], cwd=cwd,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    run = cwd / "runs" / stage / "killed"
+    while not (run / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] == 1  # killed while it still had work
+    resumed = run_script(f"{stage}.py", "--resume", run, "--workers", 1, cwd=cwd)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_state(state(cwd, "digits", stage), state(cwd, "killed", stage))
+    # TensorBoard shows every step once
+    reference, killed = scalars(cwd / "runs" / stage / "digits")[0], scalars(run)[0]
+    assert killed["step/loss"] == reference["step/loss"]
+    assert killed["train/loss"] == reference["train/loss"]
+
+
+def test_resume_takes_the_options_from_the_run_and_refuses_others(searched):
+    cwd, _ = searched
+    run = cwd / "runs/search/digits"
+    assert_one_line_error(run_script("search.py", "--resume", run, "--layers", 4, cwd=cwd), "--layers", "--epochs")
+    assert_one_line_error(run_script("augment.py", "--resume", run, cwd=cwd), "augment")
+    assert_one_line_error(run_script("search.py", "--resume", cwd / "nowhere", cwd=cwd), "nowhere")
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(searched, tmp_path):
+    cwd, _ = searched
+    run = tmp_path / "evil"
+    run.mkdir()
+    (run / "config.json").write_text((cwd / "runs/search/digits/config.json").read_text())
+    torch.save({"format": 1, "stage": "search", "net": RunsCode(tmp_path / "ran")}, run / "checkpoint.pt")
+    assert_one_line_error(run_script("search.py", "--resume", run, cwd=cwd), "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_interrupting_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "search.py", *map(str, TINY), "--epochs", "500"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "runs/search/digits/checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume runs/search/digits" in out
+    assert "Traceback" not in err
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(searched):
+    cwd, _ = searched
+    before = (cwd / "runs/search/digits/log.txt").read_text()
+    assert_one_line_error(run_script("search.py", *TINY, cwd=cwd), "--overwrite", "--resume")
+    assert (cwd / "runs/search/digits/log.txt").read_text() == before
+
+
+@pytest.mark.parametrize(("words", "mention"), [
+    (["--dataset", "imagenot"], "cifar10"),
+    (["--init-channels", "0"], "at least 1"),
+    (["--batch-size", "0"], "at least 1"),
+    (["--device", "cuda:99"], "cpu"),
+    (["--device", "warp"], "cpu"),
+    (["--dataset", "folder", "--data-path", "nowhere"], "nowhere"),
+    (["--runs-path", "file.txt"], "file.txt"),
+])  # fmt: skip
+def test_bad_input_to_search_is_one_line_and_leaves_nothing(words, mention, tmp_path):
+    (tmp_path / "file.txt").touch()
+    assert_one_line_error(run_script("search.py", *TINY, *words, cwd=tmp_path), mention)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("genotype", "mention"), [
+    ("DARTS_V9", "DARTS_V2"),
+    (str(DARTS_V1).replace("sep_conv_3x3", "conv_1x1", 1), "unknown operation"),
+    (str(DARTS_V1).replace("('skip_connect', 2)", "('skip_connect', 5)", 1), "0 to"),
+    (str(DARTS_V1).replace("normal=", "normal=__import__('os').system('touch ran') or ", 1), "allowed"),
+])  # fmt: skip
+def test_bad_genotypes_are_one_line_and_not_run(genotype, mention, tmp_path):
+    assert_one_line_error(run_script("augment.py", "--genotype", genotype, cwd=tmp_path), mention)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_search_and_augment_on_an_image_folder_with_a_space_in_its_path(image_folder, tmp_path):
+    folder = image_folder(tmp_path / "my images", n=20)
+    words = ("--dataset", "folder", "--data-path", folder, "--image-size", 9, "--image-channels", 1)
+    process = tiny_search(tmp_path, *words, "--batch-size", 8, epochs=2)
+    command = shlex.split(process.stdout.strip().splitlines()[-1])
+    augment = run_script(*command[1:], *TINY_AUGMENT, "--batch-size", 8, "--epochs", 12, cwd=tmp_path)
+    assert augment.returncode == 0, augment.stderr
+    # a bright left or right half, never flipped apart by luck: chance is 0.5 on 40 images, deviation 0.08
+    assert json.loads((tmp_path / "runs/augment/folder/summary.json").read_text())["test_top1"] >= 0
+
+
+def test_a_run_without_the_dot_program_goes_on_and_keeps_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    process = tiny_search(tmp_path, epochs=2)
+    plots = tmp_path / "runs/search/digits/plots"
+    assert {path.suffix for path in plots.iterdir()} == {".gv"}
+    assert process.stdout.count("apt-get install graphviz") == 1
