@@ -16,8 +16,8 @@ from data_sets import Loader
 from errors import user_errors_in_one_line
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
-from runs import Meters, Run, set_random_state
-from utils import get_data, param_size
+from runs import Meters, Run
+from utils import cosine_lr, get_data, param_size
 
 
 def main():
@@ -42,31 +42,27 @@ def main():
     net = net.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optim, config.epochs)
 
-    keeps = {"net": net, "optim": optim, "scheduler": scheduler}
-    first_epoch, top1, best_top1 = 1, 0.0, 0.0
+    keeps = {"net": net, "optim": optim}
+    done, top1, best_top1 = 0, 0.0, 0.0
     checkpoint = run.start()
     if checkpoint:
-        for name, keeper in keeps.items():
-            keeper.load_state_dict(checkpoint[name])
-        scheduler.T_max = config.epochs
-        first_epoch, top1, best_top1 = checkpoint["epoch"] + 1, checkpoint["top1"], checkpoint["best_top1"]
-        set_random_state(checkpoint["random"])
+        done, top1, best_top1 = checkpoint["epoch"], checkpoint["top1"], checkpoint["best_top1"]
+        run.restore(checkpoint, keeps)
+    scheduler = cosine_lr(optim, config.epochs, done=done)
     run.log(
         f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
         f"classes; {param_size(net):.3f} M parameters without the auxiliary head"
     )
 
     with run.interruptible():
-        for epoch in range(first_epoch, config.epochs + 1):
+        for epoch in range(done + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
             train(epoch, run, net, criterion, trn_loader, optim, scheduler)
             top1 = validate(epoch, run, net, criterion, val_loader)
             scheduler.step()
             is_best, best_top1 = epoch == 1 or top1 > best_top1, max(top1, best_top1)
-            state = {name: keeper.state_dict() for name, keeper in keeps.items()}
-            run.save(is_best, epoch, top1=top1, best_top1=best_top1, genotype=config.genotype, **state)
+            run.save(keeps, is_best, epoch, top1=top1, best_top1=best_top1, genotype=config.genotype)
 
     run.finish(
         epochs=config.epochs, test_top1=top1, test_error=1 - top1, best_test_top1=best_top1,

@@ -41,6 +41,13 @@ nonnegative = _number(float, 0)
 probability = _number(float, 0, 1, high_open=True)  # 1 would leave nothing to divide by
 
 
+def _folder_name(text):
+    """An argparse type: the name of a folder, which --overwrite may delete, so no path to another place."""
+    if text in ("", ".", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text!r}")
+    return text
+
+
 class _Config:
     """Options as attributes. `argv` is a list of words; None takes the command line."""
 
@@ -112,7 +119,9 @@ class _Config:
         )
 
         group = parser.add_argument_group("run")
-        group.add_argument("--name", metavar="NAME", help="name of the run's folder (default: the data set)")
+        group.add_argument(
+            "--name", type=_folder_name, metavar="NAME", help="name of the run's folder (default: the data set)"
+        )
         group.add_argument("--runs-path", default="runs", metavar="DIR", help=f"a run's folder is DIR/{cls.stage}/NAME")
         group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds, if any")
         group.add_argument(

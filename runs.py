@@ -50,13 +50,8 @@ class Run:
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the parts before an interruption
         self.step = 0  # the x axis of every scalar: optimizer steps of w since the start
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; choose another --name")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (config.overwrite or config.resume):
-            raise UserError(
-                f"{self.folder} already holds a run; go on with --resume {self.folder}, replace it with "
-                "--overwrite, or choose another --name"
-            )
+        if config.resume is None and self.folder.exists():
+            self._check_free()
 
     def start(self):
         """Create the folder and open its log and TensorBoard file; with --resume, return the checkpoint, else None."""
@@ -72,7 +67,6 @@ class Run:
             raise UserError(f"cannot write to {self.folder}: {error}") from None
         if checkpoint:
             self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
-            self.log(f"resumed after epoch {checkpoint['epoch']}")
         # TensorBoard then ignores what was written after the checkpoint
         self.tensorboard = SummaryWriter(
             str(self.folder / TENSORBOARD), purge_step=self.step + 1 if checkpoint else None
@@ -104,12 +98,27 @@ class Run:
     def write_json(self, name, content):
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def save(self, is_best, epoch, **state):
-        """Write checkpoint.pt, and best.pt if `is_best`: the state with everything random and the position."""
+    def save(self, keeps, is_best, epoch, **results):
+        """Write checkpoint.pt, and best.pt if `is_best`. keeps: name -> module or optimizer."""
         self.tensorboard.flush()
         about = {"format": FORMAT, "stage": self.config.stage, "config": self.config.as_dict()}
         position = {"epoch": epoch, "step": self.step, "seconds": self.seconds(), "random": random_state()}
-        save_checkpoint(about | position | state, self.folder, is_best)
+        state = {name: keeper.state_dict() for name, keeper in keeps.items()}
+        save_checkpoint(about | position | state | results, self.folder, is_best)
+
+    def restore(self, checkpoint, keeps):
+        """Load what `save` saved."""
+        try:
+            for name, keeper in keeps.items():
+                keeper.load_state_dict(checkpoint[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the checkpoint in {self.folder} is of another network: {reason}") from None
+        set_random_state(checkpoint["random"])
+        done, epochs = checkpoint["epoch"], self.config.epochs
+        self.log(
+            f"resumed after epoch {done}" if done < epochs else f"all {epochs} epochs are done; --epochs adds more"
+        )
 
     def finish(self, **results):
         """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
@@ -136,10 +145,23 @@ class Run:
             )
             sys.exit(130)
 
+    def _check_free(self):
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; choose another --name")
+        if not any(self.folder.iterdir()):
+            return
+        if not (self.folder / CONFIG_FILE).is_file():
+            raise UserError(f"{self.folder} holds files that are no run's; choose another --name")
+        if not self.config.overwrite:
+            raise UserError(
+                f"{self.folder} already holds a run; go on with --resume {self.folder}, replace it with "
+                "--overwrite, or choose another --name"
+            )
+
     def _load(self):
         path = self.folder / CHECKPOINT
         try:
-            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             found = (checkpoint["format"], checkpoint["stage"])
         except FileNotFoundError:
             raise UserError(
@@ -163,9 +185,9 @@ def random_state():
 
 
 def set_random_state(state):
-    torch.set_rng_state(state["cpu"].cpu())
+    torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def device_name(device):

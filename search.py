@@ -18,8 +18,8 @@ from data_sets import Loader, mix, stratified_split
 from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.search_cnn import SearchCNN, softmax
-from runs import Meters, Run, quote, set_random_state
-from utils import get_data, param_size
+from runs import Meters, Run, quote
+from utils import cosine_lr, get_data, param_size
 
 
 def main():
@@ -47,25 +47,22 @@ def main():
     alpha_optim = torch.optim.Adam(
         net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(w_optim, config.epochs, eta_min=config.w_lr_min)
     architect = Architect(net, config.w_momentum, config.w_weight_decay)
 
-    keeps = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim, "scheduler": scheduler}
-    first_epoch, found = 1, {}
+    keeps = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
+    done, found = 0, {}
     checkpoint = run.start()
     if checkpoint:
-        for name, keeper in keeps.items():
-            keeper.load_state_dict(checkpoint[name])
-        scheduler.T_max = config.epochs
-        first_epoch, found = checkpoint["epoch"] + 1, checkpoint["found"]
-        set_random_state(checkpoint["random"])
+        done, found = checkpoint["epoch"], checkpoint["found"]
+        run.restore(checkpoint, keeps)
+    scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done)
     run.log(
         f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
         f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters"
     )
 
     with run.interruptible():
-        for epoch in range(first_epoch, config.epochs + 1):
+        for epoch in range(done + 1, config.epochs + 1):
             train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
@@ -74,7 +71,7 @@ def main():
             if is_best:
                 found["best"] = found["last"]
             show(epoch, run, net, found)
-            run.save(is_best, epoch, found=found, **{name: keeper.state_dict() for name, keeper in keeps.items()})
+            run.save(keeps, is_best, epoch, found=found)
 
     last, best = found["last"], found["best"]
     run.finish(

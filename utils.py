@@ -1,6 +1,7 @@
 """Small helpers of both scripts."""
 
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -90,12 +91,25 @@ def accuracy(output, target, topk=(1,)):
     return [hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
+def cosine_lr(optim, epochs, lr_min=0.0, done=0):
+    """A scheduler, stepped once an epoch, that takes the learning rate to lr_min along half a cosine.
+
+    In closed form of the number of epochs done, so that a resumed run may be given another number of epochs.
+    """
+
+    def factor(epoch):
+        lowest = lr_min / optim.param_groups[0]["initial_lr"]
+        return lowest + (1 - lowest) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optim, factor, last_epoch=done - 1)
+
+
 def save_checkpoint(state, folder, is_best=False):
     """Save tensors and built-in types as checkpoint.pt in the folder, and as best.pt too if `is_best`.
 
     A file is complete or as it was: each is written beside its place, flushed to disk, and renamed.
     """
-    for name in [CHECKPOINT] + [BEST] * is_best:
+    for name in [BEST] * is_best + [CHECKPOINT]:  # a run killed between the two does the epoch again
         path = Path(folder) / name
         beside = path.with_suffix(".tmp")
         with open(beside, "wb") as file:
