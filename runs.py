@@ -122,8 +122,8 @@ class Run:
 
     def finish(self, **results):
         """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
-        results = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)} | results
-        results["seconds"] = self.seconds()
+        about = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
+        results = about | {"seconds": self.seconds()} | results
         results = {name: round(value, 6) if isinstance(value, float) else value for name, value in results.items()}
         self.write_json(SUMMARY, results)
         self.tensorboard.close()

@@ -56,6 +56,7 @@ def main():
         done, found = checkpoint["epoch"], checkpoint["found"]
         run.restore(checkpoint, keeps)
     scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done)
+    chart_edges(run, config.nodes)
     run.log(
         f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
         f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters"
@@ -134,6 +135,24 @@ def validate(epoch, run, net, loader):
     return meters.top1.avg
 
 
+def alpha_tag(kind, node, source, op):
+    return f"alpha_{kind}/node{node}_from{source}/{op}"
+
+
+def chart_edges(run, n_nodes):
+    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
+    edges = [(node, source) for node in range(n_nodes) for source in range(node + 2)]
+    run.tensorboard.add_custom_scalars(
+        {
+            f"alpha_{kind}": {
+                f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in PRIMITIVES]]
+                for node, source in edges
+            }
+            for kind in ("normal", "reduce")
+        }
+    )
+
+
 def show(epoch, run, net, found):
     """The state of the search: softmax weights and genotype in the log, TensorBoard, pictures and genotype.json."""
     genotype = net.genotype()
@@ -144,7 +163,7 @@ def show(epoch, run, net, found):
                 columns = (f"{100 * w:{len(op)}.2f}" for op, w in zip(PRIMITIVES, row))
                 run.log(f"  node {i} from {source}:           " + "  ".join(columns))
                 for op, w in zip(PRIMITIVES, row):
-                    run.scalar(f"alpha_{kind}/node{i}_from{source}/{op}", w)
+                    run.scalar(alpha_tag(kind, i, source, op), w)
         run.draw(getattr(genotype, kind), f"epoch{epoch:03d}-{kind}", f"cell/{kind}", f"{kind} cell, epoch {epoch}")
     run.log(f"genotype = {genotype}")
     run.write_json(GENOTYPE_FILE, {which: of | as_lists(from_str(of["string"])) for which, of in found.items()})
