@@ -31,4 +31,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv runs/search/demo runs/augment/demo .pytest_cache .ruff_cache

@@ -86,14 +86,19 @@ class Architect:
 
     @contextlib.contextmanager
     def _weights_at(self, values):
-        """Run at other weights; afterwards the weights are copied back rather than shifted back, which would round."""
+        """Run at other weights; afterwards the weights are copied back rather than shifted back, which would round.
+
+        Autocast keeps the bf16 casts of weights until its outermost context ends, so they are dropped at each change.
+        """
         weights = [w.detach() for w in self.net.weights()]
         saved = [w.clone() for w in weights]
         try:
             torch._foreach_copy_(weights, values)
+            torch.clear_autocast_cache()
             yield
         finally:
             torch._foreach_copy_(weights, saved)
+            torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

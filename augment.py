@@ -6,17 +6,15 @@ python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
-import time
-
 import torch
 from torch import nn
 
 from config import AugmentConfig
 from data_sets import Loader
-from errors import user_errors_in_one_line
+from errors import UserError, user_errors_in_one_line
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
-from runs import Meters, Run
+from runs import Meters, Run, one_line
 from utils import cosine_lr, get_data, param_size
 
 
@@ -31,6 +29,8 @@ def main():
         config.dataset, config.data_path, config.cutout_length, validation=True,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
     )  # fmt: skip
+    if config.aux_weight > 0 and config.batch_size < 2:
+        raise UserError("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
     loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)
@@ -47,18 +47,20 @@ def main():
     done, top1, best_top1 = 0, 0.0, 0.0
     checkpoint = run.start()
     if checkpoint:
-        done, top1, best_top1 = checkpoint["epoch"], checkpoint["top1"], checkpoint["best_top1"]
         run.restore(checkpoint, keeps)
+        done = checkpoint["epoch"]
+        top1, best_top1 = (checkpoint["results"][name] for name in ("top1", "best_top1"))
     scheduler = cosine_lr(optim, config.epochs, done=done)
     run.log(
         f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
-        f"classes; {param_size(net):.3f} M parameters without the auxiliary head"
+        f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
+        f"{one_line(trn_data.transform)}"
     )
 
     with run.interruptible():
         for epoch in range(done + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
-            train(epoch, run, net, criterion, trn_loader, optim, scheduler)
+            train(epoch, run, net, criterion, trn_loader, optim)
             top1 = validate(epoch, run, net, criterion, val_loader)
             scheduler.step()
             is_best, best_top1 = epoch == 1 or top1 > best_top1, max(top1, best_top1)
@@ -70,12 +72,10 @@ def main():
     )  # fmt: skip
 
 
-def train(epoch, run, net, criterion, loader, optim, scheduler):
+def train(epoch, run, net, criterion, loader, optim):
     """One epoch: the loss, and the auxiliary head's by its weight."""
     config = run.config
-    lr = scheduler.get_last_lr()[0]
     meters = Meters(run, f"epoch {epoch}/{config.epochs}  train")
-    started = time.monotonic()
 
     net.train()
     for X, y in meters.watch(loader.epoch(epoch), len(loader)):
@@ -92,12 +92,11 @@ def train(epoch, run, net, criterion, loader, optim, scheduler):
         run.step += 1
         meters.update(loss.detach(), logits.detach(), y)
         meters.scalars("step", "val")
-        run.scalar("lr/w", lr)
+        run.scalar("lr/w", optim.param_groups[0]["lr"])
 
-    meters.scalars("train")
+    meters.finish("train", f"lr {optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
-    run.scalar("speed/steps_per_second", len(loader) / (time.monotonic() - started))
-    run.log(f"{meters.title}  {meters}  lr {lr:.5f}  {(time.monotonic() - started) / len(loader):.2f} s a step")
+    run.scalar("speed/steps_per_second", 1 / meters.seconds_a_step)
 
 
 @torch.no_grad()
@@ -108,8 +107,7 @@ def validate(epoch, run, net, criterion, loader):
     for X, y in meters.watch(loader.epoch(epoch), len(loader)):
         logits, _ = net(X)
         meters.update(criterion(logits, y), logits, y)
-    meters.scalars("test")
-    run.log(f"{meters.title}  {meters}")
+    meters.finish("test")
     return meters.top1.avg
 
 

@@ -11,6 +11,7 @@ from data_sets import DATASETS
 from errors import OneLineParser, UserError
 
 CONFIG_FILE = "config.json"  # in a run's folder
+LARGEST = 2**31 - 1  # number that any option takes
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq")  # when a run is resumed; all else comes from the run
 
 
@@ -27,7 +28,7 @@ def _number(kind, low, high=math.inf, low_open=False, high_open=False):
         except ValueError:
             number = math.nan
         inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
-        if not inside or math.isinf(number):
+        if not inside or not number <= LARGEST:
             raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}, not {text!r}")
         return number
 
@@ -79,9 +80,9 @@ class _Config:
             stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"--resume {options.resume}: no {self.stage} run's {CONFIG_FILE} in {folder}") from None
-        if not isinstance(stored, dict) or set(stored) != set(vars(options)):
+        if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):  # new options have their defaults
             raise UserError(f"--resume {options.resume}: {folder / CONFIG_FILE} is not of a {self.stage} run")
-        return parser.parse_args(_words(stored | given | {"resume": options.resume, "overwrite": False}))
+        return parser.parse_args(_words(stored | given | {"resume": options.resume}))
 
     @staticmethod
     def _resumed_folder(resume):
@@ -145,7 +146,8 @@ class _Config:
         )
 
     def as_dict(self):
-        return dict(vars(self))
+        """What makes the run what it is: all options but --resume and --overwrite."""
+        return {name: value for name, value in vars(self).items() if name not in ("resume", "overwrite")}
 
     def as_markdown(self):
         """The options as a Markdown table."""

@@ -67,6 +67,9 @@ def load_folder(path, train, size, channels):
     loader = functools.partial(open_image, size=size, mode={1: "L", 3: "RGB"}[channels])
     source = image_folder(root / "train", loader)
     if not (root / "val").is_dir():
+        fewest = min(source.classes, key=lambda name: source.targets.count(source.class_to_idx[name]))
+        if source.targets.count(source.class_to_idx[fewest]) < HELD_OUT:
+            raise UserError(f"{root}: without val/ each class needs {HELD_OUT} images in train/; {fewest} has fewer")
         return *hold_out(source, source.targets, train), len(source.classes)
     if train:
         return source, source.targets, len(source.classes)
@@ -94,8 +97,11 @@ def open_image(file, size, mode):
     """The image's centre, as a square of `size` pixels a side."""
     try:
         with Image.open(file) as opened:
-            image = opened.convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            if opened.mode.startswith("I;16"):  # which `convert` would clip at 255
+                image = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8)).convert(mode)
+            else:
+                image = opened.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {file}: {error}") from None
     scale = size / min(image.size)
     if scale != 1:
@@ -140,6 +146,7 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         epoch, sample = key if isinstance(key, tuple) else (0, key)
+        sample = range(len(self))[sample]  # IndexError past the end, as any sequence
         image, label = self.source[sample]
         generator = torch.default_generator  # torch.manual_seed would reset CUDA's generators too
         state = generator.get_state()
@@ -169,7 +176,7 @@ class Batches(Sampler):
 
     def __len__(self):
         n = len(self.samples)
-        return max(1, math.ceil((n - 1 if self.shuffle else n) / self.batch_size))
+        return math.ceil((n - 1 if self.shuffle and self.batch_size > 1 else n) / self.batch_size)
 
     def __iter__(self):
         samples = self.samples
@@ -188,6 +195,8 @@ class Loader:
 
     def __init__(self, images, samples, batch_size, device, workers=0, shuffle=True, seed=0):
         self.batches = Batches(samples, batch_size, shuffle, seed)
+        if len(self.batches) == 0:
+            raise UserError(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
         self.device = device
         self.loader = DataLoader(
             images,
@@ -204,11 +213,14 @@ class Loader:
     def epoch(self, epoch):
         """Yield (X, y) on the device: (N, C, H, W) float and (N,) integer tensors."""
         self.batches.epoch = epoch
-        for X, y in self.loader:
-            yield (
-                X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
-                y.to(self.device, non_blocking=True),
-            )
+        try:
+            for X, y in self.loader:
+                yield (
+                    X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
+                    y.to(self.device, non_blocking=True),
+                )
+        except UserError as error:  # a worker's comes with its traceback, the message last
+            raise UserError(str(error).splitlines()[-1].removeprefix("errors.UserError: ")) from None
 
 
 def pixel_statistics(source):

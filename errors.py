@@ -11,10 +11,14 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def user_errors_in_one_line(program):
-    """Turn a `UserError` raised inside into one line on stderr and exit code 2; leave other exceptions alone."""
+    """Turn a `UserError` raised inside into one line on stderr and exit code 2.
+
+    So too what the operating system refuses, such as a name too long or a folder without permission: its message names
+    the file. Other exceptions are a programmer's mistake and keep their traceback.
+    """
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

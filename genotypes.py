@@ -17,6 +17,8 @@ from models.ops import OPS, PRIMITIVES, DropPath_, Identity
 
 GENOTYPE_FILE = "genotype.json"  # in a search's folder
 
+LARGEST = 10**6  # number in a genotype that is read any further
+
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 # Liu et al., arXiv:1806.09055: the cell of the first-order search, 3.00 +- 0.14 % test error on CIFAR-10
@@ -165,14 +167,14 @@ def resolve(given):
     """
     if given in PUBLISHED:
         return PUBLISHED[given]
-    if "(" in given:
-        return from_str(given)
     path = Path(given)
     try:
         path = path / GENOTYPE_FILE if path.is_dir() else path
         found = path.is_file()
     except OSError:  # no name that a file could have
         found = False
+    if not found and "(" in given:
+        return from_str(given)
     if not found:
         raise GenotypeError(
             f"genotype: {_shorten(given)} is neither a published cell ({', '.join(PUBLISHED)}), a genotype string "
@@ -193,11 +195,13 @@ def _read(node):
         return [_read(item) for item in node.elts]
     if isinstance(node, ast.Tuple):
         return tuple(_read(item) for item in node.elts)
-    if isinstance(node, ast.Constant) and type(node.value) in (str, int):
-        return node.value
+    if isinstance(node, ast.Constant):
+        value = node.value
+        if type(value) is str or (type(value) is int and value < LARGEST):
+            return value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
         bounds = [_read(bound) for bound in node.args]
-        if not node.keywords and len(bounds) in (1, 2) and all(type(n) is int and n < 10**6 for n in bounds):
+        if not node.keywords and len(bounds) in (1, 2) and all(type(n) is int for n in bounds):
             return range(*bounds)
     raise GenotypeError(
         f"genotype: at column {node.col_offset + 1}: only lists, tuples, operation names, source numbers and "

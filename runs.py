@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,13 +28,11 @@ def pick_device(name):
     """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"--device {name}: not on this machine; there are auto, {', '.join(['cpu', *cuda])}") from None
-    return device
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there += ["cuda"] * (len(there) > 1) + ["mps"] * torch.backends.mps.is_available()
+    if name not in there:
+        raise UserError(f"--device {name}: not on this machine; there are auto, {', '.join(there)}")
+    return torch.device(name)
 
 
 class Run:
@@ -50,6 +49,7 @@ class Run:
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the parts before an interruption
         self.step = 0  # the x axis of every scalar: optimizer steps of w since the start
+        self.dot_missed = False
         if config.resume is None and self.folder.exists():
             self._check_free()
 
@@ -60,8 +60,7 @@ class Run:
             if self.config.overwrite and self.folder.is_dir():
                 shutil.rmtree(self.folder)
             (self.folder / PLOTS).mkdir(parents=True, exist_ok=True)
-            if not self.config.resume:
-                self.write_json(CONFIG_FILE, self.config.as_dict())
+            self.write_json(CONFIG_FILE, self.config.as_dict())
             self.log = get_logger(self.folder / LOG).info
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error}") from None
@@ -91,12 +90,15 @@ class Run:
         if path.suffix == ".png":
             with Image.open(path) as image:
                 self.tensorboard.add_image(tag, np.asarray(image.convert("RGB")), self.step, dataformats="HWC")
-        elif not getattr(self, "dot_missed", False):
+        elif not self.dot_missed:
             self.dot_missed = True
             self.log(f"cells are kept as graphviz sources, as {path}; {HOW_TO_INSTALL}")
 
     def write_json(self, name, content):
-        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        """Write a file that is complete or as it was, whenever the run is killed."""
+        beside = self.folder / f"{name}.tmp"
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.replace(self.folder / name)
 
     def save(self, keeps, is_best, epoch, **results):
         """Write checkpoint.pt, and best.pt if `is_best`. keeps: name -> module or optimizer."""
@@ -104,17 +106,17 @@ class Run:
         about = {"format": FORMAT, "stage": self.config.stage, "config": self.config.as_dict()}
         position = {"epoch": epoch, "step": self.step, "seconds": self.seconds(), "random": random_state()}
         state = {name: keeper.state_dict() for name, keeper in keeps.items()}
-        save_checkpoint(about | position | state | results, self.folder, is_best)
+        save_checkpoint(about | position | {"keeps": state, "results": results}, self.folder, is_best)
 
     def restore(self, checkpoint, keeps):
         """Load what `save` saved."""
         try:
             for name, keeper in keeps.items():
-                keeper.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+                keeper.load_state_dict(checkpoint["keeps"][name])
+            set_random_state(checkpoint["random"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the checkpoint in {self.folder} is of another network: {reason}") from None
-        set_random_state(checkpoint["random"])
         done, epochs = checkpoint["epoch"], self.config.epochs
         self.log(
             f"resumed after epoch {done}" if done < epochs else f"all {epochs} epochs are done; --epochs adds more"
@@ -153,30 +155,41 @@ class Run:
         if not (self.folder / CONFIG_FILE).is_file():
             raise UserError(f"{self.folder} holds files that are no run's; choose another --name")
         if not self.config.overwrite:
+            go_on = f"go on with --resume {self.folder}, " * (self.folder / CHECKPOINT).is_file()
             raise UserError(
-                f"{self.folder} already holds a run; go on with --resume {self.folder}, replace it with "
-                "--overwrite, or choose another --name"
+                f"{self.folder} already holds a run; {go_on}replace it with --overwrite, or choose another --name"
             )
 
     def _load(self):
-        path = self.folder / CHECKPOINT
+        given = Path(self.config.resume)
+        path = given if given.is_file() else self.folder / CHECKPOINT
+        kinds = {"epoch": int, "step": int, "seconds": float, "random": dict, "keeps": dict, "results": dict}
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             found = (checkpoint["format"], checkpoint["stage"])
+            if not all(type(checkpoint[name]) is kind for name, kind in kinds.items()):
+                raise ValueError("wrong types")
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} holds no {CHECKPOINT}: its first epoch was not finished; start anew"
+                f"{self.folder} holds no {CHECKPOINT}: its first epoch was not finished; start anew with --overwrite"
             ) from None
         except Exception:  # whatever reading a damaged or foreign file may raise
             raise UserError(f"{path} is not a checkpoint that this program wrote, or is damaged") from None
         if found != (FORMAT, self.config.stage):
             raise UserError(f"{path} is of format {found[0]}, stage {found[1]}; need {FORMAT}, {self.config.stage}")
+        if checkpoint["epoch"] > self.config.epochs:
+            raise UserError(f"--epochs {self.config.epochs}: {path} has done {checkpoint['epoch']} already")
         return checkpoint
 
 
 def quote(text):
     """The text as one word of a shell's: as it is, in double quotes where that is enough, as for a genotype."""
     return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
+
+
+def one_line(transform):
+    """A transform's description without its line breaks."""
+    return " ".join(str(transform).split())
 
 
 def random_state():
@@ -211,15 +224,16 @@ class Meters:
     def watch(self, batches, n):
         """Yield the n batches, showing progress."""
         bar = tqdm(total=n, desc=self.title, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-        started = time.monotonic()
+        self.started = time.monotonic()
         with bar:
             for i, batch in enumerate(batches, 1):
                 yield batch
                 bar.set_postfix_str(str(self), refresh=False)
                 bar.update()
                 if bar.disable and i % self.run.config.print_freq == 0 and i < n:
-                    left = (time.monotonic() - started) / i * (n - i)
+                    left = (time.monotonic() - self.started) / i * (n - i)
                     self.run.log(f"{self.title}  step {i}/{n}  {self}  {left:.0f} s left")
+        self.seconds_a_step = (time.monotonic() - self.started) / n
 
     def update(self, loss, logits, y):
         """Add a batch. Reading the numbers waits for the device: once a step, after its work has been queued."""
@@ -232,6 +246,11 @@ class Meters:
         """Write the averages, or the last values (`val`), to TensorBoard."""
         for name in ("loss", "top1", "top5"):
             self.run.scalar(f"{prefix}/{name}", getattr(getattr(self, name), attribute))
+
+    def finish(self, prefix, note=""):
+        """Log the averages of the whole pass, and write them to TensorBoard."""
+        self.scalars(prefix)
+        self.run.log(f"{self.title}  {self}  {note}{self.seconds_a_step:.2f} s a step")
 
     def __str__(self):
         return f"loss {self.loss.avg:.4f}  top1 {self.top1.avg:.2%}  top5 {self.top5.avg:.2%}"

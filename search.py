@@ -7,8 +7,6 @@ python search.py --dataset folder --data-path DIR --image-size 32        # your 
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run
 """
 
-import time
-
 import torch
 from torch import nn
 
@@ -18,7 +16,7 @@ from data_sets import Loader, mix, stratified_split
 from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.search_cnn import SearchCNN, softmax
-from runs import Meters, Run, quote
+from runs import Meters, Run, one_line, quote
 from utils import cosine_lr, get_data, param_size
 
 
@@ -53,13 +51,13 @@ def main():
     done, found = 0, {}
     checkpoint = run.start()
     if checkpoint:
-        done, found = checkpoint["epoch"], checkpoint["found"]
         run.restore(checkpoint, keeps)
+        done, found = checkpoint["epoch"], checkpoint["results"]["found"]
     scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done)
     chart_edges(run, config.nodes)
     run.log(
         f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
-        f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters"
+        f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
     )
 
     with run.interruptible():
@@ -86,13 +84,10 @@ def main():
 def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):
     """One epoch of Algorithm 1: alpha descends L_V through a virtual step of w, then w descends L_T."""
     config = run.config
-    xi = w_lr = scheduler.get_last_lr()[0]
-    if config.order == "first":
-        xi = 0.0
+    xi = scheduler.get_last_lr()[0] if config.order == "second" else 0.0
     weights = list(net.weights())
     meters = Meters(run, f"epoch {epoch}/{config.epochs}  train")
     steps = min(len(trn_loader), len(val_loader))
-    started = time.monotonic()
 
     net.train()
     batches = zip(trn_loader.epoch(epoch), val_loader.epoch(epoch))
@@ -113,13 +108,12 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         meters.update(loss.detach(), logits.detach(), trn_y)
         meters.scalars("step", "val")
         run.scalar("step/alpha_loss", val_loss.item())
-        run.scalar("lr/w", w_lr)
+        run.scalar("lr/w", w_optim.param_groups[0]["lr"])
         run.scalar("lr/alpha", alpha_optim.param_groups[0]["lr"])
 
-    meters.scalars("train")
+    meters.finish("train", f"w_lr {w_optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
-    run.scalar("speed/steps_per_second", steps / (time.monotonic() - started))
-    run.log(f"{meters.title}  {meters}  w_lr {w_lr:.5f}  {(time.monotonic() - started) / steps:.2f} s a step")
+    run.scalar("speed/steps_per_second", 1 / meters.seconds_a_step)
 
 
 @torch.no_grad()
@@ -130,8 +124,7 @@ def validate(epoch, run, net, loader):
     for X, y in meters.watch(loader.epoch(epoch), len(loader)):
         logits = net(X)
         meters.update(net.criterion(logits, y), logits, y)
-    meters.scalars("valid")
-    run.log(f"{meters.title}  {meters}")
+    meters.finish("valid")
     return meters.top1.avg
 
 

@@ -74,10 +74,10 @@ def main():
     args = parser.parse_args()
     with user_errors_in_one_line(parser.prog):
         genotype = resolve(args.genotype)
-    prefix = args.output or re.sub(r"\W.*", "", Path(args.genotype).name, flags=re.DOTALL) or "cell"
-    for kind in ("normal", "reduce"):
-        path = plot(getattr(genotype, kind), f"{prefix}-{kind}.{args.format}", caption=f"{kind} cell")
-        print(path if path.suffix != ".gv" else f"{path}: {HOW_TO_INSTALL}")
+        prefix = args.output or re.sub(r"[^\w.-].*", "", Path(args.genotype).name, flags=re.DOTALL) or "cell"
+        for kind in ("normal", "reduce"):
+            path = plot(getattr(genotype, kind), f"{prefix}-{kind}.{args.format}", caption=f"{kind} cell")
+            print(path if path.suffix != ".gv" else f"{path}: {HOW_TO_INSTALL}")
 
 
 if __name__ == "__main__":

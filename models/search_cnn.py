@@ -1,5 +1,7 @@
 """The network of the search: stacked search cells, and the architecture parameters alpha that they share."""
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +19,7 @@ def reduction_cells(n_layers):
 def check_positive(**numbers):
     """Raise ValueError naming the first that is not a whole number of at least 1."""
     for name, number in numbers.items():
-        if type(number) is not int or number < 1:
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
 
 

@@ -99,7 +99,7 @@ def test_virtual_step_is_the_step_that_the_optimizer_would_take(steps):
 @pytest.mark.parametrize("steps", [0, 2])
 def test_architect_step_leaves_network_statistics_and_optimizer_bit_identical(steps, xi):
     net = small_net(dtype=torch.float32)
-    optim = torch.optim.SGD(net.weights(), XI, momentum=0.9, weight_decay=3e-4)
+    optim = sgd_of(net)
     for step in range(steps):
         net.loss(*batch(seed=step, dtype=torch.float32)).backward()
         optim.step()
@@ -148,6 +148,22 @@ def test_hessian_product_runs_at_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = architect.compute_hessian(d, *trn)
     assert all(torch.equal(a, b) for a, b in zip(full, mixed))
+
+
+def test_validation_loss_is_at_the_virtual_weights_under_autocast_too():
+    # autocast caches bf16 casts of the weights; those of w must not be used at w'
+    net, trn, val = small_net(dtype=torch.float32), batch(dtype=torch.float32), batch(seed=1, dtype=torch.float32)
+    optim, architect, xi = sgd_of(net), Architect(net, 0.9, 3e-4), 0.5
+    at_w = net.loss(*val).item()
+    exact = architect.unrolled_backward(*trn, *val, xi, optim).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = architect.unrolled_backward(*trn, *val, xi, optim).item()
+    assert abs(exact - at_w) > 0.05
+    assert abs(mixed - exact) < 0.2 * abs(exact - at_w)
+
+
+def sgd_of(net):
+    return torch.optim.SGD(net.weights(), XI, momentum=0.9, weight_decay=3e-4)
 
 
 def test_architect_gives_the_same_for_channels_last_networks_and_batches():

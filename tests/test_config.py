@@ -47,6 +47,7 @@ def test_every_option_has_help_and_stands_in_a_named_group():
     (["--image-size", "7"], "of at least 8"),
     (["--image-channels", "2"], "3"),
     (["--workers", "-1"], "of at least 0"),
+    (["--seed", "9" * 400], "whole number"),
     (["--name", "../precious"], "without slashes"),
     (["--batch", "3"], "--batch"),
     (["--no-such-option"], "no-such-option"),

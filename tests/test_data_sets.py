@@ -181,6 +181,9 @@ def test_each_epoch_has_every_sample_once_in_another_order():
     assert [s for batch in plain for _, s in batch] == list(range(10, 43))
     assert len(plain) == 5
     assert len(Batches(range(5), 8, True, 0)) == 1
+    assert len(Batches(range(5), 1, True, 0)) == 5
+    with pytest.raises(UserError, match="too few images"):
+        Loader(get_data("digits", "", 0, False)[3], [3], 8, CPU)
 
 
 def test_folder_with_train_and_val(image_folder):
@@ -203,6 +206,11 @@ def test_folder_images_of_any_shape_and_mode_are_scaled_and_cropped_to_a_square(
         Image.new(mode, shape).save(path)
         image = data_sets.open_image(path, 10, "RGB")
         assert (image.size, image.mode) == ((10, 10), "RGB")
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert data_sets.open_image(tmp_path / "deep.png", 8, "L").getextrema() == (128, 128)
 
 
 def test_folders_that_cannot_be_used_say_why(image_folder, tmp_path):

@@ -87,6 +87,7 @@ def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
     (GOOD.replace("range(2, 6)", "range(2, 10**99)", 1), "column"),
     (GOOD.replace("range(2, 6)", f"range({'9' * 400})", 1), "column"),
     (GOOD.replace("range(2, 6)", "[[2]]", 1), "normal_concat"),
+    (GOOD.replace("('sep_conv_3x3', 0)", f"('sep_conv_3x3', 0x{'f' * 4000})", 1), "allowed"),
     ("[" * 5000, "genotype"),
     ("(" + "-" * 100_000 + "1)", "genotype"),
     (GOOD + "\0", "genotype"),
@@ -122,6 +123,10 @@ def test_resolve_takes_names_strings_files_and_folders(tmp_path):
     assert resolve(str(DARTS_V1)) == DARTS_V1
     assert resolve(str(tmp_path)) == DARTS_V1
     assert resolve(str(tmp_path / "genotype.json")) == DARTS_V1
+    odd = tmp_path / "run (1)"
+    odd.mkdir()
+    (odd / "genotype.json").write_text(json.dumps(content))
+    assert resolve(str(odd)) == DARTS_V1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from conftest import ROOT
 
 from config import AugmentConfig, SearchConfig
 from data_sets import DATASETS
-from models.ops import OPS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -40,10 +39,9 @@ def test_readme_explains_every_option_and_no_other():
     assert explained <= known | {"--output", "--format", "--logdir"}  # visualize.py's, and TensorBoard's
 
 
-def test_readme_names_every_data_set_and_the_search_space():
+def test_readme_names_every_data_set():
     for name in DATASETS:
         assert f"`{name}`" in README
-    assert len(OPS) >= 8
 
 
 def test_files_that_readme_points_to_exist():

@@ -205,8 +205,12 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(searched, tmp_path)
     run = tmp_path / "evil"
     run.mkdir()
     (run / "config.json").write_text((cwd / "runs/search/digits/config.json").read_text())
-    torch.save({"format": 1, "stage": "search", "net": RunsCode(tmp_path / "ran")}, run / "checkpoint.pt")
-    assert_one_line_error(run_script("search.py", "--resume", run, cwd=cwd), "checkpoint.pt")
+    for content in (
+        {"format": 1, "stage": "search", "net": RunsCode(tmp_path / "ran")},
+        {"format": 1, "stage": "search"},
+    ):
+        torch.save(content, run / "checkpoint.pt")
+        assert_one_line_error(run_script("search.py", "--resume", run, cwd=cwd), "checkpoint.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -230,6 +234,21 @@ def test_interrupting_says_how_to_go_on(tmp_path):
     assert process.returncode == 130, err
     assert "--resume runs/search/digits" in out
     assert "Traceback" not in err
+
+
+def test_an_unreadable_image_that_a_worker_meets_is_one_line(image_folder, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    (folder / "val" / "left" / "003.png").write_bytes(b"\x89PNG")
+    words = ("--dataset", "folder", "--data-path", folder, "--image-size", 8, "--workers", 1, "--epochs", 1)
+    process = run_script("augment.py", "--genotype", "DARTS_V1", *TINY_AUGMENT, *words, cwd=tmp_path)
+    assert_one_line_error(process, "cannot read the image", "003.png")
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_folders_of_too_few_images_are_one_line(n, image_folder, tmp_path):
+    folder = image_folder(tmp_path / "images", splits=("train",), n=n)
+    process = run_script("search.py", *TINY, "--dataset", "folder", "--data-path", folder, cwd=tmp_path)
+    assert_one_line_error(process, "needs 5 images", "left")
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(searched):
@@ -256,11 +275,13 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(searched):
     cwd, _ = searched
     tiny_search(cwd, "--name", "longer", epochs=1)
     run = cwd / "runs/search/longer"
+    assert_one_line_error(run_script("search.py", "--resume", cwd / "runs/search/digits", "--epochs", 1, cwd=cwd), "2")
     again = run_script("search.py", "--resume", run, cwd=cwd)
     assert again.returncode == 0
     assert "all 1 epochs are done" in again.stdout
     more = run_script("search.py", "--resume", run, "--epochs", 2, cwd=cwd)
     assert more.returncode == 0
+    assert json.loads((run / "config.json").read_text())["epochs"] == 2
     # the second of two epochs: half-way down the cosine, whatever the first was told
     assert scalars(run)[0]["lr/w"][-1][1] == pytest.approx(0.013, rel=1e-6)
 
@@ -273,6 +294,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(searched):
     (["--device", "warp"], "cpu"),
     (["--dataset", "folder", "--data-path", "nowhere"], "nowhere"),
     (["--runs-path", "file.txt"], "file.txt"),
+    (["--name", "x" * 300], "name too long"),
 ])  # fmt: skip
 def test_bad_input_to_search_is_one_line_and_leaves_nothing(words, mention, tmp_path):
     (tmp_path / "file.txt").touch()

@@ -1,0 +1,122 @@
+"""The training loops of both scripts against steps written out by hand."""
+
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import batch, small_net
+from torch import nn
+
+import augment
+import search
+from architect import Architect
+from config import AugmentConfig, SearchConfig
+from genotypes import DARTS_V2
+from models.augment_cnn import AugmentCNN
+from models.ops import DropPath_
+from utils import cosine_lr
+
+CPU = torch.device("cpu")
+
+
+class Batches(list):
+    def epoch(self, epoch):
+        return iter(self)
+
+
+def run_of(config):
+    """What the loops use of a run, writing nothing."""
+    return SimpleNamespace(config=config, device=CPU, step=0, log=lambda line: None, scalar=lambda tag, value: None)
+
+
+def sgd_by_hand(weights, grads, buffers, lr, momentum, decay, clip):
+    """Clip by the norm of all gradients together, then SGD with momentum and decay (PyTorch's conventions)."""
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    assert norm > clip  # so that clipping is tested
+    for i, (w, g) in enumerate(zip(weights, grads)):
+        step = g * clip / (norm + 1e-6) + decay * w
+        buffers[i] = step if buffers[i] is None else momentum * buffers[i] + step
+        w.sub_(lr * buffers[i])
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_a_search_epoch_is_algorithm_1_written_out(order):
+    trn, val = (Batches(batch(seed=seed + i) for i in range(3)) for seed in (10, 20))
+    words = ["--order", order, "--w-lr", "0.1", "--w-grad-clip", "0.01", "--alpha-lr", "0.05", "--device", "cpu"]
+    config = SearchConfig([*words, "--w-weight-decay", "0.01", "--alpha-weight-decay", "0.1", "--w-momentum", "0.8"])
+
+    def parts(net):
+        w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.8, weight_decay=0.01)
+        alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=0.1)
+        return w_optim, alpha_optim, Architect(net, 0.8, 0.01)
+
+    net = small_net(smooth=True)
+    w_optim, alpha_optim, architect = parts(net)
+    search.train(1, run_of(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+
+    other = small_net(smooth=True).train()
+    w_state, _, other_architect = parts(other)
+    weights, alphas = list(other.weights()), list(other.alphas())
+    buffers, m, v = [None] * len(weights), [0] * len(alphas), [0] * len(alphas)
+    for t, (trn_batch, val_batch) in enumerate(zip(trn, val), 1):
+        xi = config.w_lr if order == "second" else 0.0
+        for w, buf in zip(weights, buffers):  # eq. 6 reads the momentum from an optimizer
+            w_state.state[w]["momentum_buffer"] = torch.zeros_like(w) if buf is None else buf
+        other_architect.unrolled_backward(*trn_batch, *val_batch, xi, w_state)
+        with torch.no_grad():
+            for i, alpha in enumerate(alphas):
+                g = alpha.grad + 0.1 * alpha
+                m[i], v[i] = 0.5 * m[i] + 0.5 * g, 0.999 * v[i] + 0.001 * g**2
+                alpha.sub_(0.05 * (m[i] / (1 - 0.5**t)) / ((v[i] / (1 - 0.999**t)).sqrt() + 1e-8))
+        grads = torch.autograd.grad(other.loss(*trn_batch), weights)  # at the new alpha
+        with torch.no_grad():
+            sgd_by_hand(weights, grads, buffers, 0.1, 0.8, 0.01, 0.01)
+
+    for (name, found), expected in zip(net.named_parameters(), other.parameters()):
+        # eq. 7 divides the rounding of float64 by about 0.01 / ||d||, and Adam by the gradient's size
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9), name
+    for (name, found), expected in zip(net.named_buffers(), other.buffers()):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9), name  # only the w step moved the statistics
+
+
+def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weight():
+    batches = Batches(batch(n=5, seed=i) for i in range(3))
+    words = ["--genotype", "DARTS_V2", "--grad-clip", "0.1", "--aux-weight", "0.3", "--device", "cpu"]
+    config, criterion = AugmentConfig(words), nn.CrossEntropyLoss()
+
+    def fresh():
+        torch.manual_seed(0)
+        return AugmentCNN(8, 1, 2, 3, 3, True, DARTS_V2).double().train()
+
+    net, other = fresh(), fresh()
+    optim = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9, weight_decay=0.01)
+    augment.train(1, run_of(config), net, criterion, batches, optim)
+    weights = list(other.parameters())
+    buffers = [None] * len(weights)
+    for X, y in batches:
+        logits, aux_logits = other(X)
+        grads = torch.autograd.grad(criterion(logits, y) + 0.3 * criterion(aux_logits, y), weights)
+        with torch.no_grad():
+            sgd_by_hand(weights, grads, buffers, 0.2, 0.9, 0.01, 0.1)
+    for (name, found), expected in zip(net.named_parameters(), weights):
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12), name
+
+
+def test_drop_path_grows_linearly_from_zero(tmp_path, monkeypatch):
+    seen = []
+
+    def record(epoch, run, net, *rest):
+        probabilities = {module.p for module in net.modules() if isinstance(module, DropPath_)}
+        assert len(probabilities) == 1
+        seen.extend(probabilities)
+        rest[-1].step()  # the optimizer's, before the schedule's
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(augment, "train", record)
+    monkeypatch.setattr(augment, "validate", lambda *arguments: 0.5)
+    monkeypatch.setattr(
+        "sys.argv", ["augment.py", *shlex.split("--genotype DARTS_V2 --layers 3 --init-channels 2 --epochs 4")]
+    )
+    augment.main()
+    assert seen == pytest.approx([0.0, 0.05, 0.1, 0.15])
