@@ -44,8 +44,8 @@ probability = _number(float, 0, 1, high_open=True)  # 1 would leave nothing to d
 
 def _folder_name(text):
     """An argparse type: the name of a folder, which --overwrite may delete, so no path to another place."""
-    if text in ("", ".", "..") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text!r}")
+    if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 255:
+        raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text[:50]!r}")
     return text
 
 

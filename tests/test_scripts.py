@@ -157,14 +157,15 @@ def test_the_same_search_again_is_bit_identical_for_every_number_of_workers(sear
 def test_another_seed_is_another_search(searched):
     cwd, _ = searched
     tiny_search(cwd, "--name", "seed3", "--seed", 3, epochs=1)
-    one, other = state(cwd, "digits")["net"], state(cwd, "seed3")["net"]
+    one, other = state(cwd, "digits")["keeps"]["net"], state(cwd, "seed3")["keeps"]["net"]
     assert not torch.equal(one["stem.0.weight"], other["stem.0.weight"])
 
 
 def test_first_order_search_leaves_another_alpha_than_second_order(searched):
     cwd, _ = searched
     tiny_search(cwd, "--name", "first", "--order", "first")
-    assert not torch.equal(state(cwd, "digits")["net"]["alpha_normal.0"], state(cwd, "first")["net"]["alpha_normal.0"])
+    alphas = [state(cwd, name)["keeps"]["net"]["alpha_normal.0"] for name in ("digits", "first")]
+    assert not torch.equal(*alphas)
 
 
 @pytest.mark.parametrize("stage", ["search", "augment"])
@@ -294,7 +295,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(searched):
     (["--device", "warp"], "cpu"),
     (["--dataset", "folder", "--data-path", "nowhere"], "nowhere"),
     (["--runs-path", "file.txt"], "file.txt"),
-    (["--name", "x" * 300], "name too long"),
+    (["--name", "x" * 300], "name of a folder"),
 ])  # fmt: skip
 def test_bad_input_to_search_is_one_line_and_leaves_nothing(words, mention, tmp_path):
     (tmp_path / "file.txt").touch()
