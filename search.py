@@ -150,11 +150,11 @@ def show(epoch, run, net, found):
     """The state of the search: softmax weights and genotype in the log, TensorBoard, pictures and genotype.json."""
     genotype = net.genotype()
     for kind, alpha in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
-        run.log(f"alpha_{kind}, softmax (%):  " + "  ".join(PRIMITIVES))
+        run.log(f"softmax of alpha_{kind}, %:  " + "  ".join(PRIMITIVES))
         for i, edges in enumerate(softmax(alpha)):
             for source, row in enumerate(edges.tolist()):
                 columns = (f"{100 * w:{len(op)}.2f}" for op, w in zip(PRIMITIVES, row))
-                run.log(f"  node {i} from {source}:           " + "  ".join(columns))
+                run.log(f"node {i} from {source}".rjust(25) + ":  " + "  ".join(columns))
                 for op, w in zip(PRIMITIVES, row):
                     run.scalar(alpha_tag(kind, i, source, op), w)
         run.draw(getattr(genotype, kind), f"epoch{epoch:03d}-{kind}", f"cell/{kind}", f"{kind} cell, epoch {epoch}")
