@@ -52,7 +52,7 @@ def measure(seed, smooth, args):
     torch.manual_seed(seed)
     net = SearchCNN(channels, args.init_channels, n_classes, args.layers, nn.CrossEntropyLoss()).double()
     if smooth:
-        smoothen(net)
+        smoothed(net)
     optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4)
     loader = Loader(data, range(len(data)), 64, torch.device("cpu"), seed=seed)
     batches = [(X.double(), y) for X, y in loader.epoch(1)]
@@ -70,14 +70,16 @@ def measure(seed, smooth, args):
         yield scale, ((found - exact).norm() / exact.norm()).item()
 
 
-def smoothen(module):
+def smoothed(module):
+    """The module with every ReLU and max pool replaced by an infinitely differentiable function, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.ReLU):
             setattr(module, name, nn.Softplus())
         elif isinstance(child, nn.MaxPool2d):
             setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
         else:
-            smoothen(child)
+            smoothed(child)
+    return module
 
 
 def flat(tensors):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.eq7_error import smoothed
 from models.search_cnn import SearchCNN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,18 +28,6 @@ def assert_one_line_error(process, *mentions):
     assert "error: " in lines[0]
     for mention in mentions:
         assert mention in lines[0]
-
-
-def smoothed(module):
-    """The module with every ReLU and max pool replaced by an infinitely differentiable function, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(module, name, nn.Softplus())
-        elif isinstance(child, nn.MaxPool2d):
-            setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
-        else:
-            smoothed(child)
-    return module
 
 
 def small_net(smooth=False, dtype=torch.float64, seed=0, **changes):
