@@ -49,6 +49,13 @@ def _folder_name(text):
     return text
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class _Config:
     """Options as attributes. `argv` is a list of words; None takes the command line."""
 
@@ -98,7 +105,7 @@ class _Config:
     def build_parser(cls):
         parser = OneLineParser(
             description=cls.__doc__.splitlines()[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
         cls.add_options(parser)
@@ -210,7 +217,11 @@ class AugmentConfig(_Config):
             "--aux-weight", type=nonnegative, default=0.4, metavar="W", help="auxiliary loss; 0: no head"
         )
         group.add_argument(
-            "--cutout-length", type=natural, default=16, metavar="PIXELS", help="side of the square cut out"
+            "--cutout-length",
+            type=natural,
+            default=16,
+            metavar="PIXELS",
+            help="side of the square cut out; at most half the image's",
         )
         group.add_argument("--drop-path-prob", type=probability, default=0.2, metavar="P", help="at the last epoch")
 
