@@ -163,20 +163,27 @@ class Run:
     def _load(self):
         given = Path(self.config.resume)
         path = given if given.is_file() else self.folder / CHECKPOINT
-        kinds = {"epoch": int, "step": int, "seconds": float, "random": dict, "keeps": dict, "results": dict}
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            found = (checkpoint["format"], checkpoint["stage"])
-            if not all(type(checkpoint[name]) is kind for name, kind in kinds.items()):
-                raise ValueError("wrong types")
         except FileNotFoundError:
             raise UserError(
                 f"{self.folder} holds no {CHECKPOINT}: its first epoch was not finished; start anew with --overwrite"
             ) from None
-        except Exception:  # whatever reading a damaged or foreign file may raise
-            raise UserError(f"{path} is not a checkpoint that this program wrote, or is damaged") from None
-        if found != (FORMAT, self.config.stage):
-            raise UserError(f"{path} is of format {found[0]}, stage {found[1]}; need {FORMAT}, {self.config.stage}")
+        except Exception:  # damaged files make the reader raise a dozen types, none of them documented
+            raise UserError(
+                f"{path} cannot be read: it is damaged, or holds more than tensors and plain types"
+            ) from None
+        about = {"format": FORMAT, "stage": self.config.stage}
+        kinds = {"epoch": int, "step": int, "seconds": float, "random": dict, "keeps": dict, "results": dict}
+        found = checkpoint if isinstance(checkpoint, dict) else {}
+        for name, value in about.items():
+            if found.get(name) != value:
+                raise UserError(f"{path} is of {name} {found.get(name)!r}; this program resumes {name} {value!r}")
+        for name, kind in kinds.items():
+            if type(found.get(name)) is not kind:
+                raise UserError(
+                    f"{path} is not a checkpoint that this program wrote: {name} is missing or no {kind.__name__}"
+                )
         if checkpoint["epoch"] > self.config.epochs:
             raise UserError(f"--epochs {self.config.epochs}: {path} has done {checkpoint['epoch']} already")
         return checkpoint
