@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from models.search_cnn import frozen_statistics
+
 
 class Architect:
     """Computes the alphas' gradient of L_V(w'(alpha), alpha), w' being w after one virtual step on L_T.
@@ -19,36 +21,36 @@ class Architect:
         self.w_momentum = w_momentum
         self.w_weight_decay = w_weight_decay
         self.eps_scale = eps_scale
+        self.weights, self.alphas = list(net.weights()), list(net.alphas())  # finding them takes a while
 
     def virtual_step(self, trn_X, trn_y, xi, w_optim):
         """w' = w - xi * (momentum * buf + grad_w L_T(w, a) + weight_decay * w), a tensor per weight.
 
         xi: the weights' learning rate; buf: the momentum buffers of `w_optim`, none before its first step.
         """
-        weights = list(self.net.weights())
-        grads = self._grad(trn_X, trn_y, weights)
-        with torch.no_grad():
-            w_virtual = []
-            for w, grad in zip(weights, grads):
-                buf = w_optim.state[w].get("momentum_buffer") if w in w_optim.state else None
-                step = grad + self.w_weight_decay * w
-                if buf is not None:
-                    step += self.w_momentum * buf
-                w_virtual.append(w - xi * step)
-        return w_virtual
+        grads = self._grad(trn_X, trn_y, self.weights)
+        weights = [w.detach() for w in self.weights]
+        steps = torch._foreach_add(grads, weights, alpha=self.w_weight_decay)
+        moving = [(step, w_optim.state[w]) for step, w in zip(steps, self.weights) if w in w_optim.state]
+        moving = [
+            (step, state["momentum_buffer"]) for step, state in moving if state.get("momentum_buffer") is not None
+        ]
+        if moving:
+            torch._foreach_add_(*map(list, zip(*moving)), alpha=self.w_momentum)
+        return torch._foreach_add(weights, steps, alpha=-xi)
 
     def unrolled_backward(self, trn_X, trn_y, val_X, val_y, xi, w_optim):
         """Eq. 6: set every alpha.grad to grad_a L_V(w', a) - xi * H. Returns L_V(w', a), a scalar.
 
         With xi = 0, w' is w and this is the first-order approximation: one backward pass of L_V at (w, a).
         """
-        weights, alphas = list(self.net.weights()), list(self.net.alphas())
+        alphas = self.alphas
         if xi == 0:
             dalpha, loss = self._grad(val_X, val_y, alphas, with_loss=True)
         else:
             w_virtual = self.virtual_step(trn_X, trn_y, xi, w_optim)
             with self._weights_at(w_virtual):
-                grads, loss = self._grad(val_X, val_y, alphas + weights, with_loss=True)
+                grads, loss = self._grad(val_X, val_y, alphas + self.weights, with_loss=True)
             dalpha, d = grads[: len(alphas)], grads[len(alphas) :]
             hessian = self.compute_hessian(d, trn_X, trn_y)
             dalpha = [da - xi * h for da, h in zip(dalpha, hessian)]
@@ -63,25 +65,28 @@ class Architect:
         approximation of d2 L_T / (da dw) . d, which is zero where d is. Always at full precision: in bf16 the
         difference of two gradients that lie so near each other would be rounding noise.
         """
-        alphas = list(self.net.alphas())
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in dw]))
+        alphas = self.alphas
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dw)))
         if norm == 0:
             return [torch.zeros_like(alpha) for alpha in alphas]
         eps = self.eps_scale / norm
-        weights = [w.detach() for w in self.net.weights()]
-        shifts = [eps * d for d in dw]
+        weights = [w.detach() for w in self.weights]
+        shifts = torch._foreach_mul(dw, eps)
         with torch.autocast(trn_X.device.type, enabled=False):
-            with self._weights_at([w + shift for w, shift in zip(weights, shifts)]):
+            with self._weights_at(torch._foreach_add(weights, shifts)):
                 dalpha_pos = self._grad(trn_X, trn_y, alphas)
-            with self._weights_at([w - shift for w, shift in zip(weights, shifts)]):
+            with self._weights_at(torch._foreach_sub(weights, shifts)):
                 dalpha_neg = self._grad(trn_X, trn_y, alphas)
         return [(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)]
 
     def _grad(self, X, y, wrt, with_loss=False):
-        """Gradients of the loss at a batch with respect to `wrt`, zeros where it does not depend on them."""
-        with frozen_statistics(self.net):
+        """Gradients of the loss at a batch with respect to `wrt`, zeros where it does not depend on them.
+
+        Other parameters are set not to need any meanwhile, so that nothing is computed or kept for them.
+        """
+        with frozen_statistics(self.net), _only_requiring_grad(self.alphas + self.weights, wrt):
             loss = self.net.loss(X, y)
-        grads = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
         return (grads, loss.detach()) if with_loss else grads
 
     @contextlib.contextmanager
@@ -90,7 +95,7 @@ class Architect:
 
         Autocast keeps the bf16 casts of weights until its outermost context ends, so they are dropped at each change.
         """
-        weights = [w.detach() for w in self.net.weights()]
+        weights = [w.detach() for w in self.weights]
         saved = [w.clone() for w in weights]
         try:
             torch._foreach_copy_(weights, values)
@@ -102,13 +107,14 @@ class Architect:
 
 
 @contextlib.contextmanager
-def frozen_statistics(net):
-    """Let normalisation layers use the batch's statistics as they do in training, without recording them."""
-    tracking = [module for module in net.modules() if getattr(module, "track_running_stats", False)]
+def _only_requiring_grad(parameters, wrt):
+    """Let no others of the parameters require a gradient."""
+    wanted = set(map(id, wrt))
+    others = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in wanted]
     try:
-        for module in tracking:
-            module.track_running_stats = False
+        for parameter in others:
+            parameter.requires_grad_(False)
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for parameter in others:
+            parameter.requires_grad_(True)

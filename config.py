@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_sets import DATASETS
 from errors import OneLineParser, UserError
+from models.search_cells import EXECUTIONS
 
 CONFIG_FILE = "config.json"  # in a run's folder
 LARGEST = 2**31 - 1  # number that any option takes
@@ -173,6 +174,13 @@ class SearchConfig(_Config):
         group.add_argument("--layers", type=positive_int, default=8, metavar="N", help="cells")
         group.add_argument("--init-channels", type=positive_int, default=16, metavar="C", help="of the first cells")
         group.add_argument("--nodes", type=positive_int, default=4, metavar="N", help="nodes of a cell")
+        group.add_argument(
+            "--execution", default="fused", choices=EXECUTIONS,
+            help="of the cells: all edges together, or an operation at a time, which is the definition",
+        )  # fmt: skip
+        group.add_argument(
+            "--recompute", action="store_true", help="run each cell forward twice, to keep less than half the memory"
+        )
 
         group = parser.add_argument_group("search")
         group.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="epochs")

@@ -37,7 +37,10 @@ def main():
     eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **loading)
 
     torch.manual_seed(config.seed)
-    net = SearchCNN(channels, config.init_channels, n_classes, config.layers, nn.CrossEntropyLoss(), config.nodes)
+    net = SearchCNN(
+        channels, config.init_channels, n_classes, config.layers, nn.CrossEntropyLoss(), config.nodes,
+        execution=config.execution, recompute=config.recompute,
+    )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
     w_optim = torch.optim.SGD(
         net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay

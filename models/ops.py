@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.depthwise import DepthwiseConv2d, every_second, is_channels_last_on_cpu
+
 # name -> f(C, stride, affine): an operation that keeps C channels and leaves ceil(size / stride) pixels a side
 OPS = {
     "max_pool_3x3": lambda C, stride, affine: PoolBN("max", C, 3, stride, 1, affine),
@@ -105,7 +107,7 @@ class DilConv(nn.Sequential):
     def __init__(self, C_in, C_out, kernel_size, stride, padding, dilation, affine=True):
         super().__init__(
             nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False),
+            DepthwiseConv2d(C_in, kernel_size, stride, padding, dilation),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
@@ -158,6 +160,9 @@ class FactorizedReduce(nn.Module):
     def forward(self, x):
         x = self.relu(x)
         height, width = x.shape[2:]
+        if is_channels_last_on_cpu(x):  # the same, several times faster in training
+            even, odd = every_second(x), F.pad(every_second(x, 1), (0, width % 2, 0, height % 2))
+            return self.bn(torch.cat([F.conv2d(even, self.conv1.weight), F.conv2d(odd, self.conv2.weight)], dim=1))
         shifted = F.pad(x, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
         return self.bn(torch.cat([self.conv1(x), self.conv2(shifted)], dim=1))
 

@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 
+from models import fused_cell
 from models.ops import FactorizedReduce, MixedOp, StdConv
+
+EXECUTIONS = ("fused", "plain")
 
 
 def cell_inputs(C_pp, C_p, C, reduction_p, affine):
@@ -20,11 +23,15 @@ class SearchCell(nn.Module):
 
     C_pp, C_p: channels of the outputs of the cell before the previous one and of the previous one; C: channels of each
     node; reduction_p: the previous cell halved the size; reduction: this one does, its edges from the inputs having
-    stride 2.
+    stride 2; execution: `plain`, an operation at a time, which is the definition, or `fused`, the same sum from the
+    same modules by `models.fused_cell`. Raises ValueError for any other.
     """
 
-    def __init__(self, n_nodes, C_pp, C_p, C, reduction_p, reduction):
+    def __init__(self, n_nodes, C_pp, C_p, C, reduction_p, reduction, execution="fused"):
         super().__init__()
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {execution!r}")
+        self.execution = execution
         self.preproc0, self.preproc1 = cell_inputs(C_pp, C_p, C, reduction_p, affine=False)
         self.dag = nn.ModuleList(
             nn.ModuleList(MixedOp(C, 2 if reduction and source < 2 else 1) for source in range(i + 2))
@@ -34,10 +41,16 @@ class SearchCell(nn.Module):
     def forward(self, s0, s1, w_dag):
         """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, 8).
 
-        Returns the nodes' concatenation, (N, n_nodes * C, H, W). This execution, an operation at a time, is the
-        definition of the cell.
+        Returns the nodes' concatenation, (N, n_nodes * C, H, W).
         """
-        states = [self.preproc0(s0), self.preproc1(s1)]
-        for edges, weights in zip(self.dag, w_dag):
-            states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights)))
-        return torch.cat(states[2:], dim=1)
+        s0, s1 = self.preproc0(s0), self.preproc1(s1)
+        nodes = plain_nodes if self.execution == "plain" else fused_cell.nodes
+        return torch.cat(nodes(self.dag, s0, s1, w_dag), dim=1)
+
+
+def plain_nodes(dag, s0, s1, w_dag):
+    """The nodes of a search cell, an operation at a time; see `fused_cell.nodes`."""
+    states = [s0, s1]
+    for edges, weights in zip(dag, w_dag):
+        states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights)))
+    return states[2:]

@@ -1,10 +1,12 @@
 """The network of the search: stacked search cells, and the architecture parameters alpha that they share."""
 
+import contextlib
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from genotypes import Genotype, parse
 from models.ops import PRIMITIVES
@@ -30,17 +32,23 @@ class SearchCNN(nn.Module):
     logits; n_layers: cells; criterion: f(logits, y) -> loss; n_nodes: nodes of a cell; stem_multiplier: the stem has
     stem_multiplier * C channels. Images of 8x8 pixels and up, any size.
 
+    execution: of the cells, `fused` or `plain` (see `SearchCell`), the same numbers; recompute: keep nothing within a
+    cell for the backward pass, which then runs it forward once more.
+
     `alpha_normal` and `alpha_reduce` hold node i's edges in a tensor of shape (i + 2, len(PRIMITIVES)).
     Raises ValueError where a number is below 1.
     """
 
-    def __init__(self, C_in, C, n_classes, n_layers, criterion, n_nodes=4, stem_multiplier=3):
+    def __init__(
+        self, C_in, C, n_classes, n_layers, criterion, n_nodes=4, stem_multiplier=3, execution="fused", recompute=False
+    ):  # fmt: skip
         super().__init__()
         check_positive(
             C_in=C_in, C=C, n_classes=n_classes, n_layers=n_layers, n_nodes=n_nodes, stem_multiplier=stem_multiplier
         )
         self.criterion = criterion
         self.n_nodes = n_nodes
+        self.recompute = recompute
         self.alpha_normal, self.alpha_reduce = (
             nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2, len(PRIMITIVES))) for i in range(n_nodes))
             for _ in range(2)
@@ -53,7 +61,7 @@ class SearchCNN(nn.Module):
         C_pp, C_p, reduction_p = C_cur, C_cur, False
         for reduction in self.reductions:
             C = 2 * C if reduction else C
-            self.cells.append(SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction))
+            self.cells.append(SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction, execution))
             C_pp, C_p, reduction_p = C_p, n_nodes * C, reduction
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(C_p, n_classes)
@@ -63,8 +71,17 @@ class SearchCNN(nn.Module):
         weights = {False: softmax(self.alpha_normal), True: softmax(self.alpha_reduce)}
         s0 = s1 = self.stem(x)
         for cell, reduction in zip(self.cells, self.reductions):
-            s0, s1 = s1, cell(s0, s1, weights[reduction])
+            s0, s1 = s1, self._run(cell, s0, s1, weights[reduction])
         return self.linear(self.gap(s1).flatten(1))
+
+    def _run(self, cell, *inputs):
+        if not (self.recompute and torch.is_grad_enabled()):
+            return cell(*inputs)
+
+        def contexts():
+            return contextlib.nullcontext(), _unmoved_statistics(cell)
+
+        return checkpoint(cell, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def loss(self, X, y):
         """The criterion at a batch: L_T or L_V of the paper, whichever half the batch is from."""
@@ -85,6 +102,38 @@ class SearchCNN(nn.Module):
         concat = range(2, 2 + self.n_nodes)
         normal, reduce = (parse(softmax(alpha), k=2) for alpha in (self.alpha_normal, self.alpha_reduce))
         return Genotype(normal, concat, reduce, concat)
+
+
+def _tracking(net):
+    return [module for module in net.modules() if vars(module).get("track_running_stats")]
+
+
+@contextlib.contextmanager
+def frozen_statistics(net):
+    """Let normalisation layers use the batch's statistics as they do in training, without recording them."""
+    tracking = _tracking(net)
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+@contextlib.contextmanager
+def _unmoved_statistics(net):
+    """Record running statistics with momentum 0: the same computation again, which moves none."""
+    tracking = _tracking(net)
+    before = [(module.momentum, module.num_batches_tracked.clone()) for module in tracking]
+    try:
+        for module in tracking:
+            module.momentum = 0.0
+        yield
+    finally:
+        for module, (momentum, count) in zip(tracking, before):
+            module.momentum = momentum
+            module.num_batches_tracked.copy_(count)
 
 
 def softmax(alpha):

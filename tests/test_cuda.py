@@ -38,6 +38,16 @@ def test_a_second_order_step_is_the_same_as_on_the_cpu(device):
             assert torch.allclose(a, b, rtol=1e-8, atol=1e-11)
 
 
+def test_the_fused_cells_are_the_plain_ones_on_cuda():
+    found = {}
+    for execution in ("fused", "plain"):
+        net = small_net(n_nodes=4, C=4, execution=execution).cuda()
+        net.loss(*(t.cuda() for t in batch())).backward()
+        found[execution] = [p.grad for p in net.parameters()] + list(net.buffers())
+    for a, b in zip(found["fused"], found["plain"]):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-8, atol=1e-11)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_is_the_same_as_on_the_cpu(name, stride):

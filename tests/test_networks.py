@@ -160,3 +160,17 @@ def test_augment_cell_concatenates_the_named_nodes_and_feeds_sources():
     s0, s1 = torch.randn(1, 2, 5, 5), torch.randn(1, 2, 5, 5)
     expected = torch.cat([cell.preproc0(s0), cell.preproc1(s1)], dim=1)  # node 4 is input 0, node 3 is input 1
     assert torch.equal(cell(s0, s1), expected)
+
+
+@pytest.mark.parametrize("size", [8, 13, 16])
+def test_augment_network_gives_the_same_channels_last(size):
+    # where depthwise convolutions and FactorizedReduce have code of their own on the CPU
+    found = {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = AugmentCNN(size, 1, 4, 3, 4, True, DARTS_V2).double().to(memory_format=memory_format)
+        logits, aux_logits = net(batch(size=size)[0].to(memory_format=memory_format))
+        (logits.square().sum() + aux_logits.square().sum()).backward()
+        found[memory_format] = [logits, aux_logits, *(p.grad for p in net.parameters()), *net.buffers()]
+    for a, b in zip(*found.values()):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-11)

@@ -1,0 +1,67 @@
+"""Depthwise convolution and its gradients, by every way, against PyTorch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.depthwise import DepthwiseConv2d, channels_last_depthwise, dense_depthwise, every_second
+
+
+def channels_last(x, weight, *geometry):
+    return channels_last_depthwise(x.contiguous(memory_format=torch.channels_last), weight, *geometry)
+
+
+def dense(x, weight, *geometry):
+    return dense_depthwise(x.transpose(0, 1), weight[:, 0], *geometry).transpose(0, 1)
+
+
+def output_and_gradients(function, x, weight):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    z = function(x, weight)
+    towards = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(1))
+    return z, *torch.autograd.grad(z, (x, weight), towards)
+
+
+@pytest.mark.parametrize("way", [channels_last, dense])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 5), (7, 7), (8, 8), (9, 13), (16, 10)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("k", [3, 5, 7])
+def test_every_way_is_pytorchs_convolution(k, dilation, stride, size, way):
+    torch.manual_seed(0)
+    geometry = stride, dilation * (k // 2), dilation
+    for C in (1, 5, 16):
+        x, weight = torch.randn(3, C, *size, dtype=torch.float64), torch.randn(C, 1, k, k, dtype=torch.float64)
+        expected = output_and_gradients(lambda x, w, C=C: F.conv2d(x, w, None, *geometry, C), x, weight)
+        found = output_and_gradients(lambda x, w: way(x, w, *geometry), x, weight)
+        for a, b in zip(found, expected):
+            assert a.shape == b.shape
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", [channels_last, dense])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_gradients_can_be_differentiated(way, dilation):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: way(x, w, 1, 2 * dilation, dilation), (x, weight))
+
+
+def test_the_module_is_the_same_for_both_memory_formats():
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(6, 5, 1, 4, 2).double()
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    assert torch.allclose(conv(x), conv(x.to(memory_format=torch.channels_last)), rtol=1e-12)
+    assert conv.weight.shape == (6, 1, 5, 5)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_second_pixel_and_its_gradient(first):
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    picked = every_second(x, first)
+    assert torch.equal(picked, x[..., first::2, first::2])
+    (gradient,) = torch.autograd.grad(picked.sum(), x)
+    (expected,) = torch.autograd.grad(x[..., first::2, first::2].sum(), x)
+    assert torch.equal(gradient, expected)
+    assert gradient.stride() == x.stride()
