@@ -31,7 +31,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
 
     def forward(self, x):
-        if is_channels_last_on_cpu(x):
+        if is_channels_last_on_cpu(x) and x.shape[1] % 8 == 0:
             return channels_last_depthwise(x, self.weight, self.stride[0], self.padding[0], self.dilation[0])
         return super().forward(x)
 
