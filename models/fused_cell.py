@@ -64,20 +64,16 @@ def nodes(dag, s0, s1, w_dag):
     return states[2:]
 
 
-def pays(x):
-    """Whether states like x are run faster than plainly: on the CPU not those of a few pixels or channels."""
-    return x.device.type != "cpu" or (x.shape[2:].numel() > FEW_PIXELS and x.shape[1] % 8 == 0)
-
-
 def choose_path(x):
     """How the edges from states like x run.
 
-    On CUDA a launch is dear and its kernels like large tensors: all edges at once. On the CPU edge by edge, since what
-    lies in the cache is used again, and channels-last, the only layout for which oneDNN's depthwise convolutions are
-    fast. `BATCHED_DENSE` is faster there for images of a few pixels, but its last bits differ from run to run, and a
-    search must be reproducible.
+    On CUDA a launch is dear and its kernels like large tensors: all edges at once. So it is on the CPU for images of a
+    few pixels, with the depthwise convolutions as matrices. For others edge by edge, since what lies in the cache is
+    used again, and channels-last, the only layout for which oneDNN's depthwise convolutions are fast.
     """
-    return EDGE_BY_EDGE if x.device.type == "cpu" else BATCHED
+    if x.device.type != "cpu":
+        return BATCHED
+    return BATCHED_DENSE if x.shape[2:].numel() <= FEW_PIXELS and x.numel() <= 2**17 else EDGE_BY_EDGE
 
 
 class _Path:
@@ -133,7 +129,7 @@ class _Path:
                 columns.append(column)
                 terms.append(x)
             elif kind == "pool":
-                pooled = self._outside(ops[0][0], x)
+                pooled = self._outside(_pooling(ops[0][0]), x)
                 bns = [op[1] for op in ops]
                 if bns[0].training:  # the statistics are the same for all edges of a source
                     columns.append(column)
@@ -331,6 +327,35 @@ def _differentiable_backward(ctx, gs, w, M, zs):
     grads = dict(zip(wanted, found))
     dbases = gs if len(wants) > len(inputs) else []
     return None, None, *(grads.get(i) for i in range(len(inputs))), *dbases
+
+
+def _pooling(pool):
+    """The pooling of a module, as a function that keeps less for the gradient."""
+    if type(pool) is not nn.MaxPool2d or pool.ceil_mode:
+        return pool
+    return lambda x: _MaxPool.apply(x, *map(_pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation)))
+
+
+def _pair(size):
+    return list(size) if isinstance(size, tuple) else [size, size]
+
+
+class _MaxPool(torch.autograd.Function):
+    """`F.max_pool2d`, keeping in 16 bits where each maximum was, instead of the input and 64 bits."""
+
+    @staticmethod
+    def forward(ctx, x, *geometry):
+        y, places = F.max_pool2d(x, *geometry, return_indices=True)
+        ctx.save_for_backward(places.short() if x.shape[2:].numel() < 2**15 else places)
+        ctx.geometry, ctx.like = geometry, (x.shape, x.stride())
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (places,) = ctx.saved_tensors
+        shape_of_x = g.new_empty_strided(*ctx.like)  # its values are not read
+        gradient = torch.ops.aten.max_pool2d_with_indices_backward
+        return gradient(g, shape_of_x, *ctx.geometry, False, places.long()), None, None, None, None
 
 
 class _DenseGradient(torch.autograd.Function):

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -118,3 +119,16 @@ def test_drop_path_does_nothing_in_eval_or_at_zero():
 def test_drop_path_refuses_probabilities_that_leave_nothing(p):
     with pytest.raises(ValueError, match="drop_prob"):
         drop_path_(torch.ones(1, 1, 1, 1), p, training=True)
+
+
+@pytest.mark.parametrize("C", [2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_factorized_reduce_has_right_weight_gradients_in_float32(C, memory_format):
+    exact = FactorizedReduce(C, 2 * C, affine=False).double()
+    op = copy.deepcopy(exact).float().to(memory_format=memory_format)
+    x = torch.randn(16, C, 8, 8)
+    g = torch.randn(16, 2 * C, 4, 4)
+    expected = torch.autograd.grad(exact(x.double()), list(exact.parameters()), g.double())
+    found = torch.autograd.grad(op(x.to(memory_format=memory_format)), list(op.parameters()), g)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
