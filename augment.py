@@ -14,7 +14,7 @@ from data_sets import Loader
 from errors import UserError, user_errors_in_one_line
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
-from runs import Meters, Run, one_line
+from runs import Meters, Run, one_line, seed_generators
 from utils import cosine_lr, get_data, param_size
 
 
@@ -28,6 +28,7 @@ def main():
     size, channels, n_classes, trn_data, val_data = get_data(
         config.dataset, config.data_path, config.cutout_length, validation=True,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
+        skip_bad_images=config.skip_bad_images,
     )  # fmt: skip
     if config.aux_weight > 0 and config.batch_size < 2:
         raise UserError("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
@@ -35,7 +36,7 @@ def main():
     trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)
 
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     net = AugmentCNN(
         size, channels, config.init_channels, n_classes, config.layers, config.aux_weight > 0, genotype
     )  # fmt: skip
@@ -44,13 +45,9 @@ def main():
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
     keeps = {"net": net, "optim": optim}
-    done, top1, best_top1 = 0, 0.0, 0.0
-    checkpoint = run.start()
-    if checkpoint:
-        run.restore(checkpoint, keeps)
-        done = checkpoint["epoch"]
-        top1, best_top1 = (checkpoint["results"][name] for name in ("top1", "best_top1"))
-    scheduler = cosine_lr(optim, config.epochs, done=done)
+    run.start(keeps, top1=0.0, best_top1=0.0, genotype=config.genotype)
+    results = run.results
+    scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
     run.log(
         f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
         f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
@@ -58,16 +55,19 @@ def main():
     )
 
     with run.interruptible():
-        for epoch in range(done + 1, config.epochs + 1):
+        for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
-            train(epoch, run, net, criterion, trn_loader, optim)
+            if not run.trained:
+                train(epoch, run, net, criterion, trn_loader, optim)
             top1 = validate(epoch, run, net, criterion, val_loader)
             scheduler.step()
-            is_best, best_top1 = epoch == 1 or top1 > best_top1, max(top1, best_top1)
-            run.save(keeps, is_best, epoch, top1=top1, best_top1=best_top1, genotype=config.genotype)
+            is_best = epoch == 1 or top1 > results["best_top1"]
+            results |= {"top1": top1, "best_top1": max(top1, results["best_top1"])}
+            run.end_epoch(is_best)
 
+    top1 = results["top1"]
     run.finish(
-        epochs=config.epochs, test_top1=top1, test_error=1 - top1, best_test_top1=best_top1,
+        epochs=config.epochs, test_top1=top1, test_error=1 - top1, best_test_top1=results["best_top1"],
         parameters_M=param_size(net),
     )  # fmt: skip
 
@@ -75,10 +75,10 @@ def main():
 def train(epoch, run, net, criterion, loader, optim):
     """One epoch: the loss, and the auxiliary head's by its weight."""
     config = run.config
-    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train")
+    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", training=True)
 
     net.train()
-    for X, y in meters.watch(loader.epoch(epoch), len(loader)):
+    for X, y in meters.watch(loader.epoch(epoch, meters.first), len(loader)):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
             logits, aux_logits = net(X)
             loss = objective = criterion(logits, y)
@@ -86,7 +86,8 @@ def train(epoch, run, net, criterion, loader, optim):
                 objective = loss + config.aux_weight * criterion(aux_logits, y)
         optim.zero_grad()
         objective.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        run.stop_unless_finite("w", objective, norm, optim.param_groups[0]["lr"], epoch, {"w": loader.samples})
         optim.step()
 
         run.step += 1
@@ -97,6 +98,7 @@ def train(epoch, run, net, criterion, loader, optim):
     meters.finish("train", f"lr {optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
     run.scalar("speed/steps_per_second", 1 / meters.seconds_a_step)
+    run.after_training(meters, len(loader))
 
 
 @torch.no_grad()

@@ -124,6 +124,10 @@ class _Config:
             "--image-channels", type=int, default=3, choices=(1, 3), help="of the data set `folder`: 1 grey, 3 colour"
         )
         group.add_argument(
+            "--skip-bad-images", action="store_true",
+            help="of the data set `folder`: read all first, and leave out those that cannot be read",
+        )  # fmt: skip
+        group.add_argument(
             "--workers", type=natural, default=2, metavar="N", help="processes that load images; 0: none"
         )
 
@@ -135,8 +139,12 @@ class _Config:
         group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds, if any")
         group.add_argument(
             "--resume", metavar="RUN",
-            help="go on after the last finished epoch of the run in this folder, with its options; "
+            help="go on with the run in this folder (or from a checkpoint in it), with its options; "
             + ", ".join(f"--{_option(name)}" for name in MAY_CHANGE) + " may be given anew",
+        )  # fmt: skip
+        group.add_argument(
+            "--checkpoint-minutes", type=nonnegative, default=10.0, metavar="MIN",
+            help="save within an epoch too, this often; 0: after every step",
         )  # fmt: skip
         group.add_argument("--seed", type=natural, default=2, metavar="N", help="of everything that is random")
         group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")

@@ -5,7 +5,11 @@ A new data set is one entry in `DATASETS`; the tests walk the registry.
 
 import functools
 import math
+import signal
+import struct
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from torchvision import datasets
 from errors import UserError
 
 HELD_OUT = 5  # where a data set has no test images of its own, every fifth image of each class is one
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STATISTICS_IMAGES = 10_000  # mean and std of a larger training set come from that many of its images, evenly spaced
 
 
@@ -61,11 +66,15 @@ def load_digits(path, train, size, channels):
     return *hold_out(source, digits.target.tolist(), train), 10
 
 
-def load_folder(path, train, size, channels):
-    """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, a fixed fifth of train/ is held out."""
+def load_folder(path, train, size, channels, skip_bad_images=False):
+    """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, a fixed fifth of train/ is held out.
+
+    skip_bad_images: read all first, and leave out what cannot be read, with a warning that counts them.
+    """
     root = Path(path)
     loader = functools.partial(open_image, size=size, mode={1: "L", 3: "RGB"}[channels])
-    source = image_folder(root / "train", loader)
+    image_folder = functools.partial(_image_folder, loader=loader, skip_bad_images=skip_bad_images)
+    source = image_folder(root / "train")
     if not (root / "val").is_dir():
         fewest = min(source.classes, key=lambda name: source.targets.count(source.class_to_idx[name]))
         if source.targets.count(source.class_to_idx[fewest]) < HELD_OUT:
@@ -73,14 +82,14 @@ def load_folder(path, train, size, channels):
         return *hold_out(source, source.targets, train), len(source.classes)
     if train:
         return source, source.targets, len(source.classes)
-    held_out = image_folder(root / "val", loader)
+    held_out = image_folder(root / "val")
     if held_out.classes != source.classes:
         differing = sorted(set(held_out.classes) ^ set(source.classes))
         raise UserError(f"{root}: train/ and val/ must hold the same classes; only one has {', '.join(differing)}")
     return held_out, held_out.targets, len(source.classes)
 
 
-def image_folder(root, loader):
+def _image_folder(root, loader, skip_bad_images):
     """torchvision's ImageFolder, with one line for a folder that it cannot use."""
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist; --data-path must name a folder that holds train/CLASS/*")
@@ -90,19 +99,45 @@ def image_folder(root, loader):
         raise UserError(f"image folder {root} must hold a folder of images for each class: {error}") from None
     if len(source.classes) < 2:
         raise UserError(f"image folder {root} holds one class, {source.classes[0]}; at least two are needed")
+    if skip_bad_images:
+        _leave_out_unreadable(source, root)
     return source
+
+
+def _leave_out_unreadable(source, root):
+    """Take the images that cannot be read off an ImageFolder."""
+
+    def complaint(sample):
+        try:
+            source.loader(sample[0])
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        complaints = list(pool.map(complaint, source.samples))
+    bad = [text for text in complaints if text]
+    if not bad:
+        return
+    source.samples = source.imgs = [sample for sample, text in zip(source.samples, complaints) if not text]
+    source.targets = [target for _, target in source.samples]
+    empty = [name for name, index in source.class_to_idx.items() if index not in source.targets]
+    if empty:
+        raise UserError(f"{root}: no image of {', '.join(empty)} can be read; the first: {bad[0]}")
+    print(f"warning: {root}: {len(bad)} of {len(complaints)} images left out; the first: {bad[0]}", file=sys.stderr)
 
 
 def open_image(file, size, mode):
     """The image's centre, as a square of `size` pixels a side."""
     try:
         with Image.open(file) as opened:
+            if opened.mode == "F":
+                raise ValueError("its pixels are real numbers, of no known range")
             if opened.mode.startswith("I;16"):  # which `convert` would clip at 255
                 image = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8)).convert(mode)
             else:
                 image = opened.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file}: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {file}: {error}; --skip-bad-images goes on without it") from None
     scale = size / min(image.size)
     if scale != 1:
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
@@ -172,19 +207,22 @@ class Batches(Sampler):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.first = 0  # of the next pass: its epoch, and the batch that it starts with
 
     def __len__(self):
         n = len(self.samples)
         return math.ceil((n - 1 if self.shuffle and self.batch_size > 1 else n) / self.batch_size)
 
     def __iter__(self):
+        for samples in self.of(self.epoch)[self.first :]:
+            yield [(self.epoch, sample) for sample in samples.tolist()]
+
+    def of(self, epoch):
+        """The batches of an epoch, each an array of samples."""
         samples = self.samples
         if self.shuffle:
-            samples = np.random.default_rng([self.seed, self.epoch]).permutation(samples)
-        for batch in range(len(self)):
-            start = batch * self.batch_size
-            yield [(self.epoch, int(sample)) for sample in samples[start : start + self.batch_size]]
+            samples = np.random.default_rng([self.seed, epoch]).permutation(samples)
+        return [samples[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
 
 
 class Loader:
@@ -205,14 +243,19 @@ class Loader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # of its own, so that creating workers draws nothing from the global one
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
 
     def __len__(self):
         return len(self.batches)
 
-    def epoch(self, epoch):
-        """Yield (X, y) on the device: (N, C, H, W) float and (N,) integer tensors."""
-        self.batches.epoch = epoch
+    def samples(self, epoch, batch):
+        """The indices of the images in a batch of an epoch."""
+        return self.batches.of(epoch)[batch]
+
+    def epoch(self, epoch, first=0):
+        """Yield (X, y) on the device, from batch `first` on: (N, C, H, W) float and (N,) integer tensors."""
+        self.batches.epoch, self.batches.first = epoch, first
         try:
             for X, y in self.loader:
                 yield (
@@ -221,6 +264,11 @@ class Loader:
                 )
         except UserError as error:  # a worker's comes with its traceback, the message last
             raise UserError(str(error).splitlines()[-1].removeprefix("errors.UserError: ")) from None
+
+
+def _leave_signals_to_the_main_process(worker):
+    for name in STOPPING:
+        signal.signal(name, signal.SIG_IGN)
 
 
 def pixel_statistics(source):

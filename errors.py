@@ -4,6 +4,13 @@ import argparse
 import contextlib
 import sys
 
+import torch
+
+LESS_MEMORY = {
+    "search.py": "lower --batch-size, --init-channels, --layers or --nodes, or give --recompute or --order first",
+    "augment.py": "lower --batch-size, --init-channels or --layers, or give --amp",
+}
+
 
 class UserError(ValueError):
     """A mistake in the input: an option, a file, a genotype. Scripts print it in one line and exit with 2."""
@@ -14,13 +21,26 @@ def user_errors_in_one_line(program):
     """Turn a `UserError` raised inside into one line on stderr and exit code 2.
 
     So too what the operating system refuses, such as a name too long or a folder without permission: its message names
-    the file. Other exceptions are a programmer's mistake and keep their traceback.
+    the file. Running out of memory says what to lower. Ctrl-C exits with 130. Other exceptions are a programmer's
+    mistake and keep their traceback.
     """
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _exit(program, str(error))
+    except (MemoryError, RuntimeError) as error:
+        # CUDA's has a type of its own, the CPU's allocator has none
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        _exit(program, f"out of memory: {LESS_MEMORY.get(program, '')} ({str(error)[:200]})")
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _exit(program, message):
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 class OneLineParser(argparse.ArgumentParser):

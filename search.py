@@ -16,8 +16,10 @@ from data_sets import Loader, mix, stratified_split
 from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.search_cnn import SearchCNN, softmax
-from runs import Meters, Run, one_line, quote
+from runs import Meters, Run, one_line, quote, seed_generators
 from utils import cosine_lr, get_data, param_size
+
+HISTORY = "history.json"  # in a run's folder: each epoch's genotype and validation accuracy
 
 
 def main():
@@ -29,6 +31,7 @@ def main():
     size, channels, n_classes, data = get_data(
         config.dataset, config.data_path, cutout_length=0, validation=False,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
+        skip_bad_images=config.skip_bad_images,
     )  # fmt: skip
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
     loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
@@ -36,7 +39,7 @@ def main():
     val_loader = Loader(data, alpha_half, **loading | {"seed": mix(config.seed, 1)})
     eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **loading)
 
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     net = SearchCNN(
         channels, config.init_channels, n_classes, config.layers, nn.CrossEntropyLoss(), config.nodes,
         execution=config.execution, recompute=config.recompute,
@@ -51,12 +54,9 @@ def main():
     architect = Architect(net, config.w_momentum, config.w_weight_decay)
 
     keeps = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
-    done, found = 0, {}
-    checkpoint = run.start()
-    if checkpoint:
-        run.restore(checkpoint, keeps)
-        done, found = checkpoint["epoch"], checkpoint["results"]["found"]
-    scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done)
+    run.start(keeps, found={}, history=[])
+    found, history = run.results["found"], run.results["history"]
+    scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, run.epoch)
     chart_edges(run, config.nodes)
     run.log(
         f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
@@ -64,16 +64,18 @@ def main():
     )
 
     with run.interruptible():
-        for epoch in range(done + 1, config.epochs + 1):
-            train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
+        for epoch in range(run.epoch + 1, config.epochs + 1):
+            if not run.trained:
+                train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
             found["last"] = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
+            history.append(found["last"])
             is_best = "best" not in found or top1 > found["best"]["valid_top1"]
             if is_best:
                 found["best"] = found["last"]
-            show(epoch, run, net, found)
-            run.save(keeps, is_best, epoch, found=found)
+            show(epoch, run, net, found, history)
+            run.end_epoch(is_best)
 
     last, best = found["last"], found["best"]
     run.finish(
@@ -89,14 +91,20 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
     config = run.config
     xi = scheduler.get_last_lr()[0] if config.order == "second" else 0.0
     weights = list(net.weights())
-    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train")
+    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", training=True)
     steps = min(len(trn_loader), len(val_loader))
 
+    def stop_unless_finite(phase, loss, gradient_norm):
+        optim = alpha_optim if phase == "alpha" else w_optim
+        batch = {"w": trn_loader.samples, "alpha": val_loader.samples}
+        run.stop_unless_finite(phase, loss, gradient_norm, optim.param_groups[0]["lr"], epoch, batch)
+
     net.train()
-    batches = zip(trn_loader.epoch(epoch), val_loader.epoch(epoch))
+    batches = zip(trn_loader.epoch(epoch, meters.first), val_loader.epoch(epoch, meters.first))
     for (trn_X, trn_y), (val_X, val_y) in meters.watch(batches, steps):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
             val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
+        stop_unless_finite("alpha", val_loss, norm([alpha.grad for alpha in architect.alphas]))
         alpha_optim.step()
 
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
@@ -104,7 +112,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
             loss = net.criterion(logits, trn_y)
         w_optim.zero_grad()
         loss.backward(inputs=weights)
-        nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
+        stop_unless_finite("w", loss, nn.utils.clip_grad_norm_(weights, config.w_grad_clip))
         w_optim.step()
 
         run.step += 1
@@ -117,6 +125,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
     meters.finish("train", f"w_lr {w_optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
     run.scalar("speed/steps_per_second", 1 / meters.seconds_a_step)
+    run.after_training(meters, steps)
 
 
 @torch.no_grad()
@@ -149,7 +158,12 @@ def chart_edges(run, n_nodes):
     )
 
 
-def show(epoch, run, net, found):
+def norm(tensors):
+    """The Euclidean norm of all of them together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def show(epoch, run, net, found, history):
     """The state of the search: softmax weights and genotype in the log, TensorBoard, pictures and genotype.json."""
     genotype = net.genotype()
     for kind, alpha in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
@@ -162,7 +176,9 @@ def show(epoch, run, net, found):
                     run.scalar(alpha_tag(kind, i, source, op), w)
         run.draw(getattr(genotype, kind), f"epoch{epoch:03d}-{kind}", f"cell/{kind}", f"{kind} cell, epoch {epoch}")
     run.log(f"genotype = {genotype}")
-    run.write_json(GENOTYPE_FILE, {which: of | as_lists(from_str(of["string"])) for which, of in found.items()})
+    with run.losing_only(GENOTYPE_FILE):
+        run.write_json(HISTORY, history)
+        run.write_json(GENOTYPE_FILE, {which: of | as_lists(from_str(of["string"])) for which, of in found.items()})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Small helpers of both scripts."""
 
+import functools
+import hashlib
+import io
 import logging
 import math
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -12,29 +16,36 @@ from data_sets import DATASETS, Images, pixel_statistics
 from errors import UserError
 from preproc import data_transforms
 
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
+FORMAT = 2  # of checkpoints
+SEAL = b"sha256 of the file without this comment: "
 
 
-def get_data(dataset, data_path, cutout_length, validation, image_size=None, image_channels=None, seed=0):
+def get_data(
+    dataset, data_path, cutout_length, validation, image_size=None, image_channels=None, seed=0, skip_bad_images=False
+):  # fmt: skip
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
     dataset: a key of `DATASETS`; data_path: its folder; cutout_length: pixels, in training, at most half the image's
     side (16 would leave nothing of 8x8 pixels); image_size (pixels a side) and image_channels (1 or 3): of `folder`'s
-    images, others have their own; seed: of the augmentation. The data are `Images`. Raises UserError where the data set
+    images, others have their own; seed: of the augmentation; skip_bad_images: leave out images of `folder` that cannot
+    be read. The data are `Images`. Raises UserError where the data set
     is unknown or not to be had.
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
     spec = DATASETS[dataset]
     size, channels = spec.size, spec.channels
+    load = spec.load
     if dataset == "folder":
         size, channels = image_size or size, image_channels or channels
-    source, labels, n_classes = spec.load(data_path, True, size, channels)
+        load = functools.partial(load, skip_bad_images=skip_bad_images)
+    source, labels, n_classes = load(data_path, True, size, channels)
     mean_std = spec.mean_std or pixel_statistics(source)
     train, valid = data_transforms(dataset, min(cutout_length, size // 2), size, mean_std)
     data = [size, channels, n_classes, Images(source, labels, train, valid, seed)]
     if validation:
-        source, labels, _ = spec.load(data_path, False, size, channels)
+        source, labels, _ = load(data_path, False, size, channels)
         data.append(Images(source, labels, valid, valid, seed))
     return data
 
@@ -51,10 +62,27 @@ def get_logger(file_path):
         logger.removeHandler(handler)
         handler.close()
     form = logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(file_path, encoding="utf-8")):
+    for handler in (logging.StreamHandler(sys.stdout), _LogFile(file_path, encoding="utf-8")):
         handler.setFormatter(form)
         logger.addHandler(handler)
     return logger
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that on a full disk costs lines, not the run."""
+
+    told = False
+
+    def handleError(self, record):
+        if not self.told:
+            self.told = True
+            print(f"warning: cannot write to {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self):
+        try:
+            super().close()
+        except OSError:
+            self.stream = None
 
 
 def param_size(model):
@@ -104,16 +132,86 @@ def cosine_lr(optim, epochs, lr_min=0.0, done=0):
     return torch.optim.lr_scheduler.LambdaLR(optim, factor, last_epoch=done - 1)
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is cut off or changed."""
+
+
 def save_checkpoint(state, folder, is_best=False):
     """Save tensors and built-in types as checkpoint.pt in the folder, and as best.pt too if `is_best`.
 
-    A file is complete or as it was: each is written beside its place, flushed to disk, and renamed.
+    A file is complete or as it was: each is written beside its place, flushed to disk, and renamed. What checkpoint.pt
+    held before is kept as previous.pt. Each ends with its checksum, which `load_checkpoint` checks and `torch.load`
+    doesn't mind. Raises OSError if a file cannot be written; those that were there stay.
     """
-    for name in [BEST] * is_best + [CHECKPOINT]:  # a run killed between the two does the epoch again
-        path = Path(folder) / name
+    folder, data = Path(folder), _sealed(state)
+    for name in [BEST] * is_best + [CHECKPOINT]:  # a run killed between the two comes here again
+        path = folder / name
         beside = path.with_suffix(".tmp")
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        if name == CHECKPOINT and path.exists():
+            _keep_as(path, folder / PREVIOUS)
         os.replace(beside, path)
+    _flush_names(folder)
+
+
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, onto the CPU; nothing in the file is run.
+
+    Raises DamagedCheckpointError where its checksum is missing or another, UserError where it holds more than tensors and
+    built-in types, FileNotFoundError where there is none.
+    """
+    data = Path(path).read_bytes()
+    body, seal, given = data.rpartition(SEAL)
+    # the seal is the comment of a zip archive, whose length stands before it
+    sealed = seal and hashlib.sha256(body[:-2] + b"\0\0").hexdigest().encode() == given
+    if seal and not sealed:
+        raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        if not data.startswith((b"PK", b"\x80")):  # neither an archive nor a pickle
+            raise DamagedCheckpointError(f"{path} is damaged: it is no checkpoint") from None
+        raise UserError(f"{path} is refused: it holds more than tensors and plain types") from None
+    except Exception:  # damaged files make the reader raise a dozen types, none of them documented
+        raise DamagedCheckpointError(f"{path} cannot be read: it is damaged") from None
+    if not sealed and isinstance(state, dict) and state.get("format") == FORMAT:
+        raise DamagedCheckpointError(f"{path} is damaged: its checksum is missing")
+    return state
+
+
+def _sealed(state):
+    """The bytes of torch.save, a zip archive, with a checksum of them as the archive's comment."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    seal = SEAL + hashlib.sha256(data).hexdigest().encode()
+    return data[:-2] + len(seal).to_bytes(2, "little") + seal  # the last two bytes are the comment's length, 0
+
+
+def _keep_as(path, previous):
+    """Let `previous` name the file too, whatever it named before; where files have one name only, instead."""
+    beside = previous.with_suffix(".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:
+        os.replace(path, previous)
+    else:
+        os.replace(beside, previous)
+
+
+def _flush_names(folder):
+    """Let a folder's renamed files survive a crash of the machine, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -54,7 +54,8 @@ def test_a_search_leaves_all_of_its_folder(searched):
     run = cwd / "runs" / "search" / "digits"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "log.txt", "tb", "plots", "checkpoint.pt", "best.pt", "genotype.json", "summary.json",
+        "config.json", "log.txt", "tb", "plots", "checkpoint.pt", "previous.pt", "best.pt", "genotype.json",
+        "history.json", "summary.json",
     }  # fmt: skip
     assert json.loads((run / "config.json").read_text())["batch_size"] == 256
     pictures = {path.stem for path in (run / "plots").iterdir()}
@@ -124,7 +125,7 @@ def test_the_printed_augment_command_trains_what_was_found(augmented):
 
 def test_checkpoints_hold_tensors_and_built_in_types_only(augmented):
     for path in augmented[0].glob("runs/*/digits/*.pt"):
-        assert torch.load(path, weights_only=True)["format"] == 1
+        assert torch.load(path, weights_only=True)["format"] == 2
 
 
 def state(cwd, name, stage="search"):
