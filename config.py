@@ -30,7 +30,8 @@ def _number(kind, low, high=math.inf, low_open=False, high_open=False):
             number = math.nan
         inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
         if not inside or not number <= LARGEST:
-            raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}, not {text!r}")
+            limit = f" and at most {LARGEST}" if number > LARGEST and high == math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}{limit}, not {text!r}")
         return number
 
     return read

@@ -7,6 +7,7 @@ nodes each concatenates as its output.
 
 import ast
 import json
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def from_str(s):
     Raises GenotypeError (a ValueError) with the place and what is allowed there.
     """
     try:
-        tree = ast.parse(s.strip().replace("\n", " "), mode="eval").body
+        with warnings.catch_warnings(action="ignore"):  # of a strange text's escapes and numbers
+            tree = ast.parse(s.strip().replace("\n", " "), mode="eval").body
     except SyntaxError as error:
         raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {_shorten(s)}") from None
     except (ValueError, RecursionError, MemoryError):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,8 @@ class Run:
             raise UserError(f"the checkpoint in {self.folder} is of another network: {reason}") from None
         self.epoch, self.step, self.seconds_before = (checkpoint[name] for name in ("epoch", "step", "seconds"))
         self.within, self.results = checkpoint["within"], checkpoint["results"]
+        if self.trained:  # the steps before the scheduler's were an earlier process's
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
     def stop_unless_finite(self, phase, loss, gradient_norm, lr, epoch, batch):
         """Raise UserError, and leave the batch's samples in fault.json, if the loss or the gradient is not finite.
@@ -269,8 +272,8 @@ class Run:
             self.write_json(FAULT, about | {"loss": str(loss), "gradient_norm": str(norm), "samples": samples})
         raise UserError(
             f"step {self.step + 1}, phase {phase}: loss {loss:.4g} and gradient norm {norm:.4g} are not both finite, "
-            f"at learning rate {lr:.4g}; weights and alphas are as they were, the batch is in {self.folder / FAULT}, the "
-            f"checkpoints in {self.folder} are from before"
+            f"at learning rate {lr:.4g}; weights and alphas are as they were, the batch is in {self.folder / FAULT}, "
+            f"the checkpoints in {self.folder} are from before"
         )
 
     def finish(self, **results):
@@ -359,6 +362,8 @@ class Run:
                 raise UserError(
                     f"{path} is not a checkpoint that this program wrote: {name} is missing or no {kind.__name__}"
                 )
+        if checkpoint["within"].keys() != BETWEEN_EPOCHS.keys():
+            raise UserError(f"{path} is not a checkpoint that this program wrote: its position within the epoch is odd")
         config, given = checkpoint["config"], self.config.as_dict()
         for name in sorted((config.keys() | given.keys()) - set(MAY_CHANGE)):
             if config.get(name) != given.get(name):

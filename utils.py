@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -164,19 +165,19 @@ def save_checkpoint(state, folder, is_best=False):
 def load_checkpoint(path):
     """Read what `save_checkpoint` wrote, onto the CPU; nothing in the file is run.
 
-    Raises DamagedCheckpointError where its checksum is missing or another, UserError where it holds more than tensors and
-    built-in types, FileNotFoundError where there is none.
+    Raises DamagedCheckpointError where its checksum is missing or another, UserError where it holds more than tensors
+    and built-in types, FileNotFoundError where there is none.
     """
     data = Path(path).read_bytes()
-    body, seal, given = data.rpartition(SEAL)
-    # the seal is the comment of a zip archive, whose length stands before it
-    sealed = seal and hashlib.sha256(body[:-2] + b"\0\0").hexdigest().encode() == given
+    body, seal, _ = data.rpartition(SEAL)
+    sealed = seal and data == _seal(body[:-2] + b"\0\0")
     if seal and not sealed:
         raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        if not data.startswith((b"PK", b"\x80")):  # neither an archive nor a pickle
+        if not data.startswith((b"PK\x03\x04", b"\x80")):  # neither an archive nor a pickle
             raise DamagedCheckpointError(f"{path} is damaged: it is no checkpoint") from None
         raise UserError(f"{path} is refused: it holds more than tensors and plain types") from None
     except Exception:  # damaged files make the reader raise a dozen types, none of them documented
@@ -187,12 +188,16 @@ def load_checkpoint(path):
 
 
 def _sealed(state):
-    """The bytes of torch.save, a zip archive, with a checksum of them as the archive's comment."""
+    """The bytes of torch.save, with their checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
-    seal = SEAL + hashlib.sha256(data).hexdigest().encode()
-    return data[:-2] + len(seal).to_bytes(2, "little") + seal  # the last two bytes are the comment's length, 0
+    return _seal(buffer.getvalue())
+
+
+def _seal(archive):
+    """A zip archive with its checksum as its comment, whose length, until then 0, is the archive's last two bytes."""
+    seal = SEAL + hashlib.sha256(archive).hexdigest().encode()
+    return archive[:-2] + len(seal).to_bytes(2, "little") + seal
 
 
 def _keep_as(path, previous):

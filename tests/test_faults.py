@@ -1,0 +1,364 @@
+"""Nothing is lost and nobody's code run: kills, damaged files, signals, full disks, bad images, fuzzed input."""
+
+import errno
+import json
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from benchmarks.faults import differences, outcome
+from config import SearchConfig
+from errors import UserError, user_errors_in_one_line
+from genotypes import DARTS_V1, DARTS_V2, GenotypeError, from_str
+from runs import Run
+from utils import DamagedCheckpointError, load_checkpoint, save_checkpoint
+
+SMALL = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0, "--checkpoint-minutes", 0)
+WORDS = {
+    "search": [*SMALL, "--nodes", 1, "--epochs", 3],
+    "augment": [*SMALL, "--genotype", "DARTS_V1", "--epochs", 3],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Runs that nothing happened to: stage -> folder."""
+    cwd = tmp_path_factory.mktemp("alone")
+    for stage, words in WORDS.items():
+        process = run_script(f"{stage}.py", *words, cwd=cwd)
+        assert process.returncode == 0, process.stderr
+    return {stage: cwd / "runs" / stage / "digits" for stage in WORDS}
+
+
+def begin(stage, cwd, *words):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / f"{stage}.py", *map(str, [*WORDS[stage], *words])], cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return process, cwd / "runs" / stage / "digits"
+
+
+def wait_for_step(process, run, step):
+    """Until the run's checkpoint is at this step."""
+    while process.poll() is None:
+        if (run / "checkpoint.pt").exists() and load_checkpoint(run / "checkpoint.pt")["step"] >= step:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", WORDS)
+def test_killed_runs_end_as_those_left_alone(stage, tmp_path):
+    words = ("--stages", stage, "--runs", 1, "--kills", 3)
+    process = run_script("benchmarks/faults.py", *words, cwd=tmp_path, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "1 of 1 runs identical" in process.stdout
+
+
+@pytest.mark.parametrize("stage", WORDS)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signals_finish_the_step_and_save(stage, name, alone, tmp_path):
+    number = getattr(signal, name)
+    process, run = begin(stage, tmp_path)
+    wait_for_step(process, run, 1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert err == ""
+    assert f"--resume runs/{stage}/digits" in out
+    assert 1 <= load_checkpoint(run / "checkpoint.pt")["step"] < load_checkpoint(alone[stage] / "checkpoint.pt")["step"]
+    assert run_script(f"{stage}.py", "--resume", run, "--workers", 1, cwd=tmp_path).returncode == 0
+    assert differences(outcome(alone[stage]), outcome(run)) == []
+
+
+def test_a_second_interrupt_stops_at_once_and_damages_nothing(tmp_path):
+    process, run = begin("search", tmp_path, "--checkpoint-minutes", 10)
+    wait_for_step(process, run, 0)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert load_checkpoint(run / "checkpoint.pt")["epoch"] == 0
+
+
+@pytest.fixture
+def saved(alone, tmp_path):
+    """A copy of a search's folder, its checkpoint and the one before."""
+    shutil.copytree(alone["search"], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def damaged_files(data):
+    chance = random.Random(0)
+    for length in [*range(5), *(chance.randrange(len(data)) for _ in range(100)), len(data) - 1]:
+        yield data[:length]
+    for _ in range(100):
+        changed = bytearray(data)
+        changed[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        yield bytes(changed)
+    for n in (2, 10, 100):
+        changed = bytearray(data)
+        for _ in range(n):
+            changed[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        yield bytes(changed)
+    for place in range(1, 120):  # the checksum itself, and the archive's directory
+        changed = bytearray(data)
+        changed[-place] ^= 1
+        yield bytes(changed)
+
+
+def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_used(saved):
+    path, before = saved / "checkpoint.pt", load_checkpoint(saved / "previous.pt")
+    run = Run(SearchConfig(["--resume", str(saved)]))
+    assert run._load()[0]["epoch"] > before["epoch"]
+    assert run._load()[1] is None
+    for data in damaged_files(path.read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(DamagedCheckpointError):
+            load_checkpoint(path)
+        found, warning = run._load()
+        assert found["epoch"] == before["epoch"]
+        assert "checkpoint.pt" in warning
+        assert "previous.pt" in warning
+    (saved / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no other"):
+        run._load()
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_ends_as_it_did(saved, alone):
+    with open(saved / "checkpoint.pt", "r+b") as file:
+        file.truncate(1000)
+    process = run_script("search.py", "--resume", saved, cwd=saved.parent)
+    assert process.returncode == 0
+    assert process.stderr.startswith("warning: ")
+    assert len(process.stderr.splitlines()) == 1
+    assert differences(outcome(alone["search"]), outcome(saved)) == []
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("how", ["torch.save", "sealed", "pickle"])
+def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
+    state = load_checkpoint(saved / "checkpoint.pt") | {"results": RunsCode(tmp_path / "ran")}
+    path = saved / "checkpoint.pt"
+    if how == "sealed":
+        save_checkpoint(state, saved)
+    elif how == "torch.save":
+        torch.save(state, path)
+    else:
+        path.write_bytes(pickle.dumps({"format": RunsCode(tmp_path / "ran")}))
+    assert_one_line_error(run_script("search.py", "--resume", saved, cwd=tmp_path), "checkpoint.pt", "plain types")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved):
+    state = load_checkpoint(saved / "checkpoint.pt")
+    for changes, mentions in (
+        ({"format": 99}, ["format 99", "2"]),
+        ({"stage": "augment"}, ["stage 'augment'"]),
+        ({"config": state["config"] | {"init_channels": 4}}, ["init_channels 4"]),
+        ({"keeps": {}}, ["net"]),
+        ({"keeps": state["keeps"] | {"net": {}}}, ["another network", "stem"]),
+        ({"random": {}}, ["cpu"]),
+        ({"within": {}}, ["within"]),
+    ):
+        save_checkpoint(state | changes, saved)
+        process = run_script("search.py", "--resume", saved, cwd=saved.parent)
+        assert_one_line_error(process, *mentions)
+
+
+def test_a_file_without_a_seal_is_taken_for_no_checkpoint_of_ours(saved):
+    torch.save(load_checkpoint(saved / "checkpoint.pt"), saved / "checkpoint.pt")
+    with pytest.raises(DamagedCheckpointError, match="checksum is missing"):
+        load_checkpoint(saved / "checkpoint.pt")
+
+
+def test_a_run_killed_before_it_saved_anything_starts_when_resumed(alone, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(alone["search"] / "config.json", run)
+    process = run_script("search.py", "--resume", run, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert differences(outcome(alone["search"]), outcome(run)) == []
+
+
+@pytest.mark.parametrize(("stage", "words", "phase"), [
+    ("search", ["--w-lr", 2e9], "alpha"),
+    ("search", ["--w-lr", 2e9, "--order", "first"], "alpha"),
+    ("augment", ["--lr", 2e9], "w"),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_stop_the_run_before_they_spoil_it(stage, words, phase, tmp_path):
+    process = run_script(f"{stage}.py", *WORDS[stage], *words, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    complaint = process.stderr.splitlines()[-1]
+    assert all(mention in complaint for mention in (f"phase {phase}", "learning rate", "not both finite"))
+    run = tmp_path / "runs" / stage / "digits"
+    fault = json.loads((run / "fault.json").read_text())
+    state = load_checkpoint(run / "checkpoint.pt")
+    assert fault["step"] == state["step"] + 1
+    assert fault["phase"] == phase
+    assert all(len(samples) > 1 for samples in fault["samples"].values())
+    # running variances may be infinite: they are recorded while the loss is found out
+    assert all(t.isfinite().all() for name, t in state["keeps"]["net"].items() if "running" not in name)
+
+
+def test_without_room_a_run_does_not_begin(tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "search.py", *map(str, WORDS["search"])], cwd=tmp_path, check=False,
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2),
+    )  # fmt: skip
+    assert_one_line_error(process, "cannot write to runs/search/digits")
+    assert not (tmp_path / "runs/search/digits").exists()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no way here to take a running process's disk away")
+@pytest.mark.parametrize("stage", WORDS)
+def test_a_disk_that_fills_up_costs_what_was_being_written(stage, alone, tmp_path):
+    process, run = begin(stage, tmp_path)
+    wait_for_step(process, run, 2)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))  # no file may grow past that
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert "could not be saved" in err
+    load_checkpoint(run / "checkpoint.pt")
+    assert list(run.glob("*.tmp")) == []
+    resumed = run_script(f"{stage}.py", "--resume", run, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(outcome(alone[stage]), outcome(run)) == []
+
+
+def test_a_file_that_cannot_be_written_leaves_the_ones_that_are_there(tmp_path, monkeypatch):
+    save_checkpoint({"step": 1}, tmp_path)
+    save_checkpoint({"step": 2}, tmp_path, is_best=True)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint({"step": 3}, tmp_path, is_best=True)
+    steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"checkpoint.pt": 2, "previous.pt": 1, "best.pt": 2}
+
+
+def test_out_of_memory_says_what_to_lower(capsys):
+    with pytest.raises(SystemExit) as stop, user_errors_in_one_line("search.py"):
+        torch.empty(10**16)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--batch-size" in line
+    assert "--recompute" in line
+
+
+BAD = {
+    "truncated.png": lambda path: path.write_bytes(path.with_name("000.png").read_bytes()[:60]),
+    "empty.png": lambda path: path.touch(),
+    "text.png": lambda path: path.write_text("no image"),
+    "real.tif": lambda path: Image.new("F", (12, 12)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_images_are_named_or_left_out(name, image_folder, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    bad = folder / "train" / "left" / name
+    BAD[name](bad)
+    words = (*WORDS["search"], "--epochs", 1, "--batch-size", 8, "--dataset", "folder", "--data-path", folder,
+             "--image-size", 8)  # fmt: skip
+    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "cannot read the image", name)
+    assert not (tmp_path / "runs").exists()
+    process = run_script("search.py", *words, "--skip-bad-images", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "1 of 25 images left out" in process.stderr
+
+
+def test_a_class_of_bad_images_alone_cannot_be_skipped(image_folder, tmp_path):
+    folder = image_folder(tmp_path / "images", splits=("train",))
+    for path in (folder / "train" / "left").iterdir():
+        path.write_bytes(b"")
+    words = ("--dataset", "folder", "--data-path", folder, "--skip-bad-images")
+    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "no image of left")
+
+
+def test_paths_with_spaces_and_unicode_work(tmp_path):
+    process = run_script("search.py", *WORDS["search"], "--epochs", 1, "--runs-path", "très long/路", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert run_script("search.py", "--resume", "très long/路/search/digits", cwd=tmp_path).returncode == 0
+
+
+def parses_or_is_refused(text):
+    try:
+        genotype = from_str(text)
+    except GenotypeError:
+        return
+    assert from_str(str(genotype)) == genotype
+
+
+TOKENS = [
+    *"()[],='\"- \n\\", "Genotype", "normal", "normal_concat", "reduce", "reduce_concat", "range", "__import__('os')",
+    "'sep_conv_3x3'", "'none'", "0", "1", "2", "9" * 5000, "2e999", "True", "None", "lambda: 0", "*", "**", "f'{1}'",
+    "\0",
+]  # fmt: skip
+
+
+def test_ten_thousand_mutated_genotypes_parse_or_are_refused():
+    chance = random.Random(0)
+    for _ in range(10_000):
+        text = str(chance.choice([DARTS_V1, DARTS_V2]))
+        for _ in range(chance.choice([0, 1, 1, 2, 5, 20])):
+            start = chance.randrange(len(text) + 1)
+            end = start + chance.choice([0, 0, 1, 2, 10])
+            text = text[:start] + chance.choice([*TOKENS, chr(chance.randrange(0x10000))]) + text[end:]
+        parses_or_is_refused(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(TOKENS)).map("".join)))
+def test_any_text_parses_or_is_refused(text):
+    parses_or_is_refused(text)
+
+
+@pytest.mark.parametrize("text", ["(" * 100_000, "[" * 5000 + "]" * 5000, "-" * 100_000, "Genotype(" * 3000, "\ud800"])
+def test_deep_and_broken_texts_are_refused(text):
+    with pytest.raises(GenotypeError):
+        from_str(text)
+
+
+WORDS_OF_OPTIONS = [
+    "--layers", "--epochs", "--w-lr", "--name", "--seed", "--resume", "--checkpoint-minutes", "--bogus", "0", "-1",
+    "1e400", "nan", "2", "../x", "é", "",
+]  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(WORDS_OF_OPTIONS), max_size=6))
+def test_any_options_are_read_or_refused(words):
+    try:
+        SearchConfig(words)
+    except UserError:
+        return
+    except SystemExit as stop:
+        code = stop.code
+    else:
+        return
+    assert code == 2
