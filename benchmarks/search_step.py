@@ -92,6 +92,7 @@ def step_of(way, size, order, args):
         nn.utils.clip_grad_norm_(weights, 5.0)
         w_optim.step()
 
+    step.keeps = net, w_optim, alpha_optim
     return step
 
 

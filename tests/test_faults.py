@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import search
 from benchmarks.faults import differences, outcome
 from config import SearchConfig
 from errors import UserError, user_errors_in_one_line
 from genotypes import DARTS_V1, DARTS_V2, GenotypeError, from_str
 from runs import Run
-from utils import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from utils import DamagedCheckpointError, get_data, load_checkpoint, save_checkpoint
 
 SMALL = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0, "--checkpoint-minutes", 0)
 WORDS = {
@@ -169,7 +170,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved):
+def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypatch):
     state = load_checkpoint(saved / "checkpoint.pt")
     for changes, mentions in (
         ({"format": 99}, ["format 99", "2"]),
@@ -181,8 +182,10 @@ def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved):
         ({"within": {}}, ["within"]),
     ):
         save_checkpoint(state | changes, saved)
-        process = run_script("search.py", "--resume", saved, cwd=saved.parent)
-        assert_one_line_error(process, *mentions)
+        monkeypatch.setattr("sys.argv", ["search.py", "--resume", str(saved)])
+        with pytest.raises(UserError) as refusal:
+            search.main()
+        assert all(mention in str(refusal.value) for mention in mentions)
 
 
 def test_a_file_without_a_seal_is_taken_for_no_checkpoint_of_ours(saved):
@@ -279,25 +282,34 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_images_are_named_or_left_out(name, image_folder, tmp_path):
+def test_bad_images_are_named_or_left_out(name, image_folder, tmp_path, capsys):
     folder = image_folder(tmp_path / "images")
-    bad = folder / "train" / "left" / name
-    BAD[name](bad)
+    BAD[name](folder / "train" / "left" / name)
+    with pytest.raises(UserError, match=f"cannot read the image .*{name}.*--skip-bad-images"):
+        get_data("folder", folder, 0, False, image_size=8)
+    *_, data = get_data("folder", folder, 0, False, image_size=8, skip_bad_images=True)
+    assert len(data) == 24
+    assert "1 of 25 images left out" in capsys.readouterr().err
+
+
+def test_a_search_leaves_bad_images_out_when_told_to(image_folder, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    (folder / "train" / "left" / "000.png").write_bytes(b"")
     words = (*WORDS["search"], "--epochs", 1, "--batch-size", 8, "--dataset", "folder", "--data-path", folder,
              "--image-size", 8)  # fmt: skip
-    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "cannot read the image", name)
+    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "cannot read the image", "000.png")
     assert not (tmp_path / "runs").exists()
     process = run_script("search.py", *words, "--skip-bad-images", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "1 of 25 images left out" in process.stderr
+    assert "1 of 24 images left out" in process.stderr
 
 
-def test_a_class_of_bad_images_alone_cannot_be_skipped(image_folder, tmp_path):
-    folder = image_folder(tmp_path / "images", splits=("train",))
+def test_a_class_of_bad_images_alone_cannot_be_skipped(image_folder):
+    folder = image_folder(splits=("train",))
     for path in (folder / "train" / "left").iterdir():
         path.write_bytes(b"")
-    words = ("--dataset", "folder", "--data-path", folder, "--skip-bad-images")
-    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "no image of left")
+    with pytest.raises(UserError, match="no image of left"):
+        get_data("folder", folder, 0, False, skip_bad_images=True)
 
 
 def test_paths_with_spaces_and_unicode_work(tmp_path):

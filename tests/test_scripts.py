@@ -202,42 +202,6 @@ def test_resume_takes_the_options_from_the_run_and_refuses_others(searched):
     assert_one_line_error(run_script("search.py", "--resume", cwd / "nowhere", cwd=cwd), "nowhere")
 
 
-def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(searched, tmp_path):
-    cwd, _ = searched
-    run = tmp_path / "evil"
-    run.mkdir()
-    (run / "config.json").write_text((cwd / "runs/search/digits/config.json").read_text())
-    for content in (
-        {"format": 1, "stage": "search", "net": RunsCode(tmp_path / "ran")},
-        {"format": 1, "stage": "search"},
-    ):
-        torch.save(content, run / "checkpoint.pt")
-        assert_one_line_error(run_script("search.py", "--resume", run, cwd=cwd), "checkpoint.pt")
-    assert not (tmp_path / "ran").exists()
-
-
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_interrupting_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "search.py", *map(str, TINY), "--epochs", "500"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (tmp_path / "runs/search/digits/checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "--resume runs/search/digits" in out
-    assert "Traceback" not in err
-
-
 def test_an_unreadable_image_that_a_worker_meets_is_one_line(image_folder, tmp_path):
     folder = image_folder(tmp_path / "images")
     (folder / "val" / "left" / "003.png").write_bytes(b"\x89PNG")
