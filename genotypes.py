@@ -184,8 +184,10 @@ def resolve(given):
         )
     try:
         string = json.loads(path.read_text())["last"]["string"]
+    except json.JSONDecodeError as error:
+        raise GenotypeError(f"genotype: {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise GenotypeError(f"genotype: {path} is not the genotype.json of a search") from None
+        raise GenotypeError(f"genotype: {path} is not the genotype.json of a search: no last.string in it") from None
     if not isinstance(string, str):
         raise GenotypeError(f"genotype: {path}: last.string must be a string, not {_shorten(string)}")
     return from_str(string)

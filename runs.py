@@ -270,11 +270,13 @@ class Run:
         with self.losing_only(FAULT):
             samples = {name: of(epoch, index).tolist() for name, of in batch.items()}
             self.write_json(FAULT, about | {"loss": str(loss), "gradient_norm": str(norm), "samples": samples})
-        raise UserError(
+        message = (
             f"step {self.step + 1}, phase {phase}: loss {loss:.4g} and gradient norm {norm:.4g} are not both finite, "
             f"at learning rate {lr:.4g}; weights and alphas are as they were, the batch is in {self.folder / FAULT}, "
             f"the checkpoints in {self.folder} are from before"
         )
+        self.log(message)
+        raise UserError(message)
 
     def finish(self, **results):
         """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""

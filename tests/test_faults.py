@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickle
 import random
 import resource
@@ -82,6 +83,22 @@ def test_signals_finish_the_step_and_save(stage, name, alone, tmp_path):
     assert 1 <= load_checkpoint(run / "checkpoint.pt")["step"] < load_checkpoint(alone[stage] / "checkpoint.pt")["step"]
     assert run_script(f"{stage}.py", "--resume", run, "--workers", 1, cwd=tmp_path).returncode == 0
     assert differences(outcome(alone[stage]), outcome(run)) == []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_to_the_whole_group_leave_the_loading_processes_alone(name, alone, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "augment.py", *map(str, WORDS["augment"]), "--workers", "2"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    run = tmp_path / "runs/augment/digits"
+    wait_for_step(process, run, 2)
+    os.killpg(process.pid, getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name), err
+    assert err == ""
+    assert run_script("augment.py", "--resume", run, cwd=tmp_path).returncode == 0
+    assert differences(outcome(alone["augment"]), outcome(run)) == []
 
 
 def test_a_second_interrupt_stops_at_once_and_damages_nothing(tmp_path):
