@@ -24,7 +24,7 @@ demo: setup
 	@echo "the curves         $(BIN)/tensorboard --logdir runs"
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
