@@ -48,8 +48,7 @@ class Architect:
         if xi == 0:
             dalpha, loss = self._grad(val_X, val_y, alphas, with_loss=True)
         else:
-            w_virtual = self.virtual_step(trn_X, trn_y, xi, w_optim)
-            with self._weights_at(w_virtual):
+            with self._weights_at(self.virtual_step(trn_X, trn_y, xi, w_optim)):
                 grads, loss = self._grad(val_X, val_y, alphas + self.weights, with_loss=True)
             dalpha, d = grads[: len(alphas)], grads[len(alphas) :]
             hessian = self.compute_hessian(d, trn_X, trn_y)
@@ -99,6 +98,7 @@ class Architect:
         saved = [w.clone() for w in weights]
         try:
             torch._foreach_copy_(weights, values)
+            del values  # not to be kept through the passes
             torch.clear_autocast_cache()
             yield
         finally:

@@ -3,8 +3,10 @@
 A new data set is one entry in `DATASETS`; the tests walk the registry.
 """
 
+import atexit
 import functools
 import math
+import multiprocessing
 import signal
 import struct
 import sys
@@ -269,6 +271,13 @@ class Loader:
 def _leave_signals_to_the_main_process(worker):
     for name in STOPPING:
         signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """Python waits for its workers at the end, and asks them by SIGTERM, to which these don't listen."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def pixel_statistics(source):

@@ -370,8 +370,9 @@ class Run:
         for name in sorted((config.keys() | given.keys()) - set(MAY_CHANGE)):
             if config.get(name) != given.get(name):
                 raise UserError(f"{path} is of a run with {name} {config.get(name)!r}, not {given.get(name)!r}")
-        if checkpoint["epoch"] + (checkpoint["within"]["batches"] > 0) > self.config.epochs:
-            raise UserError(f"--epochs {self.config.epochs}: {path} has begun more already")
+        begun = checkpoint["epoch"] + (checkpoint["within"]["batches"] > 0)
+        if begun > self.config.epochs:
+            raise UserError(f"--epochs {self.config.epochs}: {path} has begun {begun} already")
 
 
 def quote(text):

@@ -2,14 +2,10 @@
 
 import json
 import shlex
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genotypes import DARTS_V1, PRIMITIVES, from_str
@@ -137,7 +133,7 @@ def assert_same_state(one, other):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
         assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds", "config", "resume", "folder"}:
+        for key in one.keys() - {"seconds", "config", "resume", "folder", "within", "events"}:
             assert_same_state(one[key], other[key])
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other)
@@ -167,31 +163,6 @@ def test_first_order_search_leaves_another_alpha_than_second_order(searched):
     tiny_search(cwd, "--name", "first", "--order", "first")
     alphas = [state(cwd, name)["keeps"]["net"]["alpha_normal.0"] for name in ("digits", "first")]
     assert not torch.equal(*alphas)
-
-
-@pytest.mark.parametrize("stage", ["search", "augment"])
-def test_a_killed_run_resumes_after_its_last_epoch_to_the_same_end(augmented, stage):
-    cwd, _ = augmented
-    words = [*TINY, "--epochs", 2] if stage == "search" else [*TINY_AUGMENT, "--epochs", 2]
-    if stage == "augment":
-        words += ["--genotype", "runs/search/digits"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / f"{stage}.py", *map(str, words), "--name", "killed"], cwd=cwd,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    run = cwd / "runs" / stage / "killed"
-    while not (run / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] == 1  # killed while it still had work
-    resumed = run_script(f"{stage}.py", "--resume", run, "--workers", 1, cwd=cwd)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_state(state(cwd, "digits", stage), state(cwd, "killed", stage))
-    # TensorBoard shows every step once
-    reference, killed = scalars(cwd / "runs" / stage / "digits")[0], scalars(run)[0]
-    assert killed["step/loss"] == reference["step/loss"]
-    assert killed["train/loss"] == reference["train/loss"]
 
 
 def test_resume_takes_the_options_from_the_run_and_refuses_others(searched):
