@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+import distributed
 from models.search_cnn import frozen_statistics
 
 
@@ -12,6 +13,9 @@ class Architect:
 
     net: a module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of the optimizer of
     its weights, so that the virtual step is the step it would take; eps_scale: the length of eq. 7's shift of w.
+
+    On several ranks each method is given the rank's rows, and gives all ranks what the global batch does: a sum over
+    ranks for w', one for d with the alphas' gradient at w', and one for H.
 
     Every method leaves weights, BN statistics and optimizer as they were, to the last bit.
     """
@@ -28,7 +32,7 @@ class Architect:
 
         xi: the weights' learning rate; buf: the momentum buffers of `w_optim`, none before its first step.
         """
-        grads = self._grad(trn_X, trn_y, self.weights)
+        _, *grads = distributed.mean(self._grad(trn_X, trn_y, self.weights), trn_y)
         weights = [w.detach() for w in self.weights]
         steps = torch._foreach_add(grads, weights, alpha=self.w_weight_decay)
         moving = [(step, w_optim.state[w]) for step, w in zip(steps, self.weights) if w in w_optim.state]
@@ -46,10 +50,10 @@ class Architect:
         """
         alphas = self.alphas
         if xi == 0:
-            dalpha, loss = self._grad(val_X, val_y, alphas, with_loss=True)
+            loss, *dalpha = distributed.mean(self._grad(val_X, val_y, alphas), val_y)
         else:
             with self._weights_at(self.virtual_step(trn_X, trn_y, xi, w_optim)):
-                grads, loss = self._grad(val_X, val_y, alphas + self.weights, with_loss=True)
+                loss, *grads = distributed.mean(self._grad(val_X, val_y, alphas + self.weights), val_y)
             dalpha, d = grads[: len(alphas)], grads[len(alphas) :]
             hessian = self.compute_hessian(d, trn_X, trn_y)
             dalpha = [da - xi * h for da, h in zip(dalpha, hessian)]
@@ -73,20 +77,20 @@ class Architect:
         shifts = torch._foreach_mul(dw, eps)
         with torch.autocast(trn_X.device.type, enabled=False):
             with self._weights_at(torch._foreach_add(weights, shifts)):
-                dalpha_pos = self._grad(trn_X, trn_y, alphas)
+                _, *dalpha_pos = self._grad(trn_X, trn_y, alphas)
             with self._weights_at(torch._foreach_sub(weights, shifts)):
-                dalpha_neg = self._grad(trn_X, trn_y, alphas)
-        return [(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)]
+                _, *dalpha_neg = self._grad(trn_X, trn_y, alphas)
+        return distributed.mean([(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)], trn_y)
 
-    def _grad(self, X, y, wrt, with_loss=False):
-        """Gradients of the loss at a batch with respect to `wrt`, zeros where it does not depend on them.
+    def _grad(self, X, y, wrt):
+        """The loss at a batch, and its gradients with respect to `wrt`, zeros where it does not depend on them.
 
-        Other parameters are set not to need any meanwhile, so that nothing is computed or kept for them.
+        Other parameters are set not to need any meanwhile, so that nothing is computed or kept for them. All are this
+        rank's parts: see `distributed.mean`.
         """
         with frozen_statistics(self.net), _only_requiring_grad(self.alphas + self.weights, wrt):
-            loss = self.net.loss(X, y)
-            grads = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
-        return (grads, loss.detach()) if with_loss else grads
+            loss = distributed.part(self.net.loss(X, y), y)
+            return loss.detach(), *torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
 
     @contextlib.contextmanager
     def _weights_at(self, values):

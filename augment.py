@@ -3,35 +3,44 @@
 python augment.py --dataset cifar10 --genotype DARTS_V2                  # the paper's protocol
 python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the cell that a search found
 python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
+python augment.py --gpus all ...                                         # on all GPUs of this machine
+torchrun --nproc-per-node 8 augment.py ...                               # the same, and over several machines
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import distributed
 from config import AugmentConfig
 from data_sets import Loader
-from errors import UserError, user_errors_in_one_line
+from errors import user_errors_in_one_line
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
-from runs import Meters, Run, one_line, seed_generators
+from models.sync_bn import synchronise
+from runs import Meters, one_line, open_run, seed_generators
 from utils import cosine_lr, get_data, param_size
 
 
 def main():
-    config = AugmentConfig()
-    genotype = resolve(config.genotype)
+    config = distributed.first(AugmentConfig)
+    genotype = distributed.first(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # a folder may change; the run's configuration must not
-    run = Run(config)
+    if config.gpus:
+        distributed.launch(config.gpus, __file__)
+    run = open_run(config)
     device = run.device
 
-    size, channels, n_classes, trn_data, val_data = get_data(
+    size, channels, n_classes, trn_data, val_data = distributed.in_turn(lambda: get_data(
         config.dataset, config.data_path, config.cutout_length, validation=True,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
         skip_bad_images=config.skip_bad_images,
-    )  # fmt: skip
+    ))  # fmt: skip
     if config.aux_weight > 0 and config.batch_size < 2:
-        raise UserError("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
+        raise distributed.error(
+            "--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image"
+        )
     loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)
@@ -41,6 +50,12 @@ def main():
         size, channels, config.init_channels, n_classes, config.layers, config.aux_weight > 0, genotype
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
+    if config.sync_bn:
+        synchronise(net)
+    trained = net
+    if distributed.size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        trained = DistributedDataParallel(net, devices, broadcast_buffers=False)
     criterion = nn.CrossEntropyLoss()
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
@@ -58,7 +73,7 @@ def main():
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
             if not run.trained:
-                train(epoch, run, net, criterion, trn_loader, optim)
+                train(epoch, run, trained, net, criterion, trn_loader, optim)
             top1 = validate(epoch, run, net, criterion, val_loader)
             scheduler.step()
             is_best = epoch == 1 or top1 > results["best_top1"]
@@ -72,26 +87,30 @@ def main():
     )  # fmt: skip
 
 
-def train(epoch, run, net, criterion, loader, optim):
-    """One epoch: the loss, and the auxiliary head's by its weight."""
+def train(epoch, run, trained, net, criterion, loader, optim):
+    """One epoch: the loss, and the auxiliary head's by its weight. trained: the net, or on several ranks its DDP."""
     config = run.config
     meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", training=True)
 
     net.train()
-    for X, y in meters.watch(loader.epoch(epoch, meters.first), len(loader)):
+    for X, y, n in meters.watch(loader.epoch(epoch, meters.first), len(loader)):
+        net.global_batch(n)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
-            logits, aux_logits = net(X)
+            logits, aux_logits = trained(X)
             loss = objective = criterion(logits, y)
             if aux_logits is not None:
                 objective = loss + config.aux_weight * criterion(aux_logits, y)
         optim.zero_grad()
-        objective.backward()
+        (objective * distributed.ddp_weight(n)).backward()
+        if not config.sync_bn:
+            distributed.average_statistics(net, y)
         norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        (objective,) = distributed.mean([distributed.part(objective.detach(), y)], y)
         run.stop_unless_finite("w", objective, norm, optim.param_groups[0]["lr"], epoch, {"w": loader.samples})
         optim.step()
 
         run.step += 1
-        meters.update(loss.detach(), logits.detach(), y)
+        meters.update(loss.detach(), logits.detach(), y, n)
         meters.scalars("step", "val")
         run.scalar("lr/w", optim.param_groups[0]["lr"])
 
@@ -106,13 +125,13 @@ def validate(epoch, run, net, criterion, loader):
     """Loss and accuracy on the test images; returns top 1 as a fraction."""
     meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  test")
     net.eval()
-    for X, y in meters.watch(loader.epoch(epoch), len(loader)):
+    for X, y, n in meters.watch(loader.epoch(epoch), len(loader)):
         logits, _ = net(X)
-        meters.update(criterion(logits, y), logits, y)
+        meters.update(criterion(logits, y), logits, y, n)
     meters.finish("test")
     return meters.top1.avg
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_line("augment.py"):
+    with user_errors_in_one_line("augment.py"), distributed.group():
         main()

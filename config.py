@@ -7,13 +7,15 @@ import shlex
 import sys
 from pathlib import Path
 
+import distributed
 from data_sets import DATASETS
 from errors import OneLineParser, UserError
 from models.search_cells import EXECUTIONS
 
-CONFIG_FILE = "config.json"  # in a run's folder
+CONFIG_FILE, LAUNCHER = "config.json", "launcher.txt"  # in a run's folder
 LARGEST = 2**31 - 1  # number that any option takes
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq")  # when a run is resumed; all else comes from the run
+OF_THE_COMMAND = ("resume", "auto_resume", "overwrite", "gpus")  # no part of the run
 
 
 def _number(kind, low, high=math.inf, low_open=False, high_open=False):
@@ -51,6 +53,14 @@ def _folder_name(text):
     return text
 
 
+def _gpus(text):
+    """An argparse type: `all`, or CUDA devices' numbers."""
+    numbers = text.split(",")
+    if text != "all" and (not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers)):
+        raise argparse.ArgumentTypeError(f"must be all, or different numbers as in 0,1,2, not {text!r}")
+    return text
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the defaults, where there are any."""
 
@@ -71,7 +81,11 @@ class _Config:
             options = self._resume(parser, words, options)
         if "genotype" in options and options.genotype is None:
             parser.error("--genotype is required")
+        if options.auto_resume and (options.resume or options.overwrite):
+            parser.error("--auto-resume can't be given with --resume or --overwrite")
         vars(self).update(vars(options))
+        if self._goes_on():
+            self.resume, self.overwrite = str(self.folder()), False
 
     def _resume(self, parser, words, options):
         """The options of the run to be resumed, with those that may change as given on the command line."""
@@ -80,7 +94,7 @@ class _Config:
         given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), ungiven)))
         given = {name: value for name, value in vars(given).items() if value is not ungiven and name != "resume"}
         for name in given:
-            if name not in MAY_CHANGE:
+            if name not in (*MAY_CHANGE, "gpus"):
                 raise UserError(
                     f"--{_option(name)} is fixed by the run {folder}; --resume allows only "
                     + ", ".join(f"--{_option(other)}" for other in MAY_CHANGE)
@@ -92,6 +106,14 @@ class _Config:
         if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):  # new options have their defaults
             raise UserError(f"--resume {options.resume}: {folder / CONFIG_FILE} is not of a {self.stage} run")
         return parser.parse_args(_words(stored | given | {"resume": options.resume}))
+
+    def _goes_on(self):
+        """Whether to resume, with the same options, because the command is given once more."""
+        run = self.folder()
+        if not (run / CONFIG_FILE).is_file():
+            return False
+        same = distributed.is_restart() and (run / LAUNCHER).is_file()
+        return self.auto_resume or (same and (run / LAUNCHER).read_text() == distributed.launcher())
 
     @staticmethod
     def _resumed_folder(resume):
@@ -129,7 +151,7 @@ class _Config:
             help="of the data set `folder`: read all first, and leave out those that cannot be read",
         )  # fmt: skip
         group.add_argument(
-            "--workers", type=natural, default=2, metavar="N", help="processes that load images; 0: none"
+            "--workers", type=natural, default=2, metavar="N", help="processes that load images, for each rank; 0: none"
         )
 
         group = parser.add_argument_group("run")
@@ -144,11 +166,23 @@ class _Config:
             + ", ".join(f"--{_option(name)}" for name in MAY_CHANGE) + " may be given anew",
         )  # fmt: skip
         group.add_argument(
+            "--auto-resume", action="store_true",
+            help="go on with the run of this name if there is one, for commands that a scheduler repeats",
+        )  # fmt: skip
+        group.add_argument(
             "--checkpoint-minutes", type=nonnegative, default=10.0, metavar="MIN",
             help="save within an epoch too, this often; 0: after every step",
         )  # fmt: skip
         group.add_argument("--seed", type=natural, default=2, metavar="N", help="of everything that is random")
         group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+        group.add_argument(
+            "--gpus", type=_gpus, metavar="LIST",
+            help="run on several GPUs of this machine, a process each: 0,1,2 or all; torchrun does so over machines",
+        )  # fmt: skip
+        group.add_argument(
+            "--sync-bn", action="store_true",
+            help="on several ranks: normalise by the statistics of the global batch, not of each rank's part",
+        )  # fmt: skip
         group.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where PyTorch deems it safe")
         group.add_argument("--print-freq", type=positive_int, default=50, metavar="N", help="steps between log lines")
         return parser
@@ -163,8 +197,8 @@ class _Config:
         )
 
     def as_dict(self):
-        """What makes the run what it is: all options but --resume and --overwrite."""
-        return {name: value for name, value in vars(self).items() if name not in ("resume", "overwrite")}
+        """What makes the run what it is: all options but `OF_THE_COMMAND`."""
+        return {name: value for name, value in vars(self).items() if name not in OF_THE_COMMAND}
 
     def as_markdown(self):
         """The options as a Markdown table."""
@@ -193,7 +227,9 @@ class SearchConfig(_Config):
 
         group = parser.add_argument_group("search")
         group.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="epochs")
-        group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images a step and half")
+        group.add_argument(
+            "--batch-size", type=positive_int, default=64, metavar="N", help="images a step and half, over all ranks"
+        )
         group.add_argument(
             "--order", default="second", choices=("first", "second"), help="of the alphas' gradient: eq. 6, or xi = 0"
         )
@@ -225,7 +261,9 @@ class AugmentConfig(_Config):
 
         group = parser.add_argument_group("training")
         group.add_argument("--epochs", type=positive_int, default=600, metavar="N", help="epochs")
-        group.add_argument("--batch-size", type=positive_int, default=96, metavar="N", help="images a step")
+        group.add_argument(
+            "--batch-size", type=positive_int, default=96, metavar="N", help="images a step, over all ranks"
+        )
         group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate, cosine to zero")
         group.add_argument("--momentum", type=probability, default=0.9, metavar="M", help="SGD's momentum")
         group.add_argument("--weight-decay", type=nonnegative, default=3e-4, metavar="D", help="decay")

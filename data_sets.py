@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
 
+import distributed
 from errors import UserError
 
 HELD_OUT = 5  # where a data set has no test images of its own, every fifth image of each class is one
@@ -125,6 +126,8 @@ def _leave_out_unreadable(source, root):
     empty = [name for name, index in source.class_to_idx.items() if index not in source.targets]
     if empty:
         raise UserError(f"{root}: no image of {', '.join(empty)} can be read; the first: {bad[0]}")
+    if distributed.rank() > 0:
+        return
     print(f"warning: {root}: {len(bad)} of {len(complaints)} images left out; the first: {bad[0]}", file=sys.stderr)
 
 
@@ -199,7 +202,7 @@ class Images(Dataset):
 
 
 class Batches(Sampler):
-    """Batches of (epoch, sample) keys, in an order that depends on (seed, epoch) alone.
+    """This rank's rows of batches of (epoch, sample) keys, in an order that depends on (seed, epoch) alone.
 
     In training (`shuffle`) a last batch of a single image is left out: BN has no statistics of one value.
     """
@@ -217,7 +220,11 @@ class Batches(Sampler):
 
     def __iter__(self):
         for samples in self.of(self.epoch)[self.first :]:
-            yield [(self.epoch, sample) for sample in samples.tolist()]
+            yield [(self.epoch, sample) for sample in samples[distributed.rows(len(samples))].tolist()]
+
+    def size(self, i):
+        """The images in the i-th batch, over all ranks."""
+        return min(self.batch_size, len(self.samples) - i * self.batch_size)
 
     def of(self, epoch):
         """The batches of an epoch, each an array of samples."""
@@ -228,7 +235,7 @@ class Batches(Sampler):
 
 
 class Loader:
-    """The batches of each epoch, loaded by `workers` processes, moved to `device` in channels-last order.
+    """This rank's rows of each epoch's batches, loaded by `workers` processes, channels-last on `device`.
 
     images: an `Images`; samples: the indices of those to use. `len(loader)` is the number of batches.
     """
@@ -236,7 +243,7 @@ class Loader:
     def __init__(self, images, samples, batch_size, device, workers=0, shuffle=True, seed=0):
         self.batches = Batches(samples, batch_size, shuffle, seed)
         if len(self.batches) == 0:
-            raise UserError(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
+            raise distributed.error(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
         self.device = device
         self.loader = DataLoader(
             images,
@@ -256,13 +263,17 @@ class Loader:
         return self.batches.of(epoch)[batch]
 
     def epoch(self, epoch, first=0):
-        """Yield (X, y) on the device, from batch `first` on: (N, C, H, W) float and (N,) integer tensors."""
+        """Yield (X, y, n) from batch `first` on: (N, C, H, W) float and (N,) integer tensors on the device.
+
+        They are this rank's rows of a global batch of n images.
+        """
         self.batches.epoch, self.batches.first = epoch, first
         try:
-            for X, y in self.loader:
+            for i, (X, y) in enumerate(self.loader, first):
                 yield (
                     X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
                     y.to(self.device, non_blocking=True),
+                    self.batches.size(i),
                 )
         except UserError as error:  # a worker's comes with its traceback, the message last
             raise UserError(str(error).splitlines()[-1].removeprefix("errors.UserError: ")) from None

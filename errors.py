@@ -16,19 +16,27 @@ class UserError(ValueError):
     """A mistake in the input: an option, a file, a genotype. Scripts print it in one line and exit with 2."""
 
 
+class OtherRankError(UserError):
+    """A mistake that another rank of a distributed run tells the user of."""
+
+
 @contextlib.contextmanager
 def user_errors_in_one_line(program):
     """Turn a `UserError` raised inside into one line on stderr and exit code 2.
 
     So too what the operating system refuses, such as a name too long or a folder without permission: its message names
-    the file. Running out of memory says what to lower. Ctrl-C exits with 130. Other exceptions are a programmer's
-    mistake and keep their traceback.
+    the file. Running out of memory says what to lower. Ctrl-C exits with 130, losing another rank with 1. Other
+    exceptions are a programmer's mistake and keep their traceback.
     """
     try:
         yield
+    except OtherRankError:
+        sys.exit(2)
     except (UserError, OSError) as error:
         _exit(program, str(error))
     except (MemoryError, RuntimeError) as error:
+        if _is_of_communication(error):
+            _exit(program, f"a rank of this run has gone, or cannot be reached ({str(error)[:200]})", code=1)
         # CUDA's has a type of its own, the CPU's allocator has none
         if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
@@ -38,9 +46,14 @@ def user_errors_in_one_line(program):
         sys.exit(130)
 
 
-def _exit(program, message):
+def _is_of_communication(error):
+    known = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
+    return known or "gloo" in str(error).lower()  # whose errors have no type of their own
+
+
+def _exit(program, message, code=2):
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventsWriter
 from tqdm import tqdm
 
-from config import CONFIG_FILE, MAY_CHANGE
+import distributed
+from config import CONFIG_FILE, LAUNCHER, MAY_CHANGE
 from data_sets import STOPPING
-from errors import UserError
+from errors import OtherRankError, UserError
 from utils import (
     CHECKPOINT,
     FORMAT,
@@ -44,9 +46,18 @@ BETWEEN_EPOCHS = {"batches": 0, "trained": False, "meters": [], "log": 0}
 
 
 def pick_device(name):
-    """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU."""
+    """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU. A rank has its own GPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.size() > 1 and name.startswith("cuda"):
+        ranks, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if name != "cuda" or ranks > there:
+            first = distributed.local_rank() == 0
+            raise (UserError if first else OtherRankError)(
+                f"--device {name}: each of the {ranks} ranks here takes a GPU of its own, and there are {there}; give "
+                "cuda or cpu, and no more ranks than GPUs"
+            )
+        return torch.device("cuda", distributed.local_rank())
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     there += ["cuda"] * (len(there) > 1) + ["mps"] * torch.backends.mps.is_available()
     if name not in there:
@@ -56,6 +67,11 @@ def pick_device(name):
 
 class StoppedError(Exception):
     """A signal asked the run to stop, and it is saved."""
+
+
+def open_run(config):
+    """The run that these options say: on rank 0, which alone writes, a `Run`, on others a `FollowingRun`."""
+    return Run(config) if distributed.rank() == 0 else FollowingRun(config)
 
 
 class Run:
@@ -77,11 +93,10 @@ class Run:
         self.epoch = self.step = 0
         self.results = {}
         self.within = dict(BETWEEN_EPOCHS)
-        self.signal = None  # that asked the run to stop
+        self.asked = self.signal = None  # the signal that asked this process to stop, and that all ranks stop for
         self.saved_at, self.save_failed = time.monotonic(), False
         self.dot_missed = False
-        if config.resume is None and self.folder.exists():
-            self._check_free()
+        distributed.first(self._check_free)
 
     @property
     def trained(self):
@@ -94,14 +109,27 @@ class Run:
         checkpoint cannot be gone on with.
         """
         self.keeps, self.results = keeps, results
-        checkpoint, warning = self._load() if self.config.resume else (None, None)
+        checkpoint, warning = distributed.first(self._load)
         if checkpoint:
             self._restore(checkpoint)
+        distributed.first(lambda: self._open(checkpoint))
+        if warning:
+            self.warn(warning)
+        if checkpoint:
+            where = f"step {self.step}, in epoch {self.epoch + 1}" if self.within["batches"] else f"epoch {self.epoch}"
+            done = self.epoch == self.config.epochs
+            self.log(f"all {self.epoch} epochs are done; --epochs adds more" if done else f"resumed after {where}")
+        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
+        self.log(f"device {self.device}: {device_name(self.device)}{ranks}; torch {torch.__version__}")
+
+    def _open(self, checkpoint):
+        """Create the folder, or what there is to write on in it."""
         fresh = self.config.resume is None
         try:
             if self.config.overwrite and self.folder.is_dir():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / LAUNCHER).write_text(distributed.launcher())
             self.write_json(CONFIG_FILE, self.config.as_dict())
             (self.folder / PLOTS).mkdir(exist_ok=True)
             self._cut_off(checkpoint["events"] if checkpoint else {})
@@ -119,13 +147,6 @@ class Run:
             if fresh:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
-        if warning:
-            self.warn(warning)
-        if checkpoint:
-            where = f"step {self.step}, in epoch {self.epoch + 1}" if self.within["batches"] else f"epoch {self.epoch}"
-            done = self.epoch == self.config.epochs
-            self.log(f"all {self.epoch} epochs are done; --epochs adds more" if done else f"resumed after {where}")
-        self.log(f"device {self.device}: {device_name(self.device)}; torch {torch.__version__}")
 
     def warn(self, text):
         self.log(f"warning: {text}")
@@ -187,9 +208,12 @@ class Run:
         self._save_if_due()
 
     def end_epoch(self, is_best):
-        """Count the epoch as done and save it, as best.pt too if `is_best`."""
+        """Count the epoch as done and save it, as best.pt too if `is_best`; if the ranks are still equal."""
         self.epoch += 1
         self.within = BETWEEN_EPOCHS | {"log": self._log_size()}
+        if distributed.size() > 1:
+            states = [keeper.state_dict() for keeper in self.keeps.values()]
+            distributed.check_equal(tensors_in([*states, torch.get_rng_state()]), f"after epoch {self.epoch}")
         self.save(is_best)
         self._stop_if_asked()
 
@@ -209,7 +233,7 @@ class Run:
         position = {"epoch": self.epoch, "step": self.step, "within": self.within, "seconds": self.seconds()}
         state = {name: keeper.state_dict() for name, keeper in self.keeps.items()}
         events = {path.name: path.stat().st_size for path in (self.folder / TENSORBOARD).glob("events.*")}
-        own = {"random": random_state(), "events": events, "keeps": state, "results": self.results}
+        own = {"random": random_state(self.device), "events": events, "keeps": state, "results": self.results}
         save_checkpoint(about | position | own, self.folder, is_best)
 
     def _save_if_due(self):
@@ -217,6 +241,7 @@ class Run:
             self.save()
         elif self.signal is not None:
             self.save()
+            distributed.wait()
             self._stop_if_asked()
 
     def _stop_if_asked(self):
@@ -248,10 +273,10 @@ class Run:
         try:
             for name, keeper in self.keeps.items():
                 keeper.load_state_dict(checkpoint["keeps"][name])
-            set_random_state(checkpoint["random"])
+            set_random_state(checkpoint["random"], self.device)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"the checkpoint in {self.folder} is of another network: {reason}") from None
+            raise distributed.error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
         self.epoch, self.step, self.seconds_before = (checkpoint[name] for name in ("epoch", "step", "seconds"))
         self.within, self.results = checkpoint["within"], checkpoint["results"]
         if self.trained:  # the steps before the scheduler's were an earlier process's
@@ -260,8 +285,8 @@ class Run:
     def stop_unless_finite(self, phase, loss, gradient_norm, lr, epoch, batch):
         """Raise UserError, and leave the batch's samples in fault.json, if the loss or the gradient is not finite.
 
-        batch: name -> f(epoch, index) that gives the samples. To be called before the step that would spoil the
-        weights; reading the number waits for the device.
+        batch: name -> f(epoch, index) that gives the samples. All ranks must give the same numbers. To be called before
+        the step that would spoil the weights; reading the number waits for the device.
         """
         if math.isfinite((loss.detach() + gradient_norm).item()):
             return
@@ -276,10 +301,13 @@ class Run:
             f"the checkpoints in {self.folder} are from before"
         )
         self.log(message)
-        raise UserError(message)
+        raise distributed.error(message)
 
     def finish(self, **results):
         """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
+        distributed.first(lambda: self._finish(results))
+
+    def _finish(self, results):
         about = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
         results = about | {"seconds": self.seconds()} | results
         results = {name: round(value, 6) if isinstance(value, float) else value for name, value in results.items()}
@@ -298,13 +326,16 @@ class Run:
         SIGUSR1 is what Slurm sends ahead of a preemption. A SIGINT after any of them stops the process at once.
         """
 
-        def asked(number, frame):
-            if self.signal is not None and number == signal.SIGINT:
+        def ask(number, frame):
+            again = self.asked is not None and number == signal.SIGINT
+            if again and not dist.is_torchelastic_launched():  # torchrun repeats the Ctrl-C that its ranks have had
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
-            self.signal = self.signal or number
+            self.asked = self.asked or number
+            if distributed.size() == 1:
+                self.signal = self.asked
 
-        before = {number: signal.signal(number, asked) for number in STOPPING}
+        before = {number: signal.signal(number, ask) for number in STOPPING}
         try:
             yield
         except StoppedError:
@@ -316,10 +347,22 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def all_asked(self):
+        """A 1 for the signal among `STOPPING` that asked this rank to stop, else zeros, to be added over the ranks."""
+        return [float(self.asked == number) for number in STOPPING]
+
+    def stop_for(self, asked):
+        """Let all ranks stop for the same signal after this step: the first that any was asked by."""
+        self.signal = next((number for number, count in zip(STOPPING, asked) if count), None)
+
     def _check_free(self):
+        if self.config.resume is not None or not self.folder.exists():
+            return
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; choose another --name")
-        if all(path.suffix == ".tmp" for path in self.folder.iterdir()):  # a run killed before it wrote anything
+        if all(
+            path.suffix == ".tmp" or path.name == LAUNCHER for path in self.folder.iterdir()
+        ):  # a run killed before it wrote anything
             return
         if not (self.folder / CONFIG_FILE).is_file():
             raise UserError(f"{self.folder} holds files that are no run's; choose another --name")
@@ -331,6 +374,8 @@ class Run:
 
     def _load(self):
         """The checkpoint to go on from, or None for the start, and a warning if it isn't the last, or None."""
+        if self.config.resume is None:
+            return None, None
         given = Path(self.config.resume)
         paths = [given] if given.is_file() else []
         paths += [path for path in (self.folder / CHECKPOINT, self.folder / PREVIOUS) if path not in paths]
@@ -375,6 +420,39 @@ class Run:
             raise UserError(f"--epochs {self.config.epochs}: {path} has begun {begun} already")
 
 
+class FollowingRun(Run):
+    """The run on ranks other than 0: the same state and decisions, and nothing written."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tensorboard = Nothing()
+
+    def log(self, line):
+        pass
+
+    def warn(self, text):
+        pass
+
+    def scalar(self, tag, value):
+        pass
+
+    def draw(self, gene, name, tag, caption):
+        pass
+
+    def write_json(self, name, content):
+        pass
+
+    def save(self, is_best=False):
+        pass
+
+
+class Nothing:
+    """An object whose methods do nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
 def quote(text):
     """The text as one word of a shell's: as it is, in double quotes where that is enough, as for a genotype."""
     return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
@@ -392,20 +470,31 @@ def seed_generators(seed):
     random.seed(seed)
 
 
-def random_state():
-    """The state of every global generator, in built-in types: torch's, on the CPU and CUDA, numpy's and Python's."""
+def tensors_in(state):
+    """All tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def random_state(device):
+    """The state of every global generator, in built-in types: torch's, on the CPU and the device, numpy's, Python's.
+
+    It is the same on all ranks, which draw alike.
+    """
     return {
         "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
         "python": random.getstate(),
     }
 
 
-def set_random_state(state):
+def set_random_state(state, device):
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
 
@@ -493,7 +582,7 @@ class Meters:
             desc=self.title,
             leave=False,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=distributed.rank() > 0 or not sys.stderr.isatty(),
         )
         self.started = time.monotonic()
         with bar:
@@ -507,11 +596,13 @@ class Meters:
                 self.run.after_step(self, i, n)
         self.seconds_a_step = (time.monotonic() - self.started) / max(n - self.first, 1)
 
-    def update(self, loss, logits, y):
-        """Add a batch. Reading the numbers waits for the device: once a step, after its work has been queued."""
-        n = y.size(0)
-        top1, top5 = accuracy(logits, y, topk=(1, 5))
-        for meter, value in zip(self._meters(), torch.stack([loss, top1, top5]).tolist()):
+    def update(self, loss, logits, y, n):
+        """Add a global batch of n. Reading the numbers waits for the device: once a step, after its work is queued."""
+        means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
+        if distributed.size() > 1:
+            means, asked = distributed.mean([distributed.part(means, y), means.new_tensor(self.run.all_asked())], y)
+            self.run.stop_for(asked.tolist())
+        for meter, value in zip(self._meters(), means.tolist()):
             meter.update(value, n)
 
     def scalars(self, prefix, attribute="avg"):

@@ -4,35 +4,41 @@ python search.py --dataset cifar10                                       # the p
 python search.py --dataset cifar10 --order first                         # first order: faster, a little worse
 python search.py                                                         # embedded data: scikit-learn's digits
 python search.py --dataset folder --data-path DIR --image-size 32        # your images, DIR/train/CLASS/*
+python search.py --gpus all                                              # on all GPUs of this machine
+torchrun --nproc-per-node 8 search.py                                    # the same, and over several machines
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run
 """
 
 import torch
 from torch import nn
 
+import distributed
 from architect import Architect
 from config import SearchConfig
 from data_sets import Loader, mix, stratified_split
 from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.search_cnn import SearchCNN, softmax
-from runs import Meters, Run, one_line, quote, seed_generators
+from models.sync_bn import synchronise
+from runs import Meters, one_line, open_run, quote, seed_generators
 from utils import cosine_lr, get_data, param_size
 
 HISTORY = "history.json"  # in a run's folder: each epoch's genotype and validation accuracy
 
 
 def main():
-    config = SearchConfig()
-    run = Run(config)
+    config = distributed.first(SearchConfig)
+    if config.gpus:
+        distributed.launch(config.gpus, __file__)
+    run = open_run(config)
     device = run.device
 
     # the training set in two halves: w learns on one, alpha on the other
-    size, channels, n_classes, data = get_data(
+    size, channels, n_classes, data = distributed.in_turn(lambda: get_data(
         config.dataset, config.data_path, cutout_length=0, validation=False,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
         skip_bad_images=config.skip_bad_images,
-    )  # fmt: skip
+    ))  # fmt: skip
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
     loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(data, w_half, **loading)
@@ -45,6 +51,8 @@ def main():
         execution=config.execution, recompute=config.recompute,
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
+    if config.sync_bn:
+        synchronise(net)
     w_optim = torch.optim.SGD(
         net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay
     )
@@ -83,7 +91,8 @@ def main():
         best_epoch=best["epoch"], genotype=last["string"],
     )  # fmt: skip
     run.log("train what was found:")
-    print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
+    if distributed.rank() == 0:
+        print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
 
 
 def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):
@@ -101,7 +110,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
 
     net.train()
     batches = zip(trn_loader.epoch(epoch, meters.first), val_loader.epoch(epoch, meters.first))
-    for (trn_X, trn_y), (val_X, val_y) in meters.watch(batches, steps):
+    for (trn_X, trn_y, n), (val_X, val_y, _) in meters.watch(batches, steps):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
             val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
         stop_unless_finite("alpha", val_loss, norm([alpha.grad for alpha in architect.alphas]))
@@ -111,12 +120,13 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
             logits = net(trn_X)
             loss = net.criterion(logits, trn_y)
         w_optim.zero_grad()
-        loss.backward(inputs=weights)
+        distributed.part(loss, trn_y).backward(inputs=weights)
+        loss = of_all_ranks(loss.detach(), net, weights, trn_y, config.sync_bn)
         stop_unless_finite("w", loss, nn.utils.clip_grad_norm_(weights, config.w_grad_clip))
         w_optim.step()
 
         run.step += 1
-        meters.update(loss.detach(), logits.detach(), trn_y)
+        meters.update(loss, logits.detach(), trn_y, n)
         meters.scalars("step", "val")
         run.scalar("step/alpha_loss", val_loss.item())
         run.scalar("lr/w", w_optim.param_groups[0]["lr"])
@@ -128,14 +138,24 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
     run.after_training(meters, steps)
 
 
+def of_all_ranks(loss, net, weights, y, sync_bn):
+    """The global batch's loss; and gives every rank its gradient and the mean of BN's running statistics."""
+    loss, *grads = distributed.mean([distributed.part(loss, y), *(w.grad for w in weights)], y)
+    for w, grad in zip(weights, grads):
+        w.grad = grad
+    if not sync_bn:
+        distributed.average_statistics(net, y)
+    return loss
+
+
 @torch.no_grad()
 def validate(epoch, run, net, loader):
     """Loss and accuracy on the alphas' half, without augmentation; returns top 1 as a fraction."""
     meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  valid")
     net.eval()
-    for X, y in meters.watch(loader.epoch(epoch), len(loader)):
+    for X, y, n in meters.watch(loader.epoch(epoch), len(loader)):
         logits = net(X)
-        meters.update(net.criterion(logits, y), logits, y)
+        meters.update(net.criterion(logits, y), logits, y, n)
     meters.finish("valid")
     return meters.top1.avg
 
@@ -182,5 +202,5 @@ def show(epoch, run, net, found, history):
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_line("search.py"):
+    with user_errors_in_one_line("search.py"), distributed.group():
         main()

@@ -54,6 +54,7 @@ class AugmentCNN(nn.Module):
         check(genotype)
         self.aux_pos = 2 * n_layers // 3 if auxiliary else None
         self.aux_head = None
+        self.n = None  # images of a global batch
 
         C_cur = stem_multiplier * C
         self.stem = nn.Sequential(nn.Conv2d(C_in, C_cur, 3, padding=1, bias=False), nn.BatchNorm2d(C_cur))
@@ -84,6 +85,15 @@ class AugmentCNN(nn.Module):
 
     def drop_path_prob(self, p):
         """Set the drop path probability of every operation."""
-        for module in self.modules():
-            if isinstance(module, DropPath_):
-                module.p = p
+        for module in self._drop_paths():
+            module.p = p
+
+    def global_batch(self, n):
+        """Say that the next images are this rank's rows of a batch of n."""
+        if n != self.n:
+            self.n = n
+            for module in self._drop_paths():
+                module.n = n
+
+    def _drop_paths(self):
+        return (module for module in self.modules() if isinstance(module, DropPath_))

@@ -25,7 +25,7 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 
 Two ways of laying the tensors out serve three cases, see `choose_path`. A candidate that does not have one of these
 forms, or has a hook, runs by itself on each edge, so a new primitive works before it is fast. Every result can be
-differentiated twice.
+differentiated twice, but for BN over several ranks.
 """
 
 import itertools
@@ -36,9 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import sync_bn
 from models.depthwise import FEW_PIXELS, DepthwiseConv2d, channels_last_depthwise, dense_depthwise, every_second
 from models.ops import DilConv, FactorizedReduce, Identity, PoolBN, SepConv, Zero
 
+FEW_NUMBERS = 2**11  # in an image; not in a batch, since all ranks must choose alike
 ELEMENTWISE = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # activations that work in any layout
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -73,7 +75,8 @@ def choose_path(x):
     """
     if x.device.type != "cpu":
         return BATCHED
-    return BATCHED_DENSE if x.shape[2:].numel() <= FEW_PIXELS and x.numel() <= 2**17 else EDGE_BY_EDGE
+    few = x.shape[2:].numel() <= FEW_PIXELS and x.shape[1:].numel() <= FEW_NUMBERS
+    return BATCHED_DENSE if few else EDGE_BY_EDGE
 
 
 class _Path:
@@ -186,7 +189,7 @@ class _Path:
                 factor, shift = (part.unflatten(0, M.shape[:2]) for part in _recorded(bns))
                 outputs += [_affine(A_k, z, shift_k) for A_k, z, shift_k in zip(factor.unsqueeze(-1) * M, zs, shift)]
             elif self.folded:
-                mean, var, *ys = _Mixture.apply(bns[0].eps, len(zs[0]), None, M, *itertools.chain(*zs))
+                mean, var, *ys = _Mixture.apply(bns[0].eps, _is_synced(bns), len(zs[0]), None, M, *itertools.chain(*zs))
                 statistics.add(bns, mean, var)
                 outputs += [list(ys[i : i + len(zs[0])]) for i in range(0, len(ys), len(zs[0]))]
             else:
@@ -205,7 +208,9 @@ class _Path:
                     ys = _affine(A_k, z, shift_k)
                     bases = ys if bases is None else [base + y for base, y in zip(bases, ys)]
             elif self.folded:
-                mean, var, *bases = _Mixture.apply(bns[0].eps, len(zs[0]), w, M, *itertools.chain(*zs), *(bases or []))
+                mean, var, *bases = _Mixture.apply(
+                    bns[0].eps, _is_synced(bns), len(zs[0]), w, M, *itertools.chain(*zs), *(bases or [])
+                )
                 statistics.add(bns, mean, var)
             else:
                 scale = w.flatten().unsqueeze(1).expand(-1, M.shape[2]).flatten()
@@ -226,7 +231,11 @@ class _Path:
         moments = x.new_zeros(2, x.shape[0] * x.shape[1], dtype=bns[0].running_mean.dtype)
 
         def normalise(images):
-            return F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps)
+            if not _is_synced(bns):
+                return F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps)
+            y, *found = sync_bn.batch_norm(images, scale, None, bns[0].eps)
+            torch._foreach_copy_(list(moments), found)
+            return y
 
         flat = x.shape[2:].numel()
         y = normalise(x.reshape(1, -1, flat)).view_as(x) if self.batched else self._outside(normalise, x)
@@ -240,12 +249,12 @@ class _Mixture(torch.autograd.Function):
     w: (terms, E); M: (terms, E, C, K); then the parts of each z, (e, K, N, h, w), term by term, and those of base,
     (e, C, N, h, w), if any. Returns the means and unbiased variances of M_k z_k, each (terms, E, C), and y's parts.
     Without w and base, the y of each term instead of their sum. The sums over pixels are put together in float64:
-    variances are differences of such sums.
+    variances are differences of such sums. synced: over the pixels of all ranks; what w and M get is this rank's part.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, eps, parts, w, M, *tensors):
+    def forward(ctx, eps, synced, parts, w, M, *tensors):
         ctx.save_for_backward(w, M, *tensors[: len(M) * parts])
         ctx.set_materialize_grads(False)
         zs, bases = _rows(tensors[: len(M) * parts], parts), tensors[len(M) * parts :] or [None] * parts
@@ -253,13 +262,16 @@ class _Mixture(torch.autograd.Function):
         if n < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
         M = M.double()
-        m = _over_pixels(_sums, zs) / n
-        covariance = _over_pixels(_gram, zs, zs) / n - m * m.mT
+        m, covariance = _over_pixels(_sums, zs), _over_pixels(_gram, zs, zs)
+        if synced:
+            m, covariance, n = _over_ranks(m, covariance, m.new_tensor(float(n)))
+        m = m / n
+        covariance = covariance / n - m * m.mT
         MS = M @ covariance
         mean, var = (M @ m).squeeze(-1), (MS * M).sum(-1).clamp_(min=0)
         inverse = (var + eps).rsqrt()
         factor = inverse if w is None else inverse * w.unsqueeze(-1)
-        ctx.eps, ctx.parts, ctx.small = eps, parts, (m, MS, inverse, factor)
+        ctx.eps, ctx.synced, ctx.parts, ctx.small = eps, synced, parts, (n, m, MS, inverse, factor)
         A, shift = _cut((factor.unsqueeze(-1) * M).to(dtype), parts), -factor * mean
         if w is None:
             shift = _cut(shift.to(dtype), parts)
@@ -278,11 +290,11 @@ class _Mixture(torch.autograd.Function):
         zs = _rows(tensors, ctx.parts)
         shape = len(M[0]) // ctx.parts, M.shape[2], *zs[0][0].shape[2:]
         gs = [zs[0][0].new_zeros(shape) if g is None else g for g in gs]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not ctx.synced:
             return _differentiable_backward(ctx, gs, w, M, zs)
-        _, _, wants_w, wants_M, *wants_z = ctx.needs_input_grad
-        m, MS, inverse, factor = ctx.small
-        dtype, n = M.dtype, zs[0][0].shape[2:].numel()
+        _, _, _, wants_w, wants_M, *wants_z = ctx.needs_input_grad
+        n, m, MS, inverse, factor = ctx.small
+        dtype = M.dtype
         M, dbases = M.double(), gs if w is not None and len(wants_z) > len(tensors) else []
         g_parts = _rows([_in_layout_of(zs[0][0], g) for g in gs], ctx.parts)
         sums = _over_pixels(_sums, g_parts)
@@ -294,6 +306,9 @@ class _Mixture(torch.autograd.Function):
         dM = (factor.unsqueeze(-1) * R - n * c * MS).to(dtype) if wants_M else None
         dzs = [None] * len(tensors)
         if any(wants_z[: len(tensors)]):
+            if ctx.synced:
+                v, sums = _over_ranks(v, sums)
+                c = (factor * inverse.square() * v / n).unsqueeze(-1)
             At = (factor.unsqueeze(-1) * M).mT
             D = -M.mT @ (c * M)
             shift = _cut(-(D @ m + At @ (sums / n)).squeeze(-1).to(dtype), ctx.parts)
@@ -303,7 +318,14 @@ class _Mixture(torch.autograd.Function):
                 for k in range(len(zs))
                 for p in range(ctx.parts)
             ]
-        return None, None, dw, dM, *dzs, *dbases
+        return None, None, None, dw, dM, *dzs, *dbases
+
+
+def _over_ranks(*tensors):
+    """The sums over the ranks, by one message."""
+    flat = sync_bn.sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def _differentiable_backward(ctx, gs, w, M, zs):
@@ -321,12 +343,12 @@ def _differentiable_backward(ctx, gs, w, M, zs):
                 us = [u * w_p[:, None, None, None, None] for u, w_p in zip(us, w[k].chunk(ctx.parts))]
             ys.append(us)
         ys = list(itertools.chain(*ys)) if w is None else [sum(of_part) for of_part in zip(*ys)]
-        wants = ctx.needs_input_grad[2:]
+        wants = ctx.needs_input_grad[3:]
         wanted = [i for i in range(len(inputs)) if wants[i]]
         found = torch.autograd.grad(ys, [inputs[i] for i in wanted], gs, create_graph=True)
     grads = dict(zip(wanted, found))
     dbases = gs if len(wants) > len(inputs) else []
-    return None, None, *(grads.get(i) for i in range(len(inputs))), *dbases
+    return None, None, None, *(grads.get(i) for i in range(len(inputs))), *dbases
 
 
 def _pooling(pool):
@@ -561,7 +583,7 @@ def _alike(steps):
 
     def kind(step):
         bn = step[-1][0]
-        return step[-2].shape, bn.eps, bn.training, bn.track_running_stats
+        return step[-2].shape, type(bn), bn.eps, bn.training, bn.track_running_stats
 
     for _, run in itertools.groupby(steps, kind):
         *_, zs, Ms, bns = zip(*run)
@@ -607,10 +629,11 @@ class _Statistics:
 
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override")
+_BN = ("eps", "momentum", "training", "track_running_stats")
 _SETTINGS = {
     nn.Conv2d: _CONV, DepthwiseConv2d: _CONV, nn.MaxPool2d: _POOL, nn.AvgPool2d: _POOL, Zero: ("stride",),
-    nn.BatchNorm2d: ("eps", "momentum", "training", "track_running_stats"), nn.Softplus: ("beta", "threshold"),
-    nn.ELU: ("alpha",), nn.GELU: ("approximate",),
+    nn.BatchNorm2d: _BN, sync_bn.SyncBatchNorm2d: _BN, nn.Softplus: ("beta", "threshold"), nn.ELU: ("alpha",),
+    nn.GELU: ("approximate",),
 }  # fmt: skip
 
 
@@ -662,4 +685,9 @@ def _is_plain(link):
 
 
 def _is_plain_bn(bn):
-    return type(bn) is nn.BatchNorm2d and bn.weight is None and bn.momentum is not None and bn.running_mean is not None
+    kind = type(bn) is nn.BatchNorm2d or _is_synced([bn])
+    return kind and bn.weight is None and bn.momentum is not None and bn.running_mean is not None
+
+
+def _is_synced(bns):
+    return type(bns[0]) is sync_bn.SyncBatchNorm2d

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
 from models.depthwise import DepthwiseConv2d, every_second
 
 # name -> f(C, stride, affine): an operation that keeps C channels and leaves ceil(size / stride) pixels a side
@@ -36,30 +37,32 @@ PRIMITIVES = [
 ]
 
 
-def drop_path_(x, drop_prob, training):
+def drop_path_(x, drop_prob, training, n=None):
     """Zero whole samples of `x` with probability `drop_prob`, in place; divide the others by the keep probability.
 
-    Shapes: x is (N, ...), on any device. Outside training, or with drop_prob 0, x is returned as it is.
+    Shapes: x is (N, ...), on any device; on several ranks, this rank's rows of a global batch of n, for which every
+    rank draws the same. Outside training, or with drop_prob 0, x is returned as it is.
     Raises ValueError unless 0 <= drop_prob < 1. Source: Larsson et al., FractalNet, as used in DARTS, section 4.1.
     """
     if not 0.0 <= drop_prob < 1.0:
         raise ValueError(f"drop_prob must be at least 0 and below 1, not {drop_prob}")
     if training and drop_prob > 0.0:
         keep_prob = 1.0 - drop_prob
-        survives = x.new_empty((x.size(0),) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob)
-        x.div_(keep_prob).mul_(survives)
+        survives = x.new_empty((n or x.size(0),) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob)
+        x.div_(keep_prob).mul_(survives if n is None else survives[distributed.rows(n)])
     return x
 
 
 class DropPath_(nn.Module):
-    """`drop_path_` as a module: in place, with a probability `p` that the training loop sets."""
+    """`drop_path_` as a module: in place, with a probability `p` and a global batch of `n`, both set from outside."""
 
     def __init__(self, p=0.0):
         super().__init__()
         self.p = p
+        self.n = None
 
     def forward(self, x):
-        return drop_path_(x, self.p, self.training)
+        return drop_path_(x, self.p, self.training, self.n)
 
     def extra_repr(self):
         return f"p={self.p}, inplace"
