@@ -10,7 +10,6 @@ python augment.py --resume runs/augment/cifar10                          # go on
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from config import AugmentConfig
@@ -52,10 +51,7 @@ def main():
     net = net.to(device, memory_format=torch.channels_last)
     if config.sync_bn:
         synchronise(net)
-    trained = net
-    if distributed.size() > 1:
-        devices = [device] if device.type == "cuda" else None
-        trained = DistributedDataParallel(net, devices, broadcast_buffers=False)
+    trained = distributed.data_parallel(net, device)
     criterion = nn.CrossEntropyLoss()
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 

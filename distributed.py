@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import OtherRankError, UserError
 
@@ -36,9 +38,12 @@ def group():
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    yield
-    dist.barrier()
-    dist.destroy_process_group()  # after an error the others may be gone: the process ends without
+    try:
+        yield
+        dist.barrier()
+    finally:
+        if not cuda or sys.exc_info()[0] is None:  # NCCL would wait for ranks that may be gone
+            dist.destroy_process_group()
 
 
 def rank():
@@ -66,11 +71,19 @@ def rows(n):
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def ddp_weight(n):
-    """What turns this rank's mean loss over its rows of n into its part of the global one.
+def data_parallel(net, device):
+    """DistributedDataParallel of a network, which takes the mean of the ranks' gradients; itself on one rank.
 
-    DistributedDataParallel takes the mean of the ranks' gradients, which is right for equal parts.
+    Buffers are left to `average_statistics`. For unequal parts of a batch see `ddp_weight`.
     """
+    if size() == 1:
+        return net
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the argument gets another name
+        return DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+def ddp_weight(n):
+    """What turns this rank's mean loss over its rows of n into its part of the global one, by the mean over ranks."""
     if n < FEWEST * size():
         return 1.0
     own = rows(n)

@@ -83,7 +83,7 @@ class _SyncedBatchNorm(torch.autograd.Function):
         own = torch.stack([g.sum(over), (g * normalised).sum(over)])
         dx, dweight = None, None if weight is None else own[1]
         if ctx.needs_input_grad[0]:
-            of_all = (sum_over_ranks(own.double()) / total).to(x.dtype)
+            of_all = (sum_over_ranks(own.to(torch.float64, copy=True)) / total).to(x.dtype)
             dx = g - _across(of_all[0], x) - normalised * _across(of_all[1], x)
             dx = (dx * _across(inverse if weight is None else inverse * weight, x)).to(dtype)
         return dx, dweight, own[0] if ctx.needs_input_grad[2] else None, None

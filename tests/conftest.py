@@ -1,11 +1,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import distributed
 from benchmarks.eq7_error import smoothed
 from models.search_cnn import SearchCNN
 
@@ -41,6 +43,31 @@ def batch(n=6, channels=1, size=8, n_classes=3, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(n, channels, size, size, dtype=dtype, generator=generator)
     return X, torch.randint(n_classes, (n,), generator=generator)
+
+
+class Batches(list):
+    """Global batches in a list, in the place of a `Loader`."""
+
+    def epoch(self, epoch, first=0):
+        for X, y in self[first:]:
+            rows = distributed.rows(len(y))
+            yield X[rows], y[rows], len(y)
+
+    def samples(self, epoch, batch):
+        raise AssertionError("only asked for after a fault")
+
+
+def run_of(config):
+    """What the loops use of a run, writing nothing."""
+
+    def nothing(*args):
+        pass
+
+    return SimpleNamespace(
+        config=config, device=torch.device("cpu"), step=0, within={"batches": 0}, log=nothing, scalar=nothing,
+        after_step=nothing, after_training=nothing, stop_unless_finite=nothing, all_asked=lambda: [0.0],
+        stop_for=nothing,
+    )  # fmt: skip
 
 
 def sgd(net, lr=0.1, momentum=0.9, weight_decay=3e-4, steps=0):

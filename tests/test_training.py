@@ -1,11 +1,10 @@
 """The training loops of both scripts against steps written out by hand."""
 
 import shlex
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batch, small_net
+from conftest import Batches, batch, run_of, small_net
 from torch import nn
 
 import augment
@@ -16,28 +15,6 @@ from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_
 from utils import cosine_lr
-
-CPU = torch.device("cpu")
-
-
-class Batches(list):
-    def epoch(self, epoch, first=0):
-        return iter(self[first:])
-
-    def samples(self, epoch, batch):
-        raise AssertionError("only asked for after a fault")
-
-
-def run_of(config):
-    """What the loops use of a run, writing nothing."""
-
-    def nothing(*args):
-        pass
-
-    return SimpleNamespace(
-        config=config, device=CPU, step=0, within={"batches": 0}, log=nothing, scalar=nothing, after_step=nothing,
-        after_training=nothing, stop_unless_finite=nothing,
-    )  # fmt: skip
 
 
 def sgd_by_hand(weights, grads, buffers, lr, momentum, decay, clip):
@@ -101,7 +78,7 @@ def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weigh
 
     net, other = fresh(), fresh()
     optim = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9, weight_decay=0.01)
-    augment.train(1, run_of(config), net, criterion, batches, optim)
+    augment.train(1, run_of(config), net, net, criterion, batches, optim)
     weights = list(other.parameters())
     buffers = [None] * len(weights)
     for X, y in batches:

@@ -1,0 +1,417 @@
+"""Many ranks compute what one does: the steps of both stages, and the scripts under torchrun."""
+
+import functools
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, Batches, assert_one_line_error, batch, run_of, run_script, small_net
+from torch import nn
+
+import augment
+import distributed
+import search
+from architect import Architect
+from benchmarks.faults import differences, outcome
+from config import AugmentConfig, SearchConfig
+from errors import OtherRankError, UserError
+from genotypes import DARTS_V2
+from models import fused_cell
+from models.augment_cnn import AugmentCNN
+from models.sync_bn import SyncBatchNorm2d, synchronise
+from runs import Run
+from utils import cosine_lr, load_checkpoint
+
+# global batches: divisible, odd, and too small to give each of two, or of four, ranks two rows
+SIZES = (8, 7, 9, 5, 3, 2)
+PATHS = {"plain": None, "EDGE_BY_EDGE": "fused", "BATCHED": "fused", "BATCHED_DENSE": "fused"}
+
+
+# What ranks do. Each function returns name -> tensor.
+
+
+def searched(path, sync_bn=True, **changes):
+    """State after some second-order steps, by the script's own loop."""
+    trn, val = (Batches(batch(n=n, seed=seed + i) for i, n in enumerate(SIZES)) for seed in (10, 50))
+    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu"])
+    net = small_net(C=4, n_nodes=1, execution=PATHS[path] or "plain", **changes)
+    if sync_bn:
+        synchronise(net)
+    config.sync_bn = sync_bn
+    w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.9, weight_decay=3e-4)
+    alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
+    architect, chosen = Architect(net, 0.9, 3e-4), fused_cell.choose_path
+    fused_cell.choose_path = lambda x: getattr(fused_cell, path)
+    try:
+        search.train(1, run_of(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+    finally:
+        fused_cell.choose_path = chosen
+    return state_of(net)
+
+
+def augmented(sync_bn=True):
+    """State after an epoch of augment, with drop path and the auxiliary head."""
+    config = AugmentConfig(["--genotype", "DARTS_V2", "--lr", "0.1", "--device", "cpu"])
+    config.sync_bn = sync_bn
+    torch.manual_seed(0)
+    net = AugmentCNN(8, 1, 4, 3, 3, True, DARTS_V2).double().train()
+    net.drop_path_prob(0.3)
+    if sync_bn:
+        synchronise(net)
+    trained = distributed.data_parallel(net, torch.device("cpu"))
+    optim = torch.optim.SGD(net.parameters(), config.lr, momentum=0.9, weight_decay=3e-4)
+    batches = Batches(batch(n=n, seed=i) for i, n in enumerate(SIZES))
+    augment.train(1, run_of(config), trained, net, nn.CrossEntropyLoss(), batches, optim)
+    return state_of(net) | {"random": torch.get_rng_state().double()}
+
+
+def state_of(net):
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+
+
+class Parts(nn.Module):
+    """A network whose loss is that of each part of the batch by itself, as ranks without --sync-bn see it."""
+
+    def __init__(self, net, n):
+        super().__init__()
+        self.net, self.n, self.criterion = net, n, net.criterion
+        self.weights, self.alphas = net.weights, net.alphas
+
+    def loss(self, X, y):
+        cuts = [len(y) * i // self.n for i in range(self.n + 1)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(cuts)] if len(y) >= 2 * self.n else [slice(None)]
+        return sum(len(y[part]) / len(y) * self.net.loss(X[part], y[part]) for part in parts)
+
+
+def alpha_gradient(n_parts=1, execution="fused", n=9):
+    """The alphas' gradient of a second-order step, BN by each rank's part; with n_parts on one rank, the same there."""
+    net = small_net(C=4, execution=execution).train()
+    net = net if n_parts == 1 else Parts(net, n_parts)
+    optim = torch.optim.SGD(net.weights(), 0.1, momentum=0.9)
+    trn, val = ([tensor[distributed.rows(n)] for tensor in batch(n=n, seed=seed)] for seed in (1, 2))
+    Architect(net, 0.9, 3e-4).unrolled_backward(*trn, *val, 0.1, optim)
+    return {f"alpha{i}": alpha.grad for i, alpha in enumerate(net.alphas())}
+
+
+def statistics(sync_bn=False, execution="fused"):
+    """Running statistics after a step on 9 images."""
+    net = small_net(execution=execution).train()
+    if sync_bn:
+        synchronise(net)
+    X, y = (tensor[distributed.rows(9)] for tensor in batch(n=9))
+    net(X)
+    if not sync_bn:
+        distributed.average_statistics(net, y)
+    return state_of(net)
+
+
+GLOBAL = {path: functools.partial(searched, path) for path in PATHS}
+GLOBAL |= {
+    "recompute": functools.partial(searched, "EDGE_BY_EDGE", recompute=True),
+    "augment": augmented,
+    "statistics": functools.partial(statistics, True),
+    "statistics, plain": functools.partial(statistics, True, "plain"),
+}
+PER_RANK = {
+    "alpha, fused": alpha_gradient,
+    "alpha, plain": functools.partial(alpha_gradient, execution="plain"),
+    "alpha, few": functools.partial(alpha_gradient, n=3),
+    "own statistics": statistics,
+    "own search": functools.partial(searched, "EDGE_BY_EDGE", sync_bn=False),
+    "own augment": functools.partial(augmented, sync_bn=False),
+}
+SLOW = ("plain", "BATCHED_DENSE", "recompute")  # to be left out where four ranks share two cores
+
+
+def everything(n):
+    """All cases, on each of n ranks."""
+    return {name: case() for name, case in (GLOBAL | PER_RANK).items() if n < 4 or name not in SLOW}
+
+
+def check_helpers():
+    """What can only be seen from within: first, in_turn, check_equal."""
+    rank, size = distributed.rank(), distributed.size()
+    assert distributed.first(lambda: rank + 10) == 10
+    with pytest.raises(UserError, match="of rank 0") as caught:
+        distributed.first(functools.partial(complain, "of rank 0"))
+    assert isinstance(caught.value, OtherRankError) == (rank > 0)
+    with pytest.raises(SystemExit):
+        distributed.first(lambda: sys.exit(0))
+    assert distributed.in_turn(lambda: rank) == rank
+    with pytest.raises(UserError):  # not only on the rank that it happens on
+        distributed.in_turn(functools.partial(complain, "of the last") if rank == size - 1 else lambda: rank)
+    distributed.check_equal([torch.zeros(3), torch.tensor(1)], "now")
+    with pytest.raises(UserError, match="rank 1"):
+        distributed.check_equal([torch.tensor([1.0, 1.0 + (rank == 1) * 2**-23])], "now")
+
+
+def complain(text):
+    raise UserError(text)
+
+
+def work(rank, n, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=n)
+    check_helpers()
+    torch.save(everything(n), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """ranks -> what each rank found, rank 0 first."""
+
+    @functools.cache
+    def by(n):
+        if n == 1:
+            return [everything(1)]
+        folder = tmp_path_factory.mktemp("ranks")
+        torch.multiprocessing.spawn(work, (n, folder), nprocs=n)
+        return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
+
+    return by
+
+
+def assert_near(found, expected, tolerance=1e-9):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-14, name
+
+
+RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
+CASES = [(n, case) for case in GLOBAL for n in (2, 4) if n < 4 or case not in SLOW]
+
+
+@pytest.mark.parametrize(("n", "case"), CASES)
+def test_with_global_statistics_any_number_of_ranks_takes_the_steps_of_one(found, case, n):
+    for i, of_rank in enumerate(found(n)):
+        one, many = dict(found(1)[0][case]), dict(of_rank[case])
+        if not case.startswith("statistics"):
+            # a batch that every rank takes as a whole counts each value once per rank in the unbiased variance
+            for name in [name for name in one if name.endswith("running_var")]:
+                assert torch.allclose(many.pop(name), one.pop(name), rtol=0.5)
+        assert_near(many, one)
+        for name, tensor in found(n)[0][case].items():
+            assert torch.equal(of_rank[case][name], tensor), (i, name)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_with_statistics_of_each_rank_the_alphas_gradient_is_the_mean_of_the_ranks_gradients(found, n):
+    for execution in ("plain", "fused"):
+        expected = alpha_gradient(n_parts=n, execution=execution)
+        for of_rank in found(n):
+            assert_near(of_rank[f"alpha, {execution}"], expected)
+    assert_near(found(n)[0]["alpha, few"], alpha_gradient(n_parts=n, n=3))
+    one = torch.cat([grad.flatten() for grad in found(1)[0]["alpha, fused"].values()])
+    assert not torch.allclose(one, torch.cat([grad.flatten() for grad in found(n)[0]["alpha, fused"].values()]))
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_running_statistics_are_the_mean_of_the_ranks(found, n):
+    totals = {}
+    for a, b in itertools.pairwise(9 * i // n for i in range(n + 1)):
+        net = small_net().train()
+        net(batch(n=9)[0][a:b])
+        for name, tensor in state_of(net).items():
+            totals[name] = totals.get(name, 0) + tensor * ((b - a) / 9)
+    assert_near(found(n)[0]["own statistics"], totals)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_ranks_with_their_own_statistics_stay_equal(found, n):
+    for case in ("own search", "own augment"):
+        for of_rank in found(n)[1:]:
+            for name, tensor in found(n)[0][case].items():
+                assert torch.equal(of_rank[case][name], tensor), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 64])
+def test_rows_are_each_taken_once_by_parts_of_at_least_two_or_all_by_all(monkeypatch, ranks, n):
+    monkeypatch.setattr(distributed, "size", lambda: ranks)
+    taken, weights = [], []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        taken.append(list(range(n))[distributed.rows(n)])
+        weights.append(distributed.ddp_weight(n) * (1 / len(taken[-1])))
+    if n < 2 * ranks:
+        assert taken == [list(range(n))] * ranks
+    else:
+        assert list(itertools.chain(*taken)) == list(range(n))
+        assert min(map(len, taken)) >= 2
+        assert max(map(len, taken)) - min(map(len, taken)) <= 1
+    # each row has the weight 1 / n in the mean over ranks
+    assert [w / ranks * (ranks if n < 2 * ranks else 1) for w in weights] == pytest.approx([1 / n] * ranks)
+
+
+def test_synchronise_changes_nothing_on_one_rank():
+    net = small_net()
+    synchronise(net)
+    assert not any(isinstance(module, SyncBatchNorm2d) for module in net.modules())
+
+
+# The scripts.
+
+TINY = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 128, "--workers", 0, "--print-freq", 2)
+TINY_AUGMENT = (*TINY[:4], *TINY[6:], "--genotype", "DARTS_V2")
+
+
+def torchrun(cwd, n, script, *words, options=(), wait=True):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *options,
+        ROOT / script, *words,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if not wait:
+        return process
+    stdout, stderr = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same search on one rank and on two, with global statistics: the folder that it was started in."""
+    cwd = tmp_path_factory.mktemp("torchrun")
+    assert run_script("search.py", *TINY, "--epochs", 2, "--name", "one", "--sync-bn", cwd=cwd).returncode == 0
+    process = torchrun(cwd, 2, "search.py", *TINY, "--epochs", 2, "--name", "two", "--sync-bn", "--workers", 1)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("summary stage=search") == 1  # one rank writes
+    return cwd
+
+
+def test_a_search_under_torchrun_finds_the_genotype_of_one_process(runs):
+    one, two = (json.loads((runs / "runs/search" / name / "history.json").read_text()) for name in ("one", "two"))
+    assert [epoch["string"] for epoch in one] == [epoch["string"] for epoch in two]
+    states = [load_checkpoint(runs / "runs/search" / name / "checkpoint.pt") for name in ("one", "two")]
+    for name, tensor in states[0]["keeps"]["net"].items():
+        assert torch.allclose(states[1]["keeps"]["net"][name].double(), tensor.double(), rtol=1e-2, atol=1e-3), name
+    for about in ("step", "epoch", "within"):
+        assert states[0][about] == states[1][about] or about == "within"
+
+
+def test_a_run_may_be_resumed_on_another_number_of_ranks(runs):
+    run = runs / "runs/search/two"
+    process = torchrun(runs, 3, "search.py", "--resume", run, "--epochs", 3)
+    assert process.returncode == 0, process.stderr
+    process = run_script("search.py", "--resume", run, "--epochs", 4, cwd=runs)
+    assert process.returncode == 0, process.stderr
+    assert [epoch["epoch"] for epoch in json.loads((run / "history.json").read_text())] == [1, 2, 3, 4]
+
+
+def test_augment_under_torchrun_trains_as_one_process(tmp_path):
+    assert run_script("augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", cwd=tmp_path).returncode == 0
+    process = torchrun(tmp_path, 2, "augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", "--name", "two")
+    assert process.returncode == 0, process.stderr
+    losses = []
+    for name in ("digits", "two"):
+        state = load_checkpoint(tmp_path / "runs/augment" / name / "checkpoint.pt")
+        losses.append(torch.cat([tensor.flatten() for tensor in state["keeps"]["net"].values()]).norm())
+        assert state["step"] == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def children(process):
+    """The processes that a process has started, by their numbers."""
+    return [int(number) for number in subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_rank_takes_the_run_down_and_torchruns_restart_ends_it_as_if_undisturbed(tmp_path):
+    words = [*TINY, "--epochs", 3, "--checkpoint-minutes", 0]
+    assert torchrun(tmp_path, 2, "search.py", *words).returncode == 0
+    process = torchrun(tmp_path, 2, "search.py", *words, "--name", "killed", options=["--max-restarts", 2], wait=False)
+    run = tmp_path / "runs/search/killed"
+    while not (run / "checkpoint.pt").exists() or load_checkpoint(run / "checkpoint.pt")["step"] < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "resumed after" in stdout
+    assert differences(outcome(run.parent / "digits"), outcome(run)) == []
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
+    process = torchrun(tmp_path, 2, "search.py", *TINY, "--epochs", 50, wait=False)
+    run = tmp_path / "runs/search/digits"
+    while not (run / "genotype.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.kill(children(process)[-1], signal.SIGUSR1)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert stdout.count("SIGUSR1: stopped after step") == 1
+    assert "Traceback" not in stderr.split("torch/distributed/elastic")[0]
+    step = load_checkpoint(run / "checkpoint.pt")["step"]
+    assert f"stopped after step {step}, saved" in stdout
+
+
+def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
+    process = torchrun(tmp_path, 2, "search.py", "--dataset", "folder", "--data-path", tmp_path)
+    assert process.returncode != 0
+    assert process.stderr.count("search.py: error: ") == 1
+    assert "Traceback" not in process.stderr.split("torch/distributed/elastic")[0]
+    assert not (tmp_path / "runs").exists()
+    process = torchrun(tmp_path, 2, "search.py", "--gpus", "all")
+    assert process.stderr.count("with torchrun leave it out") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("gpus", ["all", "0", "0,1", "0,0", "x", ""])
+def test_gpus_that_are_not_there_are_refused_in_one_line(tmp_path, gpus):
+    for script, words in (("search.py", []), ("augment.py", ["--genotype", "DARTS_V2"]))[: 2 if gpus == "all" else 1]:
+        assert_one_line_error(run_script(script, *words, f"--gpus={gpus}", cwd=tmp_path), "gpus")
+
+
+def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
+    code = (
+        "import sys, distributed; script, *words = sys.argv[1:]; "
+        "sys.exit(distributed.run_ranks(2, [script, *distributed._without_gpus(words)]))"
+    )
+
+    def start(*words):
+        return subprocess.run(
+            [sys.executable, "-c", code, ROOT / "search.py", *map(str, words)], cwd=tmp_path, text=True,
+            capture_output=True, timeout=200, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    process = start("--gpus", "0,1", *TINY, "--epochs", 1, "--gpus=all")
+    assert process.returncode == 0, process.stderr
+    assert "2 ranks" in process.stdout
+    assert_one_line_error(start(*TINY), "already holds a run")
+
+
+def test_auto_resume_starts_goes_on_and_refuses_other_options(tmp_path):
+    for _ in range(2):
+        process = run_script("search.py", *TINY, "--epochs", 1, "--auto-resume", cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+    assert "all 1 epochs are done" in process.stdout
+    words = (*TINY, "--epochs", 2, "--auto-resume")
+    assert run_script("search.py", *words, cwd=tmp_path).returncode == 0
+    assert_one_line_error(run_script("search.py", *words, "--seed", 3, cwd=tmp_path), "seed")
+    assert_one_line_error(run_script("search.py", *words, "--overwrite", cwd=tmp_path), "--overwrite")
+
+
+def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = SearchConfig([])
+    run = Run(config)
+    run.start({})
+    run.tensorboard.close()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert SearchConfig(["--overwrite"]).resume == str(run.folder)
+    monkeypatch.setattr(distributed, "launcher", lambda: "another 1")
+    assert SearchConfig([]).resume is None
