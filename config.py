@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 import distributed
 from data_sets import DATASETS
 from errors import OneLineParser, UserError
@@ -112,8 +114,9 @@ class _Config:
         run = self.folder()
         if not (run / CONFIG_FILE).is_file():
             return False
-        same = distributed.is_restart() and (run / LAUNCHER).is_file()
-        return self.auto_resume or (same and (run / LAUNCHER).read_text() == distributed.launcher())
+        started = (run / LAUNCHER).read_text() if (run / LAUNCHER).is_file() else None
+        restarted = dist.is_torchelastic_launched() and started == distributed.launcher()
+        return self.auto_resume or restarted
 
     @staticmethod
     def _resumed_folder(resume):

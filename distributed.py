@@ -12,14 +12,18 @@ import os
 import signal
 import socket
 import sys
+import time
+import uuid
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import OtherRankError, UserError
@@ -37,13 +41,38 @@ def group():
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_unused_part(store, rank, size), rank=rank, world_size=size,
+        timeout=PATIENCE,
+    )  # fmt: skip
     try:
         yield
         dist.barrier()
     finally:
         if not cuda or sys.exc_info()[0] is None:  # NCCL would wait for ranks that may be gone
             dist.destroy_process_group()
+
+
+def _unused_part(store, rank, size):
+    """A part of torchrun's store in which nothing is left of an earlier attempt, the same for all ranks.
+
+    torchrun keeps its store when it restarts the ranks, and a rank would find addresses of those that are gone; its
+    count of restarts is each machine's own. So each rank leaves a word never used before, and goes on as soon as rank 0
+    has read it; the part's name is rank 0's word.
+    """
+    words, own = [f"word of {i}" for i in range(size)], uuid.uuid4().hex
+    store.set(words[rank], own)
+    if rank == 0:
+        answers = [f"{own} has been read by {i}" for i in range(1, size)]
+        while answers and not store.check(answers):  # some of the words may be old
+            store.set("words", " ".join(store.get(word).decode() for word in words))
+            time.sleep(0.05)
+        return dist.PrefixStore(own, store)
+    while own not in (read := store.get("words").decode().split()):
+        time.sleep(0.05)
+    store.set(f"{read[0]} has been read by {rank}", "")
+    return dist.PrefixStore(read[0], store)
 
 
 def rank():
@@ -193,13 +222,13 @@ def check_equal(tensors, when):
 
 
 def launcher():
-    """Who started this process: the torchrun of this machine, which stays the same when it restarts its ranks."""
-    return f"{socket.gethostname()} {os.getppid()}"
+    """Who started this process, in words that no other process's will be: on a restart by torchrun, the same.
 
-
-def is_restart():
-    """Whether torchrun has started the ranks once more, after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    torchrun's own count of restarts leaves out those that another machine's ranks were the cause of.
+    """
+    started = Path(f"/proc/{os.getppid()}/stat")  # Linux has it, the 22nd field of the file
+    when = started.read_text().rpartition(")")[2].split()[19] if started.is_file() else ""
+    return f"{socket.gethostname()} {os.getppid()} {when}"
 
 
 def launch(gpus, script):

@@ -411,7 +411,8 @@ def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkey
     run = Run(config)
     run.start({})
     run.tensorboard.close()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert SearchConfig(["--overwrite"]).resume is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert SearchConfig(["--overwrite"]).resume == str(run.folder)
     monkeypatch.setattr(distributed, "launcher", lambda: "another 1")
     assert SearchConfig([]).resume is None
