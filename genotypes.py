@@ -13,52 +13,18 @@ from pathlib import Path
 
 from torch import nn
 
-from errors import UserError
+from errors import OneLineParser, UserError, user_errors_in_one_line
 from models.ops import OPS, PRIMITIVES, DropPath_, Identity
 
 GENOTYPE_FILE = "genotype.json"  # in a search's folder
 
 LARGEST = 10**6  # number in a genotype that is read any further
 
+FORMS = ("nested", "flat", "json", "name")
+
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-# Liu et al., arXiv:1806.09055: the cell of the first-order search, 3.00 +- 0.14 % test error on CIFAR-10
-DARTS_V1 = Genotype(
-    normal=[
-        [("sep_conv_3x3", 1), ("sep_conv_3x3", 0)],
-        [("skip_connect", 0), ("sep_conv_3x3", 1)],
-        [("skip_connect", 0), ("sep_conv_3x3", 1)],
-        [("sep_conv_3x3", 0), ("skip_connect", 2)],
-    ],
-    normal_concat=range(2, 6),
-    reduce=[
-        [("max_pool_3x3", 0), ("max_pool_3x3", 1)],
-        [("skip_connect", 2), ("max_pool_3x3", 0)],
-        [("max_pool_3x3", 0), ("skip_connect", 2)],
-        [("skip_connect", 2), ("avg_pool_3x3", 0)],
-    ],
-    reduce_concat=range(2, 6),
-)
-
-# the same paper: the cell of the second-order search, 2.76 +- 0.09 %
-DARTS_V2 = Genotype(
-    normal=[
-        [("sep_conv_3x3", 0), ("sep_conv_3x3", 1)],
-        [("sep_conv_3x3", 0), ("sep_conv_3x3", 1)],
-        [("sep_conv_3x3", 1), ("skip_connect", 0)],
-        [("skip_connect", 0), ("dil_conv_3x3", 2)],
-    ],
-    normal_concat=range(2, 6),
-    reduce=[
-        [("max_pool_3x3", 0), ("max_pool_3x3", 1)],
-        [("skip_connect", 2), ("max_pool_3x3", 1)],
-        [("max_pool_3x3", 0), ("skip_connect", 2)],
-        [("skip_connect", 2), ("max_pool_3x3", 1)],
-    ],
-    reduce_concat=range(2, 6),
-)
-
-PUBLISHED = {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2}
+Published = namedtuple("Published", "genotype source results")  # results: what the source reports, by name
 
 
 class GenotypeError(UserError):
@@ -103,24 +69,102 @@ def to_dag(C_in, gene, reduction):
 
 
 def from_str(s):
-    """Read a genotype as `str(genotype)` prints it; nothing in the string is run.
+    """Read a genotype in any form that `to_str` writes: nested, flat, JSON, or the name of a published cell.
 
-    Lists, tuples and ranges come back as they were written, so from_str(str(genotype)) == genotype.
-    Raises GenotypeError (a ValueError) with the place and what is allowed there.
+    Nothing in the string is run. Lists, tuples and ranges come back as they were written, from JSON as in
+    `str(genotype)` of a search's, so that from_str(str(genotype)) == genotype. Raises GenotypeError (a ValueError) with
+    the place and what is allowed there.
     """
+    text = s.strip()
+    if text in PUBLISHED:
+        return PUBLISHED[text].genotype
+    return check(_from_json(text) if text.startswith("{") else _from_call(text))
+
+
+def to_str(genotype, form="nested"):
+    """Write a genotype: `nested`, as `str` does; `flat`, the original code's, all pairs in one list; `json`; `name`.
+
+    Raises GenotypeError where it has no such form: flat needs two edges a node, the name a published cell.
+    """
+    if form == "nested":
+        return str(genotype)
+    if form == "json":
+        return json.dumps(as_lists(genotype))
+    if form == "name":
+        for name, cell in PUBLISHED.items():
+            if _same(cell.genotype, genotype):
+                return name
+        raise GenotypeError(f"genotype: it is none of the published cells, {', '.join(PUBLISHED)}")
+    if form != "flat":
+        raise GenotypeError(f"genotype: there is no form {form!r}; there are {', '.join(FORMS)}")
+    if any(len(node) != 2 for node in (*genotype.normal, *genotype.reduce)):
+        raise GenotypeError("genotype: the flat form needs two edges in each node")
+    flat = {kind: [edge for node in getattr(genotype, kind) for edge in node] for kind in ("normal", "reduce")}
+    return str(genotype._replace(**flat))
+
+
+def _from_call(text):
+    """Genotype(normal=..., ...) as Python writes it, nested or flat."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of a strange text's escapes and numbers
-            tree = ast.parse(s.strip().replace("\n", " "), mode="eval").body
+            tree = ast.parse(text.replace("\n", " "), mode="eval").body
     except SyntaxError as error:
-        raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {_shorten(s)}") from None
+        raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {_shorten(text)}") from None
     except (ValueError, RecursionError, MemoryError):
-        raise GenotypeError(f"genotype: not readable: {_shorten(s)}") from None
+        raise GenotypeError(f"genotype: not readable: {_shorten(text)}") from None
     if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "Genotype"):
-        raise GenotypeError(f"genotype: expected Genotype(normal=..., ...), found {_shorten(s)}")
+        raise GenotypeError(
+            f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {_shorten(text)}"
+        )
     given = [(keyword.arg, keyword.value) for keyword in tree.keywords]
     if tree.args or sorted(str(name) for name, _ in given) != sorted(Genotype._fields):
         raise GenotypeError(f"genotype: Genotype(...) takes each of {', '.join(Genotype._fields)} once, by name")
-    return check(Genotype(**{name: _read(node) for name, node in given}))
+    fields = {name: _read(node) for name, node in given}
+    return Genotype(**fields | {kind: _by_node(fields[kind], kind) for kind in ("normal", "reduce")})
+
+
+def _from_json(text):
+    """An object of lists with the fields of a `Genotype`, nested or flat; others beside them are left alone."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GenotypeError(f"genotype: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise GenotypeError(f"genotype: not readable: {_shorten(text)}") from None
+    missing = [field for field in Genotype._fields if field not in found]
+    if missing:
+        raise GenotypeError(f"genotype: the JSON object has no {', '.join(missing)}: {_shorten(text)}")
+    fields = {}
+    for kind in ("normal", "reduce"):
+        gene, concat = _by_node(found[kind], kind), found[f"{kind}_concat"]
+        is_nested = isinstance(gene, list) and all(isinstance(node, list) for node in gene)
+        fields[kind] = [[_pair(edge) for edge in node] for node in gene] if is_nested else gene
+        ends = (concat[0], concat[-1] + 1) if _is_integers(concat) else (0, 0)
+        fields[f"{kind}_concat"] = range(*ends) if ends[0] and concat == list(range(*ends)) else concat
+    return Genotype(**fields)
+
+
+def _pair(edge):
+    return tuple(edge) if isinstance(edge, list) else edge
+
+
+def _is_integers(values):
+    return isinstance(values, list) and values and all(type(n) is int and abs(n) < LARGEST for n in values)
+
+
+def _by_node(gene, kind):
+    """A flat gene, two (operation, source) pairs for each node in one list, by node; others as they are."""
+    pairs = isinstance(gene, (list, tuple)) and gene
+    if not pairs or not all(isinstance(e, (list, tuple)) and len(e) == 2 and isinstance(e[0], str) for e in gene):
+        return gene
+    if len(gene) % 2:
+        raise GenotypeError(f"genotype: {kind} lists pairs without nodes, so two for each; it has {len(gene)}")
+    return [list(gene[i : i + 2]) for i in range(0, len(gene), 2)]
+
+
+def _same(one, other):
+    """Whether two genotypes are the same cell, lists, tuples and ranges taken alike."""
+    return json.dumps(as_lists(one)) == json.dumps(as_lists(other))
 
 
 def as_lists(genotype):
@@ -163,34 +207,42 @@ def check(genotype):
 
 
 def resolve(given):
-    """A genotype from whatever a user has of it: a published name, a string, a `genotype.json`, or a search folder.
+    """A genotype from whatever a user has of it: what `from_str` reads, a file of that, or a search's folder.
 
     Of a search the last genotype is taken, as in the paper. Raises GenotypeError.
     """
-    if given in PUBLISHED:
-        return PUBLISHED[given]
     path = Path(given)
     try:
         path = path / GENOTYPE_FILE if path.is_dir() else path
         found = path.is_file()
-    except OSError:  # no name that a file could have
+    except (OSError, ValueError):  # no name that a file could have
         found = False
-    if not found and "(" in given:
+    if not found and (given in PUBLISHED or "(" in given or given.lstrip().startswith("{")):
         return from_str(given)
     if not found:
         raise GenotypeError(
             f"genotype: {_shorten(given)} is neither a published cell ({', '.join(PUBLISHED)}), a genotype string "
-            "'Genotype(normal=..., ...)', a genotype.json nor a search folder that holds one"
+            "'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
         )
     try:
-        string = json.loads(path.read_text())["last"]["string"]
-    except json.JSONDecodeError as error:
-        raise GenotypeError(f"genotype: {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise GenotypeError(f"genotype: {path} is not the genotype.json of a search: no last.string in it") from None
-    if not isinstance(string, str):
-        raise GenotypeError(f"genotype: {path}: last.string must be a string, not {_shorten(string)}")
-    return from_str(string)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise GenotypeError(f"genotype: cannot read {path}: {error}") from None
+    try:
+        return from_str(_last(text))
+    except GenotypeError as error:
+        raise GenotypeError(f"{path}: {error}") from None
+
+
+def _last(text):
+    """Of a search's genotype.json the last genotype's string; any other text as it is."""
+    try:
+        last = json.loads(text)["last"]["string"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return text
+    if not isinstance(last, str):
+        raise GenotypeError(f"genotype: last.string must be a string, not {_shorten(last)}")
+    return last
 
 
 def _read(node):
@@ -216,3 +268,38 @@ def _read(node):
 def _shorten(value, limit=80):
     text = value if isinstance(value, str) else repr(value)
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def _published():
+    """The cells of published_cells.json: name -> `Published`."""
+    cells = json.loads((Path(__file__).parent / "published_cells.json").read_text(encoding="utf-8"))
+    found = {}
+    for name, cell in cells.items():
+        results = {key: value for key, value in cell.items() if key not in (*Genotype._fields, "source")}
+        found[name] = Published(check(_from_json(json.dumps(cell))), cell["source"], results)
+    return found
+
+
+PUBLISHED = _published()
+DARTS_V1, DARTS_V2 = PUBLISHED["DARTS_V1"].genotype, PUBLISHED["DARTS_V2"].genotype
+
+
+def main():
+    parser = OneLineParser(description="List the published cells, or write a genotype in another form.")
+    parser.add_argument(
+        "genotype", nargs="?", help="as for augment.py --genotype; without it, list the published cells"
+    )
+    parser.add_argument("--form", choices=FORMS, default="nested", help="to write (default: %(default)s)")
+    args = parser.parse_args()
+    if args.genotype is not None:
+        print(to_str(resolve(args.genotype), args.form))
+        return
+    for name, cell in PUBLISHED.items():
+        results = ", ".join(f"{key} {' / '.join(map(str, value)) if isinstance(value, list) else value}"
+                            for key, value in cell.results.items())  # fmt: skip
+        print(f"{name}\n    {cell.source}\n    {results}\n    {to_str(cell.genotype)}")
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("genotypes.py"):
+        main()
