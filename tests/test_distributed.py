@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, Batches, assert_one_line_error, batch, run_of, run_script, small_net
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import augment
@@ -127,7 +128,8 @@ PER_RANK = {
     "own search": functools.partial(searched, "EDGE_BY_EDGE", sync_bn=False),
     "own augment": functools.partial(augmented, sync_bn=False),
 }
-SLOW = ("plain", "BATCHED_DENSE", "recompute")  # to be left out where four ranks share two cores
+# to be left out where four ranks share two cores
+SLOW = ("plain", "BATCHED", "BATCHED_DENSE", "recompute", "own search", "own augment")
 
 
 def everything(n):
@@ -225,12 +227,11 @@ def test_running_statistics_are_the_mean_of_the_ranks(found, n):
     assert_near(found(n)[0]["own statistics"], totals)
 
 
-@pytest.mark.parametrize("n", RANKS)
-def test_ranks_with_their_own_statistics_stay_equal(found, n):
+def test_ranks_with_their_own_statistics_stay_equal(found):
+    first, second = found(2)
     for case in ("own search", "own augment"):
-        for of_rank in found(n)[1:]:
-            for name, tensor in found(n)[0][case].items():
-                assert torch.equal(of_rank[case][name], tensor), name
+        for name, tensor in first[case].items():
+            assert torch.equal(second[case][name], tensor), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -313,12 +314,13 @@ def test_augment_under_torchrun_trains_as_one_process(tmp_path):
     assert run_script("augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", cwd=tmp_path).returncode == 0
     process = torchrun(tmp_path, 2, "augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", "--name", "two")
     assert process.returncode == 0, process.stderr
-    norms = []
+    losses = []
     for name in ("digits", "two"):
-        state = load_checkpoint(tmp_path / "runs/augment" / name / "checkpoint.pt")
-        norms.append([tensor.double().norm().item() for tensor in state["keeps"]["net"].values()])
-        assert state["step"] == 12
-    assert norms[0] == pytest.approx(norms[1], rel=1e-2, abs=1e-3)
+        events = EventAccumulator(str(tmp_path / "runs/augment" / name / "tb")).Reload()
+        losses.append([event.value for event in events.Scalars("step/loss")])
+    assert len(losses[0]) == 12
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)  # later, roundings have been amplified
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def children(process):

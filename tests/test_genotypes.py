@@ -3,10 +3,24 @@ import json
 
 import pytest
 import torch
+from conftest import assert_one_line_error, run_script
 from torch import nn
 
 import genotypes as gt
-from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES, Genotype, GenotypeError, from_str, parse, resolve, to_dag
+from genotypes import (
+    DARTS_V1,
+    DARTS_V2,
+    FORMS,
+    PRIMITIVES,
+    PUBLISHED,
+    Genotype,
+    GenotypeError,
+    from_str,
+    parse,
+    resolve,
+    to_dag,
+    to_str,
+)
 from models.ops import DropPath_, FactorizedReduce
 
 GOOD = str(DARTS_V2)
@@ -51,10 +65,51 @@ def test_to_dag_strides_drop_path_and_sources():
     assert all(op(x).shape[-1] == 9 for node in to_dag(4, DARTS_V2.normal, False) for op in node)
 
 
-@pytest.mark.parametrize("genotype", [DARTS_V1, DARTS_V2], ids=["V1", "V2"])
-def test_published_cells_round_trip_through_their_string(genotype):
-    assert from_str(str(genotype)) == genotype
-    assert str(from_str(str(genotype))) == str(genotype)
+@pytest.mark.parametrize("one", FORMS)
+@pytest.mark.parametrize("other", FORMS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_form_of_every_published_cell_is_read_as_the_cell_and_written_as_every_other(name, one, other):
+    genotype = PUBLISHED[name].genotype
+    read = from_str(to_str(genotype, one))
+    assert read == genotype
+    assert from_str(to_str(read, other)) == genotype
+    assert str(read) == str(genotype)
+
+
+def test_flat_forms_list_pairs_without_nodes():
+    text = to_str(DARTS_V1, "flat")
+    assert text.startswith("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ")
+    flat = {"normal": [["sep_conv_3x3", 1], ["skip_connect", 0]], "normal_concat": [2],
+            "reduce": [["max_pool_3x3", 0], ["max_pool_3x3", 1]], "reduce_concat": [2]}  # fmt: skip
+    expected = Genotype(
+        [[("sep_conv_3x3", 1), ("skip_connect", 0)]], range(2, 3), [[("max_pool_3x3", 0), ("max_pool_3x3", 1)]],
+        range(2, 3),
+    )  # fmt: skip
+    assert from_str(json.dumps(flat)) == expected
+    with pytest.raises(GenotypeError, match="two for each"):
+        from_str(json.dumps(flat | {"normal": flat["normal"][:1]}))
+    with pytest.raises(GenotypeError, match="two edges"):
+        to_str(Genotype([[("none", 0)]], [2], [[("none", 0)]], [2]), "flat")
+    with pytest.raises(GenotypeError, match="none of the published"):
+        to_str(expected, "name")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"normal": 1}', "[]", '{"normal": NaN}', "{" * 9999, json.dumps(
+    {"normal": [[["none", 0]]], "normal_concat": [[2]], "reduce": [[["none", 0]]], "reduce_concat": [2]}
+)])  # fmt: skip
+def test_json_that_is_no_genotype_is_refused(text):
+    with pytest.raises(GenotypeError):
+        from_str(text)
+
+
+def test_the_command_lists_and_converts(tmp_path):
+    listed = run_script("genotypes.py", cwd=tmp_path)
+    assert all(name in listed.stdout and PUBLISHED[name].source in listed.stdout for name in PUBLISHED)
+    for form in FORMS:
+        assert run_script("genotypes.py", "NASNET_A", "--form", form, cwd=tmp_path).stdout.strip() == to_str(
+            PUBLISHED["NASNET_A"].genotype, form
+        )
+    assert_one_line_error(run_script("genotypes.py", "x", cwd=tmp_path), "DARTS_V2")
 
 
 def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
@@ -66,7 +121,7 @@ def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
 @pytest.mark.parametrize(("text", "mention"), [
     ("", "genotype"),
     ("Genotype(", "column"),
-    ("DARTS_V2", "Genotype(normal="),
+    ("DARTS_V9", "Genotype(normal="),
     ("Other(normal=1)", "Genotype(normal="),
     (GOOD.replace("normal=", "abnormal=", 1), "normal_concat"),
     (GOOD.replace(", reduce_concat=range(2, 6)", ""), "reduce_concat"),
