@@ -257,7 +257,7 @@ class AugmentConfig(_Config):
         group = parser.add_argument_group("network")
         group.add_argument(
             "--genotype", metavar="G",
-            help="DARTS_V1, DARTS_V2, a string 'Genotype(...)', a genotype.json, or a search's folder",
+            help="a published cell as DARTS_V2, a string 'Genotype(...)', JSON, a file of these, or a search's folder",
         )  # fmt: skip
         group.add_argument("--layers", type=positive_int, default=20, metavar="N", help="cells")
         group.add_argument("--init-channels", type=positive_int, default=36, metavar="C", help="of the first cells")

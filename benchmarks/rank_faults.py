@@ -3,13 +3,14 @@
     python benchmarks/rank_faults.py --runs 20 --ranks 3
     python benchmarks/rank_faults.py --runs 20 --stage augment
 
-Small networks on the digits, on CPUs, saved after every step. One rank, chosen by chance, is killed with SIGKILL;
-torchrun then ends the others and starts all again. Exit code 1 if a run differs from the one left alone, bit by bit.
+Small networks on the digits, on CPUs, saved after every step. One rank, chosen by chance, is killed with SIGKILL, four
+times in five while the run takes its steps, else while it starts; torchrun then ends the others and starts all again. Exit code 1 if a run differs from the one left alone, bit by bit.
 """
 
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -33,14 +34,19 @@ def main():
     args = parser.parse_args()
     chance, same, seconds_down = random.Random(args.seed), 0, []
     with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        if start(args, folder, "alone").wait() != 0:
+        torchrun, started = start(args, folder, "alone"), time.monotonic()
+        wait_for_checkpoint(args, folder, "alone", torchrun)
+        starting = time.monotonic() - started
+        if torchrun.wait() != 0:
             sys.exit(Path(folder, "alone.txt").read_text())
-        seconds = time.monotonic() - started
+        running = time.monotonic() - started - starting
         reference = outcome(Path(folder, "runs", args.stage, "alone"))
         for run in range(1, args.runs + 1):
-            when = chance.uniform(0, seconds)
             torchrun = start(args, folder, "killed")
+            phase, seconds = ("running", running) if chance.random() < 0.8 else ("starting", starting)
+            if phase == "running":
+                wait_for_checkpoint(args, folder, "killed", torchrun)
+            when = chance.uniform(0, seconds)
             killed, down = kill_a_rank(torchrun, args.ranks, when, chance)
             ended = torchrun.wait()
             output = Path(folder, "killed.txt").read_text()
@@ -50,8 +56,8 @@ def main():
             same += not found
             seconds_down += [down] * (down is not None)
             how = "it had ended" if killed is None else f"rank {killed} killed, the others gone {down:.1f} s later"
-            resumed = [line.split("  ")[1] for line in output.splitlines() if "  resumed after" in line]
-            print(f"run {run}: at {when:.1f} of {seconds:.1f} s {how}; {' '.join(resumed) or 'from the start'}: "
+            resumed = re.findall(r"resumed after [^,]*|all \d+ epochs are done", output)
+            print(f"run {run}: at {when:.1f} of {seconds:.1f} s of {phase} {how}; {' '.join(resumed) or 'from the start'}: "
                   f"{found or 'identical'}", flush=True)  # fmt: skip
             shutil.rmtree(Path(folder, "runs", args.stage, "killed"))
     print(f"{args.stage}: {same} of {args.runs} runs identical to the one left alone, {len(seconds_down)} kills; the "
@@ -63,12 +69,18 @@ def start(args, folder, name):
     """torchrun with a stage's script on several ranks, its output in a file."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks),
-        "--max-restarts", "3", str(ROOT / f"{args.stage}.py"), *STAGES[args.stage], "--name", name,
+        "--max-restarts", "3", str(ROOT / f"{args.stage}.py"), *STAGES[args.stage], "--epochs", "6", "--name", name,
     ]  # fmt: skip
     with open(Path(folder, f"{name}.txt"), "w", encoding="utf-8") as output:
         return subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
+
+
+def wait_for_checkpoint(args, folder, name, torchrun):
+    """Until a run has saved its start."""
+    while not Path(folder, "runs", args.stage, name, "checkpoint.pt").exists() and torchrun.poll() is None:
+        time.sleep(0.02)
 
 
 def kill_a_rank(torchrun, ranks, when, chance):

@@ -4,8 +4,11 @@ from torch import nn
 
 from genotypes import check
 from models.augment_cells import AugmentCell
-from models.ops import DropPath_
+from models.ops import DropPath_, StdConv
 from models.search_cnn import check_positive, reduction_cells
+
+
+STEMS = ("cifar", "imagenet")
 
 
 class AuxiliaryHead(nn.Module):
@@ -37,16 +40,48 @@ class AuxiliaryHead(nn.Module):
         return self.linear(self.net(x).flatten(1))
 
 
+def cifar_stem(C_in, C):
+    """What both inputs of the first cell are, of C channels and the images' size (DARTS, section 4.2)."""
+    return nn.Sequential(nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+
+
+class ImageNetStem(nn.Module):
+    """The two inputs of the first cell, each of C channels: at a quarter and at an eighth of the images' size.
+
+    For images too large for cells at their size (DARTS, section 4.2, images of 224 pixels).
+    """
+
+    def __init__(self, C_in, C):
+        super().__init__()
+        self.quarter = nn.Sequential(
+            nn.Conv2d(C_in, C // 2, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(C // 2),
+            nn.ReLU(),
+            nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(C),
+        )
+        self.eighth = StdConv(C, C, 3, 2, 1)
+
+    def forward(self, x):
+        s0 = self.quarter(x)
+        return s0, self.eighth(s0)
+
+
 class AugmentCNN(nn.Module):
     """A genotype, stacked.
 
     input_size: height and width of the images, in pixels, 8 and up; auxiliary: with the auxiliary head, after cell
-    2 * n_layers // 3; the other arguments are `SearchCNN`'s. Raises ValueError where a number is too small, and
-    GenotypeError for a genotype that cannot be built.
+    2 * n_layers // 3; stem: a key of `STEMS`, `imagenet` for images of 64 pixels and up, whose first cell has C channels
+    on half the pixels; the other arguments are `SearchCNN`'s. Raises ValueError where a number is too small or the stem
+    unknown, and GenotypeError for a genotype that cannot be built.
     """
 
-    def __init__(self, input_size, C_in, C, n_classes, n_layers, auxiliary, genotype, stem_multiplier=3):
+    def __init__(
+        self, input_size, C_in, C, n_classes, n_layers, auxiliary, genotype, stem_multiplier=3, stem="cifar"
+    ):  # fmt: skip
         super().__init__()
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}")
         check_positive(
             input_size=input_size, C_in=C_in, C=C, n_classes=n_classes, n_layers=n_layers,
             stem_multiplier=stem_multiplier,
@@ -56,11 +91,12 @@ class AugmentCNN(nn.Module):
         self.aux_head = None
         self.n = None  # images of a global batch
 
-        C_cur = stem_multiplier * C
-        self.stem = nn.Sequential(nn.Conv2d(C_in, C_cur, 3, padding=1, bias=False), nn.BatchNorm2d(C_cur))
+        imagenet = stem == "imagenet"
+        C_cur = C if imagenet else stem_multiplier * C
+        self.stem = ImageNetStem(C_in, C) if imagenet else cifar_stem(C_in, C_cur)
         self.cells = nn.ModuleList()
-        C_pp, C_p, reduction_p = C_cur, C_cur, False
-        size = input_size
+        C_pp, C_p, reduction_p = C_cur, C_cur, imagenet  # the second input is half as large as the first
+        size = -(-input_size // 8) if imagenet else input_size
         for layer in range(n_layers):
             reduction = layer in reduction_cells(n_layers)
             if reduction:
@@ -76,7 +112,8 @@ class AugmentCNN(nn.Module):
     def forward(self, x):
         """Images (N, C_in, H, W) -> (logits, aux_logits), each (N, n_classes); aux_logits is None in eval."""
         aux_logits = None
-        s0 = s1 = self.stem(x)
+        found = self.stem(x)
+        s0, s1 = found if isinstance(found, tuple) else (found, found)
         for layer, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1)
             if layer == self.aux_pos and self.training:
