@@ -13,13 +13,14 @@ from torch import nn
 
 import distributed
 from config import AugmentConfig
+from cost import cost, describe
 from data_sets import Loader
 from errors import user_errors_in_one_line
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from runs import Meters, one_line, open_run, seed_generators
-from utils import cosine_lr, get_data, param_size
+from utils import cosine_lr, exponential_lr, get_data, param_size
 
 
 def main():
@@ -34,43 +35,51 @@ def main():
     size, channels, n_classes, trn_data, val_data = distributed.in_turn(lambda: get_data(
         config.dataset, config.data_path, config.cutout_length, validation=True,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
-        skip_bad_images=config.skip_bad_images,
+        skip_bad_images=config.skip_bad_images, crops=config.stem == "imagenet",
     ))  # fmt: skip
     if config.aux_weight > 0 and config.batch_size < 2:
         raise distributed.error(
             "--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image"
         )
+    if config.stem == "imagenet" and size < 64:
+        raise distributed.error(f"--stem imagenet needs images of at least 64 pixels a side, not {size}")
     loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)
 
     seed_generators(config.seed)
     net = AugmentCNN(
-        size, channels, config.init_channels, n_classes, config.layers, config.aux_weight > 0, genotype
+        size, channels, config.init_channels, n_classes, config.layers, config.aux_weight > 0, genotype,
+        stem=config.stem,
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
+    costs = describe(cost(net, channels, size))
     if config.sync_bn:
         synchronise(net)
     trained = distributed.data_parallel(net, device)
-    criterion = nn.CrossEntropyLoss()
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
     keeps = {"net": net, "optim": optim}
     run.start(keeps, top1=0.0, best_top1=0.0, genotype=config.genotype)
     results = run.results
-    scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
+    if config.lr_decay:
+        scheduler = exponential_lr(optim, config.lr_decay, run.epoch)
+    else:
+        scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
     run.log(
         f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
         f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
         f"{one_line(trn_data.transform)}"
     )
+    run.log(f"the network: {costs}")
 
     with run.interruptible():
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
             if not run.trained:
                 train(epoch, run, trained, net, criterion, trn_loader, optim)
-            top1 = validate(epoch, run, net, criterion, val_loader)
+            top1 = validate(epoch, run, net, nn.CrossEntropyLoss(), val_loader)
             scheduler.step()
             is_best = epoch == 1 or top1 > results["best_top1"]
             results |= {"top1": top1, "best_top1": max(top1, results["best_top1"])}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import distributed
 from data_sets import DATASETS
 from errors import OneLineParser, UserError
+from models.augment_cnn import STEMS
 from models.search_cells import EXECUTIONS
 
 CONFIG_FILE, LAUNCHER = "config.json", "launcher.txt"  # in a run's folder
@@ -78,6 +79,7 @@ class _Config:
     def __init__(self, argv=None):
         parser = self.build_parser()
         words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
+        self.set_defaults(parser, words)
         options = parser.parse_args(words)
         if options.resume is not None:
             options = self._resume(parser, words, options)
@@ -121,6 +123,10 @@ class _Config:
     @staticmethod
     def _resumed_folder(resume):
         return Path(resume).parent if Path(resume).is_file() else Path(resume)
+
+    @staticmethod
+    def set_defaults(parser, words):
+        """Change defaults that depend on other options."""
 
     def folder(self):
         """The run's folder."""
@@ -247,10 +253,24 @@ class SearchConfig(_Config):
         group.add_argument("--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: decay")
 
 
+# Liu et al., section 4.3 and the appendix on ImageNet
+IMAGENET = {
+    "layers": 14, "init_channels": 48, "epochs": 250, "batch_size": 128, "lr": 0.1, "lr_decay": 0.97,
+    "weight_decay": 3e-5, "label_smoothing": 0.1, "drop_path_prob": 0.0, "cutout_length": 0, "image_size": 224,
+}  # fmt: skip
+
+
 class AugmentConfig(_Config):
     """Train the network that a genotype makes, from scratch."""
 
     stage = "augment"
+
+    @staticmethod
+    def set_defaults(parser, words):
+        stem = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        stem.add_argument("--stem", nargs="?")
+        if stem.parse_known_args(words)[0].stem == "imagenet":
+            parser.set_defaults(**IMAGENET)
 
     @staticmethod
     def add_options(parser):
@@ -258,6 +278,10 @@ class AugmentConfig(_Config):
         group.add_argument(
             "--genotype", metavar="G",
             help="a published cell as DARTS_V2, a string 'Genotype(...)', JSON, a file of these, or a search's folder",
+        )  # fmt: skip
+        group.add_argument(
+            "--stem", default="cifar", choices=STEMS,
+            help="imagenet: for images of 64 pixels and up, with the paper's settings for ImageNet as the defaults",
         )  # fmt: skip
         group.add_argument("--layers", type=positive_int, default=20, metavar="N", help="cells")
         group.add_argument("--init-channels", type=positive_int, default=36, metavar="C", help="of the first cells")
@@ -267,7 +291,14 @@ class AugmentConfig(_Config):
         group.add_argument(
             "--batch-size", type=positive_int, default=96, metavar="N", help="images a step, over all ranks"
         )
-        group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate, cosine to zero")
+        group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate at the start")
+        group.add_argument(
+            "--lr-decay", type=_number(float, 0, 1, low_open=True), metavar="FACTOR",
+            help="of the learning rate after each epoch; without it, along a cosine to zero",
+        )  # fmt: skip
+        group.add_argument(
+            "--label-smoothing", type=probability, default=0.0, metavar="P", help="spread evenly over all classes"
+        )
         group.add_argument("--momentum", type=probability, default=0.9, metavar="M", help="SGD's momentum")
         group.add_argument("--weight-decay", type=nonnegative, default=3e-4, metavar="D", help="decay")
         group.add_argument("--grad-clip", type=positive, default=5.0, metavar="NORM", help="gradient norm")

@@ -69,13 +69,14 @@ def load_digits(path, train, size, channels):
     return *hold_out(source, digits.target.tolist(), train), 10
 
 
-def load_folder(path, train, size, channels, skip_bad_images=False):
+def load_folder(path, train, size, channels, skip_bad_images=False, whole=False):
     """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, a fixed fifth of train/ is held out.
 
-    skip_bad_images: read all first, and leave out what cannot be read, with a warning that counts them.
+    whole: leave them as large as they are; skip_bad_images: read all first, and leave out what cannot be read, with a
+    warning that counts them.
     """
     root = Path(path)
-    loader = functools.partial(open_image, size=size, mode={1: "L", 3: "RGB"}[channels])
+    loader = functools.partial(open_image, size=None if whole else size, mode={1: "L", 3: "RGB"}[channels])
     image_folder = functools.partial(_image_folder, loader=loader, skip_bad_images=skip_bad_images)
     source = image_folder(root / "train")
     if not (root / "val").is_dir():
@@ -132,7 +133,7 @@ def _leave_out_unreadable(source, root):
 
 
 def open_image(file, size, mode):
-    """The image's centre, as a square of `size` pixels a side."""
+    """The image's centre, as a square of `size` pixels a side; the whole image where size is None."""
     try:
         with Image.open(file) as opened:
             if opened.mode == "F":
@@ -143,6 +144,8 @@ def open_image(file, size, mode):
                 image = opened.convert(mode)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {file}: {error}; --skip-bad-images goes on without it") from None
+    if size is None:
+        return image
     scale = size / min(image.size)
     if scale != 1:
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)

@@ -37,15 +37,19 @@ def augmentation(kind, size):
     affine = transforms.RandomAffine(
         15, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=0.1, interpolation=transforms.InterpolationMode.BILINEAR
     )
+    if kind == "parts+flip+colour":  # of images of any size, as for ImageNet
+        return [transforms.RandomResizedCrop(size), flip, transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)]
     return {"crop": [crop], "crop+flip": [crop, flip], "affine": [affine], "affine+flip": [affine, flip]}[kind]
 
 
-def data_transforms(dataset, cutout_length, size=None, mean_std=None):
+def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=False):
     """Transforms of a data set's images for training and for validation: (train, valid), from PIL to float tensors.
 
     dataset: a key of `DATASETS`; cutout_length: pixels, in training only; size: of the images, in pixels (default: the
     data set's own); mean_std: (mean, std) per channel, of pixels in [0, 1] (default: the data set's constants; without
-    those images are not normalised, which is why `get_data` computes them). Raises ValueError for an unknown data set.
+    those images are not normalised, which is why `get_data` computes them); crops: for images of any size, of which
+    training sees random parts, flipped and in other colours, and validation the middle. Raises ValueError for an
+    unknown data set.
 
     All randomness is drawn from torch's global generator, which is what `data_sets.Images` seeds for each sample.
     """
@@ -56,7 +60,9 @@ def data_transforms(dataset, cutout_length, size=None, mean_std=None):
     to_tensor = [transforms.ToTensor()]
     if mean_std:
         to_tensor.append(transforms.Normalize(*mean_std))
-    train = augmentation(spec.augmentation, size or spec.size) + to_tensor
+    size = size or spec.size
+    train = augmentation("parts+flip+colour" if crops else spec.augmentation, size) + to_tensor
     if cutout_length > 0:
         train.append(Cutout(cutout_length))
-    return transforms.Compose(train), transforms.Compose(to_tensor)
+    centre = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)] if crops else []  # 256 at 224
+    return transforms.Compose(train), transforms.Compose(centre + to_tensor)

@@ -14,10 +14,12 @@ from torch import nn
 
 import distributed
 from architect import Architect
-from config import SearchConfig
+from config import AugmentConfig, SearchConfig
+from cost import cost, describe
 from data_sets import Loader, mix, stratified_split
 from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
+from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN, softmax
 from models.sync_bn import synchronise
 from runs import Meters, one_line, open_run, quote, seed_generators
@@ -90,6 +92,11 @@ def main():
         epochs=last["epoch"], valid_top1=last["valid_top1"], best_valid_top1=best["valid_top1"],
         best_epoch=best["epoch"], genotype=last["string"],
     )  # fmt: skip
+    at_default = AugmentConfig(["--genotype", last["string"]])
+    found_net = AugmentCNN(
+        size, channels, at_default.init_channels, n_classes, at_default.layers, False, from_str(last["string"])
+    )  # fmt: skip
+    run.log(f"the network that augment.py makes of it: {describe(cost(found_net, channels, size))}")
     run.log("train what was found:")
     if distributed.rank() == 0:
         print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
@@ -183,6 +190,15 @@ def norm(tensors):
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
+def cell_in_words(kind, gene, alpha):
+    """A line for each node of a cell: the operations chosen, where from, and their softmax weights."""
+    names = {0: "c_{k-2}", 1: "c_{k-1}"}
+    for i, (edges, weights) in enumerate(zip(gene, softmax(alpha))):
+        chosen = [(op, source, weights[source, PRIMITIVES.index(op)]) for op, source in edges]
+        terms = (f"{op:>12} of {names.get(source, source - 2)} ({100 * w:.2f} %)" for op, source, w in chosen)
+        yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
+
+
 def show(epoch, run, net, found, history):
     """The state of the search: softmax weights and genotype in the log, TensorBoard, pictures and genotype.json."""
     genotype = net.genotype()
@@ -194,6 +210,8 @@ def show(epoch, run, net, found, history):
                 run.log(f"node {i} from {source}".rjust(25) + ":  " + "  ".join(columns))
                 for op, w in zip(PRIMITIVES, row):
                     run.scalar(alpha_tag(kind, i, source, op), w)
+        for line in cell_in_words(kind, getattr(genotype, kind), alpha):
+            run.log(line)
         run.draw(getattr(genotype, kind), f"epoch{epoch:03d}-{kind}", f"cell/{kind}", f"{kind} cell, epoch {epoch}")
     run.log(f"genotype = {genotype}")
     with run.losing_only(GENOTYPE_FILE):

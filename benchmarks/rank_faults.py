@@ -4,7 +4,8 @@
     python benchmarks/rank_faults.py --runs 20 --stage augment
 
 Small networks on the digits, on CPUs, saved after every step. One rank, chosen by chance, is killed with SIGKILL, four
-times in five while the run takes its steps, else while it starts; torchrun then ends the others and starts all again. Exit code 1 if a run differs from the one left alone, bit by bit.
+times in five while the run takes its steps, else while it starts; torchrun then ends the others and starts all again.
+Exit code 1 if a run differs from the one left alone, bit by bit.
 """
 
 import argparse
@@ -56,9 +57,10 @@ def main():
             same += not found
             seconds_down += [down] * (down is not None)
             how = "it had ended" if killed is None else f"rank {killed} killed, the others gone {down:.1f} s later"
-            resumed = re.findall(r"resumed after [^,]*|all \d+ epochs are done", output)
-            print(f"run {run}: at {when:.1f} of {seconds:.1f} s of {phase} {how}; {' '.join(resumed) or 'from the start'}: "
-                  f"{found or 'identical'}", flush=True)  # fmt: skip
+            resumed = re.findall(r"resumed after [^,\n]*|all \d+ epochs are done", output)
+            went_on = " ".join(resumed) or "from the start"
+            print(f"run {run}: at {when:.1f} of {seconds:.1f} s of {phase} {how}; {went_on}: {found or 'identical'}",
+                  flush=True)  # fmt: skip
             shutil.rmtree(Path(folder, "runs", args.stage, "killed"))
     print(f"{args.stage}: {same} of {args.runs} runs identical to the one left alone, {len(seconds_down)} kills; the "
           f"others gone after {statistics.median(seconds_down):.1f} s, at most {max(seconds_down):.1f} s")  # fmt: skip

@@ -7,7 +7,6 @@ from models.augment_cells import AugmentCell
 from models.ops import DropPath_, StdConv
 from models.search_cnn import check_positive, reduction_cells
 
-
 STEMS = ("cifar", "imagenet")
 
 
@@ -71,8 +70,8 @@ class AugmentCNN(nn.Module):
     """A genotype, stacked.
 
     input_size: height and width of the images, in pixels, 8 and up; auxiliary: with the auxiliary head, after cell
-    2 * n_layers // 3; stem: a key of `STEMS`, `imagenet` for images of 64 pixels and up, whose first cell has C channels
-    on half the pixels; the other arguments are `SearchCNN`'s. Raises ValueError where a number is too small or the stem
+    2 * n_layers // 3; stem: of `STEMS`; `imagenet` is for images of 64 pixels and up, and leaves the cells an eighth of
+    their size; the other arguments are `SearchCNN`'s. Raises ValueError where a number is too small or the stem
     unknown, and GenotypeError for a genotype that cannot be built.
     """
 
