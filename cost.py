@@ -5,6 +5,7 @@ python cost.py runs/search/cifar10 DARTS_V1 DARTS_V2           # a table over se
 python cost.py DARTS_V2 --stem imagenet                        # at the size for ImageNet
 """
 
+import copy
 import statistics
 import time
 
@@ -63,19 +64,15 @@ def cost(net, channels, size):
     without the head, half of what PyTorch's FlopCounterMode counts; activations_MB: what training keeps for the
     backward pass, the head's too if there is one, each tensor once.
     """
-    device = next(net.parameters()).device
-    x = torch.zeros(1, channels, size, size, device=device).to(memory_format=torch.channels_last)
-    training = net.training
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net.eval()(x)
-        return {
-            "parameters_M": param_size(net),
-            "multiply_adds_M": counter.get_total_flops() / 2e6,
-            "activations_MB": kept_bytes(net, x.repeat(2, 1, 1, 1)) / 2e6,
-        }
-    finally:
-        net.train(training)
+    net = copy.deepcopy(net).to("meta")  # where nothing is computed but shapes
+    x = torch.empty(2, channels, size, size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.eval()(x)
+    return {
+        "parameters_M": param_size(net),
+        "multiply_adds_M": counter.get_total_flops() / len(x) / 2e6,
+        "activations_MB": kept_bytes(net.train(), x) / len(x) / 1e6,
+    }
 
 
 def describe(found):
@@ -88,22 +85,21 @@ def describe(found):
 
 def kept_bytes(net, x):
     """Bytes that a forward pass in training keeps for the backward pass, parameters left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    own = {storage_of(tensor) for tensor in (*net.parameters(), *net.buffers())}
     kept = {}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage_of(tensor) not in own:
+            kept[storage_of(tensor)] = tensor  # held on to, so that no other takes its place
         return tensor
 
-    statistics_of = {name: buffer.clone() for name, buffer in net.named_buffers()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = net.train()(x)  # held on to, so that no memory is used twice
-    for name, buffer in net.named_buffers():
-        buffer.copy_(statistics_of[name])
-    del result
-    return sum(kept.values())
+        net(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def storage_of(tensor):
+    return tensor.untyped_storage()._cdata
 
 
 @torch.no_grad()

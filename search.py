@@ -93,9 +93,10 @@ def main():
         best_epoch=best["epoch"], genotype=last["string"],
     )  # fmt: skip
     at_default = AugmentConfig(["--genotype", last["string"]])
-    found_net = AugmentCNN(
-        size, channels, at_default.init_channels, n_classes, at_default.layers, False, from_str(last["string"])
-    )  # fmt: skip
+    with torch.device("meta"):
+        found_net = AugmentCNN(
+            size, channels, at_default.init_channels, n_classes, at_default.layers, False, from_str(last["string"])
+        )  # fmt: skip
     run.log(f"the network that augment.py makes of it: {describe(cost(found_net, channels, size))}")
     run.log("train what was found:")
     if distributed.rank() == 0:
@@ -195,7 +196,7 @@ def cell_in_words(kind, gene, alpha):
     names = {0: "c_{k-2}", 1: "c_{k-1}"}
     for i, (edges, weights) in enumerate(zip(gene, softmax(alpha))):
         chosen = [(op, source, weights[source, PRIMITIVES.index(op)]) for op, source in edges]
-        terms = (f"{op:>12} of {names.get(source, source - 2)} ({100 * w:.2f} %)" for op, source, w in chosen)
+        terms = (f"{op:>12} of {names.get(source, f'node {source - 2}')} ({100 * w:.2f} %)" for op, source, w in chosen)
         yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
 
 
