@@ -61,7 +61,8 @@ def main():
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
     keeps = {"net": net, "optim": optim}
-    run.start(keeps, top1=0.0, best_top1=0.0, genotype=config.genotype)
+    about = {"genotype": config.genotype, "input_size": size, "input_channels": channels}
+    run.start(keeps, top1=0.0, best_top1=0.0, **about)
     results = run.results
     if config.lr_decay:
         scheduler = exponential_lr(optim, config.lr_decay, run.epoch)

@@ -40,6 +40,7 @@ from utils import (
 from visualize import HOW_TO_INSTALL, plot
 
 LOG, TENSORBOARD, PLOTS, SUMMARY, FAULT = "log.txt", "tb", "plots", "summary.json", "fault.json"
+HISTORY = "history.json"  # of a search: each epoch's genotype and validation accuracy
 
 # Where a run is within its next epoch: steps done, whether those are all, the meters over them; the length of the log.
 BETWEEN_EPOCHS = {"batches": 0, "trained": False, "meters": [], "log": 0}
@@ -468,6 +469,11 @@ def seed_generators(seed):
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def alpha_tag(kind, node, source, op):
+    """TensorBoard's name for an operation's softmax weight on an edge."""
+    return f"alpha_{kind}/node{node}_from{source}/{op}"
 
 
 def tensors_in(state):

@@ -22,10 +22,8 @@ from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN, softmax
 from models.sync_bn import synchronise
-from runs import Meters, one_line, open_run, quote, seed_generators
+from runs import HISTORY, Meters, alpha_tag, one_line, open_run, quote, seed_generators
 from utils import cosine_lr, get_data, param_size
-
-HISTORY = "history.json"  # in a run's folder: each epoch's genotype and validation accuracy
 
 
 def main():
@@ -166,10 +164,6 @@ def validate(epoch, run, net, loader):
         meters.update(net.criterion(logits, y), logits, y, n)
     meters.finish("valid")
     return meters.top1.avg
-
-
-def alpha_tag(kind, node, source, op):
-    return f"alpha_{kind}/node{node}_from{source}/{op}"
 
 
 def chart_edges(run, n_nodes):

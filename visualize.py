@@ -1,7 +1,9 @@
-"""Draw cells with graphviz.
+"""Draw cells with graphviz, and write reports of runs.
 
-python visualize.py DARTS_V2
-python visualize.py runs/search/digits --format svg
+python visualize.py runs/search/digits                                   # its report, report.html in its folder
+python visualize.py runs/search/digits runs/search/first                 # side by side, in report.html
+python visualize.py DARTS_V2                                             # a cell
+python visualize.py runs/search/digits/genotype.json --format svg
 python visualize.py "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)" --output cell
 """
 
@@ -67,14 +69,24 @@ def draw(gene, caption=None):
 
 
 def main():
-    parser = OneLineParser(description="Draw the normal and the reduction cell of a genotype.")
-    parser.add_argument("genotype", help="a published cell, a string, a genotype.json, or a search's folder")
-    parser.add_argument("--output", metavar="PREFIX", help="pictures are PREFIX-normal and PREFIX-reduce")
+    parser = OneLineParser(description="Write a report of runs, or draw both cells of a genotype.")
+    parser.add_argument("what", nargs="+", help="runs' folders; or a genotype, as for augment.py --genotype")
+    parser.add_argument(
+        "--output", metavar="PATH",
+        help="the report (default: report.html, in a single run's folder); pictures are PATH-normal and PATH-reduce",
+    )  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the pictures (default: %(default)s)")
     args = parser.parse_args()
     with user_errors_in_one_line(parser.prog):
-        genotype = resolve(args.genotype)
-        prefix = args.output or re.sub(r"[^\w.-].*", "", Path(args.genotype).name, flags=re.DOTALL) or "cell"
+        import report  # which takes a while, and draws with this module
+
+        if len(args.what) > 1 or report.is_run(args.what[0]):
+            path = Path(args.output or (Path(args.what[0]) if len(args.what) == 1 else Path()) / "report.html")
+            report.write(args.what, path)
+            print(path)
+            return
+        genotype = resolve(args.what[0])
+        prefix = args.output or re.sub(r"[^\w.-].*", "", Path(args.what[0]).name, flags=re.DOTALL) or "cell"
         for kind in ("normal", "reduce"):
             path = plot(getattr(genotype, kind), f"{prefix}-{kind}.{args.format}", caption=f"{kind} cell")
             print(path if path.suffix != ".gv" else f"{path}: {HOW_TO_INSTALL}")

@@ -1,0 +1,105 @@
+"""A trained network on its test images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import AugmentConfig
+from data_sets import Images, Loader
+from errors import UserError
+from genotypes import from_str
+from models.augment_cnn import AugmentCNN
+from runs import pick_device
+from utils import BEST, get_data, load_checkpoint
+
+
+@dataclass
+class Evaluation:
+    """What a network says of the test images.
+
+    labels: (N,) true classes; probabilities: (N, n_classes); names: the classes'; images: an `Images`; checkpoint: the
+    file that the network is from.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    names: list
+    images: Images
+    checkpoint: str
+
+    @property
+    def top1(self):
+        return float((self.probabilities.argmax(1) == self.labels).mean())
+
+    def confusion(self):
+        """Counts, (true class, predicted class)."""
+        counts = np.zeros((len(self.names), len(self.names)), dtype=int)
+        np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
+        return counts
+
+    def wrong(self):
+        """The mistaken images' indices, the surest mistake first."""
+        guesses = self.probabilities.argmax(1)
+        indices = np.flatnonzero(guesses != self.labels)
+        return indices[np.argsort(-self.probabilities[indices, guesses[indices]], kind="stable")].tolist()
+
+    def image(self, i):
+        """A test image as it came, an array."""
+        return np.asarray(self.images.source[i][0])
+
+
+def load_network(path, device):
+    """(net, config, checkpoint): the trained network of an augment run's folder or checkpoint, ready for inference.
+
+    Raises UserError where it is not one.
+    """
+    path = Path(path) / BEST if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
+        raise UserError(f"{path} is not a checkpoint of augment.py")
+    config, state = checkpoint["config"], checkpoint["keeps"]["net"]
+    size, channels, n_classes = (
+        checkpoint["results"]["input_size"],
+        checkpoint["results"]["input_channels"],
+        len(state["linear.bias"]),
+    )
+    net = AugmentCNN(
+        size, channels, config["init_channels"], n_classes, config["layers"], config["aux_weight"] > 0,
+        from_str(config["genotype"]), stem=config.get("stem", "cifar"),
+    )  # fmt: skip
+    net.load_state_dict(state)
+    return net.to(device, memory_format=torch.channels_last).eval(), config, checkpoint
+
+
+@torch.no_grad()
+def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto"):
+    """The `Evaluation` of an augment run's folder (its best network) or a checkpoint, on its data set's test images."""
+    device = pick_device(device)
+    net, options, _ = load_network(path, device)
+    config = AugmentConfig(["--genotype", options["genotype"]])
+    vars(config).update(options)
+    *_, n_classes, _, images = get_data(
+        config.dataset, data_path or config.data_path, 0, validation=True, image_size=config.image_size,
+        image_channels=config.image_channels, skip_bad_images=config.skip_bad_images,
+        crops=config.stem == "imagenet",
+    )  # fmt: skip
+    loader = Loader(images, range(len(images)), batch_size, device, workers, shuffle=False)
+    probabilities = [net(X)[0].float().softmax(1).cpu() for X, _, _ in loader.epoch(0)]
+    checkpoint = str(Path(path) / BEST if Path(path).is_dir() else path)
+    return Evaluation(
+        np.asarray(images.labels), torch.cat(probabilities).numpy(), class_names(images, n_classes), images, checkpoint
+    )
+
+
+def class_names(images, n):
+    """The names of the classes, where the data set tells, else their numbers."""
+    source = images.source
+    while hasattr(source, "dataset"):  # a part of another
+        source = source.dataset
+    names = getattr(source, "classes", None)
+    return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
