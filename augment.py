@@ -3,6 +3,7 @@
 python augment.py --dataset cifar10 --genotype DARTS_V2                  # the paper's protocol
 python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the cell that a search found
 python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
+python augment.py --evaluate runs/augment/cifar10                        # its accuracy, by class too
 python augment.py --gpus all ...                                         # on all GPUs of this machine
 torchrun --nproc-per-node 8 augment.py ...                               # the same, and over several machines
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
@@ -16,6 +17,7 @@ from config import AugmentConfig
 from cost import cost, describe
 from data_sets import Loader
 from errors import user_errors_in_one_line
+from evaluation import evaluate, load_trained, start_from
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
@@ -25,6 +27,8 @@ from utils import cosine_lr, exponential_lr, get_data, param_size
 
 def main():
     config = distributed.first(AugmentConfig)
+    if config.evaluate:
+        return distributed.first(lambda: print_accuracy(config))
     genotype = distributed.first(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # a folder may change; the run's configuration must not
     if config.gpus:
@@ -53,6 +57,8 @@ def main():
         stem=config.stem,
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
+    if config.init_checkpoint and not config.resume:
+        start_from(net, distributed.first(lambda: load_trained(config.init_checkpoint)))
     costs = describe(cost(net, channels, size))
     if config.sync_bn:
         synchronise(net)
@@ -91,6 +97,16 @@ def main():
         epochs=config.epochs, test_top1=top1, test_error=1 - top1, best_test_top1=results["best_top1"],
         parameters_M=param_size(net),
     )  # fmt: skip
+
+
+def print_accuracy(config):
+    """The accuracy of a trained network, overall and by class."""
+    data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
+    found = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
+    confusion = found.confusion()
+    print(f"{found.checkpoint}: top 1 {found.top1:.2%} of {len(found.labels)} test images")
+    for name, row, hits in zip(found.names, confusion, confusion.diagonal()):
+        print(f"{hits / max(row.sum(), 1):8.2%} of {row.sum():5}  {name}")
 
 
 def train(epoch, run, trained, net, criterion, loader, optim):

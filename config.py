@@ -18,7 +18,7 @@ from models.search_cells import EXECUTIONS
 CONFIG_FILE, LAUNCHER = "config.json", "launcher.txt"  # in a run's folder
 LARGEST = 2**31 - 1  # number that any option takes
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq")  # when a run is resumed; all else comes from the run
-OF_THE_COMMAND = ("resume", "auto_resume", "overwrite", "gpus")  # no part of the run
+OF_THE_COMMAND = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # no part of the run
 
 
 def _number(kind, low, high=math.inf, low_open=False, high_open=False):
@@ -83,7 +83,7 @@ class _Config:
         options = parser.parse_args(words)
         if options.resume is not None:
             options = self._resume(parser, words, options)
-        if "genotype" in options and options.genotype is None:
+        if "genotype" in options and options.genotype is None and options.evaluate is None:
             parser.error("--genotype is required")
         if options.auto_resume and (options.resume or options.overwrite):
             parser.error("--auto-resume can't be given with --resume or --overwrite")
@@ -286,7 +286,20 @@ class AugmentConfig(_Config):
         group.add_argument("--layers", type=positive_int, default=20, metavar="N", help="cells")
         group.add_argument("--init-channels", type=positive_int, default=36, metavar="C", help="of the first cells")
 
+        group = parser.add_argument_group("evaluation, without training")
+        group.add_argument(
+            "--evaluate", metavar="CKPT",
+            help="print the test accuracy, overall and by class, of this checkpoint, or of a run's best; of the other "
+            "options --data-path, --batch-size, --workers and --device count",
+        )  # fmt: skip
+        group.add_argument("--mirror", action="store_true", help="average over each image and its mirror image")
+
         group = parser.add_argument_group("training")
+        group.add_argument(
+            "--init-checkpoint", metavar="CKPT",
+            help="start from the weights of this checkpoint, or of a run's best, of the same genotype and size; with "
+            "other classes the classifiers start anew",
+        )  # fmt: skip
         group.add_argument("--epochs", type=positive_int, default=600, metavar="N", help="epochs")
         group.add_argument(
             "--batch-size", type=positive_int, default=96, metavar="N", help="images a step, over all ranks"

@@ -1,5 +1,6 @@
 """A trained network on its test images."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +51,8 @@ class Evaluation:
         return np.asarray(self.images.source[i][0])
 
 
-def load_network(path, device):
-    """(net, config, checkpoint): the trained network of an augment run's folder or checkpoint, ready for inference.
-
-    Raises UserError where it is not one.
-    """
+def load_trained(path):
+    """The checkpoint of an augment run: a file, or a folder's best. Raises UserError where it is not one."""
     path = Path(path) / BEST if Path(path).is_dir() else Path(path)
     try:
         checkpoint = load_checkpoint(path)
@@ -62,25 +60,48 @@ def load_network(path, device):
         raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
         raise UserError(f"{path} is not a checkpoint of augment.py")
-    config, state = checkpoint["config"], checkpoint["keeps"]["net"]
-    size, channels, n_classes = (
-        checkpoint["results"]["input_size"],
-        checkpoint["results"]["input_channels"],
-        len(state["linear.bias"]),
-    )
+    if "input_size" not in checkpoint["results"]:
+        raise UserError(f"{path} was written by a version of augment.py that didn't note the images' size")
+    return checkpoint
+
+
+def load_network(checkpoint, device):
+    """The trained network of a checkpoint, ready for inference."""
+    config, state, about = checkpoint["config"], checkpoint["keeps"]["net"], checkpoint["results"]
+    size, channels, n_classes = about["input_size"], about["input_channels"], len(state["linear.bias"])
     net = AugmentCNN(
         size, channels, config["init_channels"], n_classes, config["layers"], config["aux_weight"] > 0,
         from_str(config["genotype"]), stem=config.get("stem", "cifar"),
     )  # fmt: skip
     net.load_state_dict(state)
-    return net.to(device, memory_format=torch.channels_last).eval(), config, checkpoint
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def start_from(net, checkpoint):
+    """Load a checkpoint's weights into a network of the same cells; classifiers of other classes are left as they are.
+
+    Raises UserError, naming what doesn't fit.
+    """
+    state, own = checkpoint["keeps"]["net"], net.state_dict()
+    left = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    others = [name for name in left if not re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)]
+    if others:
+        raise UserError(
+            f"--init-checkpoint is of another network: {len(others)} of {len(own)} tensors are missing or of another "
+            f"shape, first {others[0]}"
+        )
+    net.load_state_dict({name: own[name] if name in left else state[name] for name in own})
 
 
 @torch.no_grad()
-def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto"):
-    """The `Evaluation` of an augment run's folder (its best network) or a checkpoint, on its data set's test images."""
+def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirror=False):
+    """The `Evaluation` of an augment run's folder (its best network) or a checkpoint, on its data set's test images.
+
+    mirror: average the probabilities of each image and its mirror image.
+    """
     device = pick_device(device)
-    net, options, _ = load_network(path, device)
+    checkpoint = load_trained(path)
+    net, options = load_network(checkpoint, device), checkpoint["config"]
     config = AugmentConfig(["--genotype", options["genotype"]])
     vars(config).update(options)
     *_, n_classes, _, images = get_data(
@@ -89,10 +110,13 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto"):
         crops=config.stem == "imagenet",
     )  # fmt: skip
     loader = Loader(images, range(len(images)), batch_size, device, workers, shuffle=False)
-    probabilities = [net(X)[0].float().softmax(1).cpu() for X, _, _ in loader.epoch(0)]
-    checkpoint = str(Path(path) / BEST if Path(path).is_dir() else path)
+    probabilities = []
+    for X, _, _ in loader.epoch(0):
+        views = [X, X.flip(3)] if mirror else [X]
+        probabilities.append(torch.stack([net(view)[0].float().softmax(1) for view in views]).mean(0).cpu())
+    file = str(Path(path) / BEST if Path(path).is_dir() else path)
     return Evaluation(
-        np.asarray(images.labels), torch.cat(probabilities).numpy(), class_names(images, n_classes), images, checkpoint
+        np.asarray(images.labels), torch.cat(probabilities).numpy(), class_names(images, n_classes), images, file
     )
 
 

@@ -52,7 +52,10 @@ class Story:
 
 def is_run(path):
     """Whether a path is a run's folder."""
-    return (Path(path) / CONFIG_FILE).is_file()
+    try:
+        return (Path(path) / CONFIG_FILE).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
 
 
 def read(folder):
