@@ -143,7 +143,7 @@ def searched(story):
         parts.append(
             part(
                 f"Softmax of alpha, {kind} cell",
-                picture(edges(weights[kind], kind), f"weights of the {kind} cell's edges"),
+                wide(picture(edges(weights[kind], kind), f"weights of the {kind} cell's edges")),
             )
         )
     parts.append(
@@ -212,7 +212,7 @@ def settling(genotypes, weights):
             if getattr(one, kind) != getattr(other, kind):
                 right.plot(epoch, -0.35 if kind == "normal" else -0.7, "|", color=colour)
     left.set(xlabel="epoch", title="chosen above runner-up on its edge, %")
-    right.set(xlabel="epoch", title="skip connections; marks: the cell changed", ylim=(-1, None))
+    right.set(xlabel="epoch", title="skip connections (marks: changes)", ylim=(-1, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -273,7 +273,7 @@ def drawing(kind, gene):
         text = draw(nodes, f"{kind} cell").pipe(format="svg", encoding="utf-8")
     except graphviz.ExecutableNotFound:
         return f"<p>{html.escape(kind)}: <code>{html.escape(gene)}</code></p><p>{html.escape(HOW_TO_INSTALL)}</p>"
-    return image("svg+xml", text.encode(), f"{kind} cell: {gene}")
+    return wide(image("svg+xml", text.encode(), f"{kind} cell: {gene}"))
 
 
 def costs(genotype, channels):
@@ -386,6 +386,11 @@ def code(lines):
     return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
+def wide(content):
+    """What is scrolled sideways where the screen is too narrow to read it."""
+    return f'<div class="wide">{content}</div>'
+
+
 def picture(figure, text):
     """A figure of matplotlib's as an image in the page."""
     buffer = io.BytesIO()
@@ -410,6 +415,8 @@ body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; co
 body {{ max-width: calc({count} * 60rem); }}
 main {{ display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); }}
 .run {{ min-width: 0; }}
+.wide {{ overflow-x: auto; }}
+.wide img {{ min-width: 34rem; }}
 h1 {{ font-size: 1.35rem; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.1rem; margin: 1.6rem 0 .4rem; border-bottom: 1px solid #ddd; }}
 img {{ max-width: 100%; height: auto; }}

@@ -32,6 +32,8 @@ def plot(gene, file_path, caption=None):
     if path.suffix[1:] not in FORMATS:
         path = path.with_name(path.name + ".png")
     graph = draw(gene, caption)
+    if path.suffix == ".png":
+        graph.graph_attr["dpi"] = "100"  # which cuts SVGs off
     source = path.with_suffix(".gv")
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(graph.source, encoding="utf-8")
@@ -46,7 +48,7 @@ def plot(gene, file_path, caption=None):
 def draw(gene, caption=None):
     """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right."""
     graph = graphviz.Digraph(
-        graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t", "dpi": "100"},
+        graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t"},
         node_attr={
             "style": "filled,rounded", "shape": "box", "fontname": "Helvetica", "fontsize": "18", "height": "0.5",
             "width": "0.5", "penwidth": "1.5",

@@ -51,7 +51,7 @@ def test_a_search_leaves_all_of_its_folder(searched):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "log.txt", "tb", "plots", "checkpoint.pt", "previous.pt", "best.pt", "genotype.json",
-        "history.json", "summary.json",
+        "history.json", "launcher.txt", "summary.json",
     }  # fmt: skip
     assert json.loads((run / "config.json").read_text())["batch_size"] == 256
     pictures = {path.stem for path in (run / "plots").iterdir()}
