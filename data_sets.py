@@ -290,6 +290,8 @@ def _leave_signals_to_the_main_process(worker):
 @atexit.register
 def _end_workers():
     """Python waits for its workers at the end, and asks them by SIGTERM, to which these don't listen."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would take their end for a failure
     for process in multiprocessing.active_children():
         process.kill()
 

@@ -189,7 +189,8 @@ def assert_near(found, expected, tolerance=1e-9):
 
 
 RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
-CASES = [(n, case) for case in GLOBAL for n in (2, 4) if n < 4 or case not in SLOW]
+CASES = [(2, case) for case in GLOBAL]
+CASES += [pytest.param(4, case, marks=pytest.mark.slow) for case in GLOBAL if case not in SLOW]
 
 
 @pytest.mark.parametrize(("n", "case"), CASES)

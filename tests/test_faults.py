@@ -60,7 +60,6 @@ def wait_for_step(process, run, step):
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", WORDS)
 def test_killed_runs_end_as_those_left_alone(stage, tmp_path):
     words = ("--stages", stage, "--runs", 1, "--kills", 3)
