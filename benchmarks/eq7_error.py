@@ -55,7 +55,7 @@ def measure(seed, smooth, args):
         smoothed(net)
     optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4)
     loader = Loader(data, range(len(data)), 64, torch.device("cpu"), seed=seed)
-    batches = [(X.double(), y) for X, y in loader.epoch(1)]
+    batches = [(X.double(), y) for X, y, _ in loader.epoch(1)]
     for X, y in batches[: args.steps]:
         optim.zero_grad()
         net.loss(X, y).backward(inputs=list(net.weights()))

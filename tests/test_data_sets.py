@@ -129,7 +129,7 @@ def test_sorted_data_sets_are_split_by_class_and_by_chance(every):
 def loaded(workers, epochs=(1, 2), shuffle=True, seed=0):
     data = get_data("digits", "unused", 4, False, seed=seed)[3]
     loader = Loader(data, range(60), 16, CPU, workers, shuffle, seed)
-    return [[(X.clone(), y.clone()) for X, y in loader.epoch(epoch)] for epoch in epochs]
+    return [[(X.clone(), y.clone()) for X, y, _ in loader.epoch(epoch)] for epoch in epochs]
 
 
 def test_batches_are_the_same_for_every_number_of_workers():

@@ -211,7 +211,7 @@ def test_mixed_precision_on_the_cpu_is_finite_and_near():
 def test_a_search_on_digits_finds_the_same_genotype():
     _, _, n_classes, data = get_data("digits", "", 0, False, seed=0)
     loader = Loader(data, range(600), 50, torch.device("cpu"), seed=0)
-    batches = [(X.double(), y) for X, y in loader.epoch(1)]
+    batches = [(X.double(), y) for X, y, _ in loader.epoch(1)]
     found = []
     for execution in search_cells.EXECUTIONS:
         net = small_net(C=4, n_nodes=3, n_classes=n_classes, execution=execution)
