@@ -68,6 +68,7 @@ def main():
 
     keeps = {"net": net, "optim": optim}
     about = {"genotype": config.genotype, "input_size": size, "input_channels": channels}
+    about |= {"classes": val_data.class_names(n_classes)} | dict(zip(("mean", "std"), val_data.normalisation()))
     run.start(keeps, top1=0.0, best_top1=0.0, **about)
     results = run.results
     if config.lr_decay:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from torchvision import datasets
+from torchvision import datasets, transforms
 
 import distributed
 from errors import UserError
@@ -202,6 +202,19 @@ class Images(Dataset):
     def without_augmentation(self):
         """The same images, as they are in validation."""
         return Images(self.source, self.labels, self.plain_transform, self.plain_transform, self.seed)
+
+    def class_names(self, n):
+        """The names of the n classes, where the data set tells, else their numbers."""
+        source = self.source
+        while hasattr(source, "dataset"):  # a part of another
+            source = source.dataset
+        names = getattr(source, "classes", None)
+        return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
+
+    def normalisation(self):
+        """The (mean, std) per channel by which the pixels, in [0, 1], are normalised."""
+        normalise = next(step for step in self.transform.transforms if isinstance(step, transforms.Normalize))
+        return tuple(normalise.mean), tuple(normalise.std)
 
 
 class Batches(Sampler):

@@ -60,8 +60,8 @@ def load_trained(path):
         raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
         raise UserError(f"{path} is not a checkpoint of augment.py")
-    if "input_size" not in checkpoint["results"]:
-        raise UserError(f"{path} was written by a version of augment.py that didn't note the images' size")
+    if "mean" not in checkpoint["results"]:
+        raise UserError(f"{path} was written by a version of augment.py that didn't note the images' normalisation")
     return checkpoint
 
 
@@ -93,6 +93,17 @@ def start_from(net, checkpoint):
     net.load_state_dict({name: own[name] if name in left else state[name] for name in own})
 
 
+def images_of(checkpoint, data_path=None):
+    """The `Images` that a trained network was tested on; data_path: where they are, if no longer where they were."""
+    config = AugmentConfig(["--genotype", checkpoint["config"]["genotype"]])
+    vars(config).update(checkpoint["config"])
+    return get_data(
+        config.dataset, data_path or config.data_path, 0, validation=True, image_size=config.image_size,
+        image_channels=config.image_channels, skip_bad_images=config.skip_bad_images,
+        crops=config.stem == "imagenet",
+    )[-1]  # fmt: skip
+
+
 @torch.no_grad()
 def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirror=False):
     """The `Evaluation` of an augment run's folder (its best network) or a checkpoint, on its data set's test images.
@@ -101,29 +112,12 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirr
     """
     device = pick_device(device)
     checkpoint = load_trained(path)
-    net, options = load_network(checkpoint, device), checkpoint["config"]
-    config = AugmentConfig(["--genotype", options["genotype"]])
-    vars(config).update(options)
-    *_, n_classes, _, images = get_data(
-        config.dataset, data_path or config.data_path, 0, validation=True, image_size=config.image_size,
-        image_channels=config.image_channels, skip_bad_images=config.skip_bad_images,
-        crops=config.stem == "imagenet",
-    )  # fmt: skip
+    net, images = load_network(checkpoint, device), images_of(checkpoint, data_path)
     loader = Loader(images, range(len(images)), batch_size, device, workers, shuffle=False)
     probabilities = []
     for X, _, _ in loader.epoch(0):
         views = [X, X.flip(3)] if mirror else [X]
         probabilities.append(torch.stack([net(view)[0].float().softmax(1) for view in views]).mean(0).cpu())
     file = str(Path(path) / BEST if Path(path).is_dir() else path)
-    return Evaluation(
-        np.asarray(images.labels), torch.cat(probabilities).numpy(), class_names(images, n_classes), images, file
-    )
-
-
-def class_names(images, n):
-    """The names of the classes, where the data set tells, else their numbers."""
-    source = images.source
-    while hasattr(source, "dataset"):  # a part of another
-        source = source.dataset
-    names = getattr(source, "classes", None)
-    return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
+    names = checkpoint["results"]["classes"]
+    return Evaluation(np.asarray(images.labels), torch.cat(probabilities).numpy(), names, images, file)

@@ -31,7 +31,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
 
     def forward(self, x):
-        if is_channels_last_on_cpu(x) and x.shape[1] % 8 == 0:
+        if is_channels_last_on_cpu(x):
             return channels_last_depthwise(x, self.weight, self.stride[0], self.padding[0], self.dilation[0])
         return super().forward(x)
 
@@ -45,6 +45,22 @@ def channels_last_depthwise(x, weight, stride, padding, dilation):
     if stride == dilation == 2 and padding % 2 == 0:
         return _ChannelsLast.apply(every_second(x), weight, 1, padding // 2, 1)
     return _ChannelsLast.apply(x, weight, stride, padding, dilation)
+
+
+def dense_gradient(x):
+    """x, whose gradient lies in memory as x does: a part of a larger gradient would slow down all that follows."""
+    return _DenseGradient.apply(x)
+
+
+class _DenseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.like = x.shape, x.stride()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g if g.stride() == ctx.like[1] else g.new_empty_strided(*ctx.like).copy_(g)
 
 
 def every_second(x, first=0):

@@ -37,7 +37,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import sync_bn
-from models.depthwise import FEW_PIXELS, DepthwiseConv2d, channels_last_depthwise, dense_depthwise, every_second
+from models.depthwise import (
+    FEW_PIXELS,
+    DepthwiseConv2d,
+    channels_last_depthwise,
+    dense_depthwise,
+    dense_gradient,
+    every_second,
+)
 from models.ops import DilConv, FactorizedReduce, Identity, PoolBN, SepConv, Zero
 
 FEW_NUMBERS = 2**11  # in an image; not in a batch, since all ranks must choose alike
@@ -150,7 +157,7 @@ class _Path:
                 mixed = weights.unflatten(0, (len(x), -1)) @ stacked.flatten(2)
                 mixed = mixed.unflatten(2, stacked.shape[2:]).flatten(0, 1)
             else:  # an image after the other, as they lie in memory
-                terms = [_DenseGradient.apply(term.permute(2, 3, 4, 1, 0).squeeze(4)) for term in terms]
+                terms = [dense_gradient(term.permute(2, 3, 4, 1, 0).squeeze(4)) for term in terms]
                 stacked = torch.stack(terms, 1)
                 mixed = torch.bmm(weights.expand(len(stacked), -1, -1), stacked.flatten(2))  # matmul would copy
                 mixed = mixed.unflatten(2, stacked.shape[2:]).permute(1, 4, 0, 2, 3)
@@ -378,18 +385,6 @@ class _MaxPool(torch.autograd.Function):
         shape_of_x = g.new_empty_strided(*ctx.like)  # its values are not read
         gradient = torch.ops.aten.max_pool2d_with_indices_backward
         return gradient(g, shape_of_x, *ctx.geometry, False, places.long()), None, None, None, None
-
-
-class _DenseGradient(torch.autograd.Function):
-    """The identity, whose gradient is contiguous as x is: a part of a larger one would slow down all that follows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.contiguous()
 
 
 # Matrices of pixels: x, (E, C, N, h, w), as (E, C, pixels), without copying. What is channels-last in memory, with

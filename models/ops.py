@@ -48,8 +48,8 @@ def drop_path_(x, drop_prob, training, n=None):
         raise ValueError(f"drop_prob must be at least 0 and below 1, not {drop_prob}")
     if training and drop_prob > 0.0:
         keep_prob = 1.0 - drop_prob
-        survives = x.new_empty((n or x.size(0),) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob)
-        x.div_(keep_prob).mul_(survives if n is None else survives[distributed.rows(n)])
+        factor = x.new_empty((n or x.size(0),) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob).div_(keep_prob)
+        x.mul_(factor if n is None else factor[distributed.rows(n)])
     return x
 
 
