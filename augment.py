@@ -14,7 +14,7 @@ from torch import nn
 
 import distributed
 from config import AugmentConfig
-from cost import cost, describe
+from cost import cost, describe, describe_latency
 from data_sets import Loader
 from errors import user_errors_in_one_line
 from evaluation import evaluate, load_trained, start_from
@@ -60,6 +60,7 @@ def main():
     if config.init_checkpoint and not config.resume:
         start_from(net, distributed.first(lambda: load_trained(config.init_checkpoint)))
     costs = describe(cost(net, channels, size))
+    latency = distributed.first(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
         synchronise(net)
     trained = distributed.data_parallel(net, device)
@@ -80,7 +81,7 @@ def main():
         f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
         f"{one_line(trn_data.transform)}"
     )
-    run.log(f"the network: {costs}")
+    run.log(f"the network: {costs}; a forward pass takes {latency}")
 
     with run.interruptible():
         for epoch in range(run.epoch + 1, config.epochs + 1):

@@ -83,6 +83,16 @@ def describe(found):
     )
 
 
+def describe_latency(net, channels, size, rounds=5):
+    """The latency of a forward pass on the device that the network is on, in words."""
+    device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
+    found = []
+    for n in BATCHES:
+        x = torch.randn(n, channels, size, size, generator=generator).to(device)
+        found.append(f"{show(latency(net, x, rounds))} ms at batch {n}")
+    return f"{' and '.join(found)}, median (range) of {rounds} passes on {device_name(device)}"
+
+
 def kept_bytes(net, x):
     """Bytes that a forward pass in training keeps for the backward pass, parameters left out."""
     own = {storage_of(tensor) for tensor in (*net.parameters(), *net.buffers())}

@@ -22,12 +22,14 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import CONFIG_FILE, AugmentConfig, SearchConfig
-from cost import cost, describe
+from cost import cost, describe, describe_latency
+from data_sets import DATASETS
 from errors import UserError
+from evaluation import evaluate, load_network, load_trained
 from genotypes import from_str
 from models.augment_cnn import AugmentCNN
 from models.ops import PRIMITIVES
-from runs import HISTORY, SUMMARY, TENSORBOARD, alpha_tag, quote
+from runs import HISTORY, SUMMARY, TENSORBOARD, alpha_tag, pick_device, quote
 from visualize import HOW_TO_INSTALL, draw
 
 KINDS = ("normal", "reduce")
@@ -152,8 +154,7 @@ def searched(story):
             changes(genotypes) + picture(settling(genotypes, weights), "margins and skip connections by epoch"),
         )
     )
-    channels = story.config.image_channels if story.config.dataset == "folder" else None
-    parts.append(part("What the cell costs", costs(genotypes[-1], channels or 3)))
+    parts.append(part("What the cell costs", costs(genotypes[-1], story.config)))
     return parts
 
 
@@ -276,22 +277,29 @@ def drawing(kind, gene):
     return wide(image("svg+xml", text.encode(), f"{kind} cell: {gene}"))
 
 
-def costs(genotype, channels):
-    """The cost at augment.py's defaults, for CIFAR-10's images."""
-    default = AugmentConfig(["--genotype", str(genotype)])
-    with torch.device("meta"):
-        net = AugmentCNN(32, channels, default.init_channels, 10, default.layers, False, genotype)
-    found = describe(cost(net, channels, 32))
-    return f"<p>With {default.layers} cells, C = {default.init_channels}, images of 32 x 32: {found}.</p>"
+def costs(genotype, config):
+    """The cost at augment.py's defaults, for the searched data set's images."""
+    default, spec = AugmentConfig(["--genotype", str(genotype)]), DATASETS[config.dataset]
+    size, channels = spec.size, spec.channels
+    if config.dataset == "folder":
+        size, channels = config.image_size, config.image_channels
+    net = AugmentCNN(size, channels, default.init_channels, 10, default.layers, False, genotype)
+    about = f"{default.layers} cells, C = {default.init_channels}, images of {channels} x {size} x {size}, 10 classes"
+    return cost_of(net.to(pick_device("auto"), memory_format=torch.channels_last), channels, size, about)
+
+
+def cost_of(net, channels, size, about):
+    """What a network costs; its latency on this machine."""
+    found, latency = describe(cost(net, channels, size)), describe_latency(net, channels, size)
+    return f"<p>{html.escape(about)}: {html.escape(found)}. A forward pass takes {html.escape(latency)}.</p>"
 
 
 # An augment run.
 
 
 def augmented(story):
-    from evaluation import evaluate  # which loads the data
-
     try:
+        checkpoint = load_trained(story.folder)
         found = evaluate(story.folder)
     except (UserError, OSError) as error:
         return [part("On the test images", f"<p>Not shown: {html.escape(str(error))}</p>")]
@@ -300,6 +308,9 @@ def augmented(story):
         (name, f"{confusion[i, i] / max(confusion[i].sum(), 1):.2%} of {confusion[i].sum()}")
         for i, name in enumerate(names)
     ]
+    about, options = checkpoint["results"], checkpoint["config"]
+    size, channels = about["input_size"], about["input_channels"]
+    network = f"{options['layers']} cells, C = {options['init_channels']}, images of {channels} x {size} x {size}"
     return [
         part(
             "Accuracy by class",
@@ -313,6 +324,10 @@ def augmented(story):
             picture(mistakes(found), "the test images that were most surely mistaken")
             if found.wrong()
             else "<p>None.</p>",
+        ),
+        part(
+            "What the network costs",
+            cost_of(load_network(checkpoint, pick_device("auto")), channels, size, network),
         ),
     ]
 

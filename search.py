@@ -15,7 +15,7 @@ from torch import nn
 import distributed
 from architect import Architect
 from config import AugmentConfig, SearchConfig
-from cost import cost, describe
+from cost import cost, describe, describe_latency
 from data_sets import Loader, mix, stratified_split
 from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
@@ -90,12 +90,8 @@ def main():
         epochs=last["epoch"], valid_top1=last["valid_top1"], best_valid_top1=best["valid_top1"],
         best_epoch=best["epoch"], genotype=last["string"],
     )  # fmt: skip
-    at_default = AugmentConfig(["--genotype", last["string"]])
-    with torch.device("meta"):
-        found_net = AugmentCNN(
-            size, channels, at_default.init_channels, n_classes, at_default.layers, False, from_str(last["string"])
-        )  # fmt: skip
-    run.log(f"the network that augment.py makes of it: {describe(cost(found_net, channels, size))}")
+    if distributed.rank() == 0:
+        show_cost(run, from_str(last["string"]), size, channels, n_classes)
     run.log("train what was found:")
     if distributed.rank() == 0:
         print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
@@ -164,6 +160,16 @@ def validate(epoch, run, net, loader):
         meters.update(net.criterion(logits, y), logits, y, n)
     meters.finish("valid")
     return meters.top1.avg
+
+
+def show_cost(run, genotype, size, channels, n_classes):
+    """What the network costs that augment.py makes of a genotype, in the log."""
+    default = AugmentConfig(["--genotype", str(genotype)])
+    with run.device:
+        net = AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
+    run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
+    net = net.to(memory_format=torch.channels_last)
+    run.log(f"a forward pass takes {describe_latency(net, channels, size)}")
 
 
 def chart_edges(run, n_nodes):

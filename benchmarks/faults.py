@@ -143,7 +143,7 @@ def outcome(run):
             found[f"tb {tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
     lines = [line.split("  ", 1)[1] for line in (run / "log.txt").read_text().splitlines()]
     about_now = re.compile(
-        r"(resumed|all \d+ epochs|device|SIG|warning|summary|name  |workers  |the network: )"
+        r"(resumed|all \d+ epochs|device|SIG|warning|summary|name  |workers  |the network: |a forward pass)"
         r"|^\d+ (training )?(and )?.*images"
     )
     found["log.txt"] = [re.sub(r"[\d.]+ s (left|a step)", "", line) for line in lines if not about_now.match(line)]

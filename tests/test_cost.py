@@ -1,11 +1,13 @@
 """What a network costs, against counts by hand and published ones."""
 
+import re
+
 import pytest
 import torch
 from conftest import assert_one_line_error, run_script
 from torch import nn
 
-from cost import cost, kept_bytes
+from cost import cost, describe_latency, kept_bytes
 from genotypes import DARTS_V2, PUBLISHED
 from models.augment_cnn import AugmentCNN
 from models.ops import PoolBN
@@ -13,6 +15,8 @@ from utils import param_size
 
 # (cell, channels at CIFAR-10's size) for which 20 cells have the parameters that the paper gives
 CIFAR = [("DARTS_V2", 36), ("PC_DARTS_CIFAR", 36), ("P_DARTS", 36), ("NASNET_A", 33), ("AMOEBANET_A", 36)]
+TIMES = r"[\d.]+ \([\d.]+ to [\d.]+\) ms at batch"
+LATENCY = rf"{TIMES} 1 and {TIMES} 64, median \(range\) of 2 passes on .+"
 IMAGENET = ["DARTS_V2", "PC_DARTS_IMAGENET", "P_DARTS"]
 
 
@@ -100,6 +104,7 @@ def test_measuring_leaves_the_network_as_it_was():
     before, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     cost(net, 3, 16)
     assert net.training
+    assert re.fullmatch(LATENCY, describe_latency(net, 3, 16, rounds=2))
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.depthwise import DepthwiseConv2d, channels_last_depthwise, dense_depthwise, every_second
+from models.depthwise import DepthwiseConv2d, channels_last_depthwise, dense_depthwise, dense_gradient, every_second
 
 
 def channels_last(x, weight, *geometry):
@@ -18,7 +18,7 @@ def dense(x, weight, *geometry):
 def output_and_gradients(function, x, weight):
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     z = function(x, weight)
-    towards = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(1))
+    towards = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(z.dtype)
     return z, *torch.autograd.grad(z, (x, weight), towards)
 
 
@@ -39,6 +39,20 @@ def test_every_way_is_pytorchs_convolution(k, dilation, stride, size, way):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("C", [1, 2, 3, 5, 7, 9, 12, 17, 36])
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 1, 1), (5, 2, 1), (3, 1, 2), (5, 2, 2)]
+)
+def test_float32_kernels_are_right_at_any_number_of_channels(k, stride, dilation, C):
+    torch.manual_seed(0)
+    geometry = stride, dilation * (k // 2), dilation
+    x, weight = torch.randn(4, C, 18, 18), torch.randn(C, 1, k, k)
+    exact = output_and_gradients(lambda x, w: F.conv2d(x, w, None, *geometry, C), x.double(), weight.double())
+    found = output_and_gradients(lambda x, w: channels_last(x, w, *geometry), x, weight)
+    for a, b in zip(found, exact):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)  # sums of up to 1,296 products
+
+
 @pytest.mark.parametrize("way", [channels_last, dense])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_gradients_can_be_differentiated(way, dilation):
@@ -54,6 +68,17 @@ def test_the_module_is_the_same_for_both_memory_formats():
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     assert torch.allclose(conv(x), conv(x.to(memory_format=torch.channels_last)), rtol=1e-12)
     assert conv.weight.shape == (6, 1, 5, 5)
+
+
+def test_a_dense_gradient_is_the_same_gradient_in_the_layout_of_its_tensor():
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    y = dense_gradient(x)
+    g = torch.randn(2, 9, 5, 4, dtype=torch.float64).to(memory_format=torch.channels_last)[:, 3:6]
+    assert torch.equal(y, x)
+    (gradient,) = torch.autograd.grad(y, x, g)
+    assert torch.equal(gradient, g)
+    assert gradient.stride() == x.stride() != g.stride()
+    assert torch.autograd.gradgradcheck(lambda x: dense_gradient(x.square()), x)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -53,7 +53,9 @@ def test_a_searchs_report_tells_what_the_run_did(cwd):
     assert len(frames) == len(history) == 3
     assert labels[-1] == f"epoch 3, top 1 {history[-1]['valid_top1']:.2%}"
     assert page.count('class="cell"') == len({i for frame in frames for i in frame})
+    assert "images of 1 x 8 x 8" in page
     assert "multiply-adds" in page
+    assert "A forward pass takes" in page
     command = html.unescape(re.search("<pre>(.*?)</pre>", page, re.DOTALL)[1]).splitlines()
     assert command[0].startswith("python search.py --layers 3 --init-channels 2 --nodes 2")
     assert command[1] == "python augment.py --dataset digits --genotype runs/search/digits"
