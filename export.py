@@ -84,7 +84,8 @@ def trace(classifier, about):
     """The classifier as a `torch.export` program, for any number of images."""
     size, channels = about["input_size"], about["input_channels"]
     example = torch.zeros(2, channels, size, size)
-    return torch.export.export(classifier, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    return torch.export.export(classifier, (example,), dynamic_shapes=shapes, strict=False)
 
 
 def write_pt2(classifier, about, path):
@@ -98,7 +99,13 @@ def read_pt2(path):
 
 def write_onnx(classifier, about, path):
     names = {"input_names": ["images"], "output_names": ["logits"]}
-    program = torch.onnx.export(trace(classifier, about), dynamo=True, verbose=False, **names)
+    try:
+        program = torch.onnx.export(trace(classifier, about), dynamo=True, verbose=False, **names)
+    except torch.onnx.OnnxExporterError:  # seen with torch 2.6 and an onnxscript of years later
+        raise UserError(
+            f"torch {torch.__version__} cannot write this as ONNX with the onnxscript here; torch 2.14 can, and --output "
+            "FILE.pt2 needs no onnxscript"
+        ) from None
     program.model.metadata_props.update(metadata(about))
     program.save(path, external_data=False)
 

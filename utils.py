@@ -186,6 +186,8 @@ def load_checkpoint(path):
         if not data.startswith((b"PK\x03\x04", b"\x80")):  # neither an archive nor a pickle
             raise DamagedCheckpointError(f"{path} is damaged: it is no checkpoint") from None
         raise UserError(f"{path} is refused: it holds more than tensors and plain types") from None
+    except MemoryError:
+        raise
     except Exception:  # damaged files make the reader raise a dozen types, none of them documented
         raise DamagedCheckpointError(f"{path} cannot be read: it is damaged") from None
     if not sealed and isinstance(state, dict) and state.get("format") == FORMAT:
