@@ -103,7 +103,7 @@ def write_onnx(classifier, about, path):
         program = torch.onnx.export(trace(classifier, about), dynamo=True, verbose=False, **names)
     except torch.onnx.OnnxExporterError:  # seen with torch 2.6 and an onnxscript of years later
         raise UserError(
-            f"torch {torch.__version__} cannot write this as ONNX with the onnxscript here; torch 2.14 can, and --output "
+            f"torch {torch.__version__} cannot write this as ONNX with the onnxscript here; torch 2.14 can; --output "
             "FILE.pt2 needs no onnxscript"
         ) from None
     program.model.metadata_props.update(metadata(about))
