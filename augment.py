@@ -18,9 +18,10 @@ from cost import cost, describe, describe_latency
 from data_sets import Loader
 from errors import user_errors_in_one_line
 from evaluation import evaluate, load_trained, start_from
-from genotypes import resolve
+from genotypes import from_str, resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
+from preproc import preprocessing
 from runs import Meters, one_line, open_run, seed_generators
 from utils import cosine_lr, exponential_lr, get_data, param_size
 
@@ -28,6 +29,8 @@ from utils import cosine_lr, exponential_lr, get_data, param_size
 def main():
     config = distributed.first(AugmentConfig)
     if config.evaluate:
+        if distributed.size() > 1:
+            raise distributed.error("--evaluate takes one process; leave torchrun out")
         return distributed.first(lambda: print_accuracy(config))
     genotype = distributed.first(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # a folder may change; the run's configuration must not
@@ -57,8 +60,11 @@ def main():
         stem=config.stem,
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
-    if config.init_checkpoint and not config.resume:
-        start_from(net, distributed.first(lambda: load_trained(config.init_checkpoint)))
+    if config.init_checkpoint and not distributed.first(run.has_checkpoint):
+        trained = distributed.first(lambda: load_trained(config.init_checkpoint))
+        if from_str(trained["config"]["genotype"]) != genotype:
+            raise distributed.error("--init-checkpoint is of another network: its genotype is another")
+        start_from(net, trained)
     costs = describe(cost(net, channels, size))
     latency = distributed.first(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
@@ -69,6 +75,7 @@ def main():
 
     keeps = {"net": net, "optim": optim}
     about = {"genotype": config.genotype, "input_size": size, "input_channels": channels}
+    about["preprocessing"] = preprocessing(config.dataset, size, config.stem == "imagenet")
     about |= {"classes": val_data.class_names(n_classes)} | dict(zip(("mean", "std"), val_data.normalisation()))
     run.start(keeps, top1=0.0, best_top1=0.0, **about)
     results = run.results

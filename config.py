@@ -201,9 +201,8 @@ class _Config:
         names = ("data_path", "image_size", "image_channels")
         defaults = self.build_parser()
         changed = [name for name in names if getattr(self, name) != defaults.get_default(name)]
-        return shlex.join(
-            word for name in ["dataset", *changed] for word in (f"--{_option(name)}", str(vars(self)[name]))
-        )
+        words = [word for name in ["dataset", *changed] for word in (f"--{_option(name)}", str(vars(self)[name]))]
+        return shlex.join([*words, *["--skip-bad-images"] * self.skip_bad_images])
 
     def as_dict(self):
         """What makes the run what it is: all options but `OF_THE_COMMAND`."""

@@ -88,8 +88,11 @@ def describe_latency(net, channels, size, rounds=5):
     device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
     found = []
     for n in BATCHES:
-        x = torch.randn(n, channels, size, size, generator=generator).to(device)
-        found.append(f"{show(latency(net, x, rounds))} ms at batch {n}")
+        x = torch.randn(n, channels, size, size, generator=generator)
+        try:
+            found.append(f"{show(latency(net, x.to(device), rounds))} ms at batch {n}")
+        except (MemoryError, RuntimeError):  # PyTorch's out of memory is one of these; a run need not end by it
+            found.append(f"too much memory at batch {n}")
     return f"{' and '.join(found)}, median (range) of {rounds} passes on {device_name(device)}"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
 from config import AugmentConfig
 from data_sets import Images, Loader
 from errors import UserError
@@ -86,7 +87,7 @@ def start_from(net, checkpoint):
     left = [name for name in own if name not in state or state[name].shape != own[name].shape]
     others = [name for name in left if not re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)]
     if others:
-        raise UserError(
+        raise distributed.error(
             f"--init-checkpoint is of another network: {len(others)} of {len(own)} tensors are missing or of another "
             f"shape, first {others[0]}"
         )
@@ -94,14 +95,21 @@ def start_from(net, checkpoint):
 
 
 def images_of(checkpoint, data_path=None):
-    """The `Images` that a trained network was tested on; data_path: where they are, if no longer where they were."""
+    """The `Images` that a trained network was tested on, normalised as it knows them.
+
+    data_path: where they are, if no longer where they were. Raises UserError where they are of other classes.
+    """
+    about = checkpoint["results"]
     config = AugmentConfig(["--genotype", checkpoint["config"]["genotype"]])
     vars(config).update(checkpoint["config"])
-    return get_data(
+    *_, n_classes, _, images = get_data(
         config.dataset, data_path or config.data_path, 0, validation=True, image_size=config.image_size,
         image_channels=config.image_channels, skip_bad_images=config.skip_bad_images,
-        crops=config.stem == "imagenet",
-    )[-1]  # fmt: skip
+        crops=config.stem == "imagenet", mean_std=(about["mean"], about["std"]),
+    )  # fmt: skip
+    if images.class_names(n_classes) != about["classes"]:
+        raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(about['classes'])}")
+    return images
 
 
 @torch.no_grad()

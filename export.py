@@ -38,11 +38,13 @@ def main():
     output = Path(args.output or path.with_suffix(".onnx"))
     if output.suffix not in FORMATS:
         raise UserError(f"--output must end in {' or '.join(FORMATS)}, not {output.name!r}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: there is no folder {output.parent}")
     write, read = FORMATS[output.suffix]
     net = load_network(checkpoint, torch.device("cpu"))
     beside = output.with_name(f"{output.stem}.tmp{output.suffix}")
-    write(Classifier(net, checkpoint["results"]), checkpoint["results"], beside)
     try:
+        write(Classifier(net, checkpoint["results"]), checkpoint["results"], beside)
         print(check(read(beside), net, images_of(checkpoint, args.data_path)))
         os.replace(beside, output)
     finally:
@@ -72,6 +74,7 @@ def metadata(about):
     colours = {1: "grey", 3: "red, green, blue"}[channels]
     return {
         "input": f"images, float32 (N, {channels}, {size}, {size}): {colours}, 0 to 1; normalisation is in the network",
+        "preprocessing": about["preprocessing"],
         "output": f"logits, float32 (N, {len(about['classes'])}), in the order of classes",
         "classes": json.dumps(about["classes"]),
         "mean": json.dumps(about["mean"]),
@@ -131,12 +134,12 @@ def check(exported, net, images):
     raw = transforms.Compose([step for step in steps if not isinstance(step, transforms.Normalize)])
     pixels = Images(images.source, images.labels, raw, raw, seed=0)
     chosen = np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int).tolist()
-    expected = net(torch.stack([images[i][0] for i in chosen]))[0].numpy()
+    expected = torch.cat([net(images[i][0][None])[0] for i in chosen]).numpy()
     found = {}
     for n in BATCHES:
         batches = (chosen[i : i + n] for i in range(0, len(chosen), n))
         found[n] = np.concatenate([exported(np.stack([pixels[i][0].numpy() for i in batch])) for batch in batches])
-    worst = max(float(np.abs(logits - expected).max()) for logits in found.values())
+    worst = float(np.max([np.abs(logits - expected) for logits in found.values()]))  # NaN if one is
     if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise RuntimeError(f"the exported network's logits differ by {worst:.2g}; it is not kept")
     same = min(int((logits.argmax(1) == expected.argmax(1)).sum()) for logits in found.values())

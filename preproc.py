@@ -42,6 +42,14 @@ def augmentation(kind, size):
     return {"crop": [crop], "crop+flip": [crop, flip], "affine": [affine], "affine+flip": [affine, flip]}[kind]
 
 
+def preprocessing(dataset, size, crops):
+    """How a picture of any size becomes one of `size` pixels a side in validation, in words."""
+    if dataset != "folder":
+        return f"none: pictures have {size} x {size} pixels"
+    shorter = size * 8 // 7 if crops else size
+    return f"scaled (bilinear) to {shorter} pixels on the shorter side, then the middle {size} x {size}"
+
+
 def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=False):
     """Transforms of a data set's images for training and for validation: (train, valid), from PIL to float tensors.
 

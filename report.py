@@ -74,12 +74,12 @@ def read(folder):
     for tag in events.Tags()["scalars"]:
         found = events.Scalars(tag)
         scalars[tag] = [event.step for event in found], [event.value for event in found]
-    if not scalars.get("epoch"):
-        raise UserError(f"{folder}: no epoch is over yet, so there is nothing to show")
     summary, history = (
         json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
         for name in (SUMMARY, HISTORY)
     )
+    if not scalars.get("valid/top1" if stage == "search" else "test/top1") or (stage == "search" and not history):
+        raise UserError(f"{folder}: no epoch is over yet, so there is nothing to show")
     return Story(folder, stage, config, summary or {}, scalars, history or [])
 
 
@@ -360,7 +360,7 @@ def mistakes(found, most=16):
     for axes, i in zip(figure.subplots(lines, columns, squeeze=False).flat, [*worst, *[None] * columns]):
         axes.set_axis_off()
         if i is not None:
-            axes.imshow(found.image(i), cmap="gray", interpolation="nearest")
+            axes.imshow(found.image(i), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             guess = int(found.probabilities[i].argmax())
             sure = f"{found.names[guess]} ({found.probabilities[i, guess]:.0%})"
             axes.set_title(f"{found.names[found.labels[i]]}, taken for\n{sure}", fontsize=6)

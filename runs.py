@@ -373,6 +373,10 @@ class Run:
                 f"{self.folder} already holds a run; {go_on}replace it with --overwrite, or choose another --name"
             )
 
+    def has_checkpoint(self):
+        """Whether there is something to go on from; a run that is killed early has nothing."""
+        return self.config.resume is not None and any((self.folder / name).is_file() for name in (CHECKPOINT, PREVIOUS))
+
     def _load(self):
         """The checkpoint to go on from, or None for the start, and a warning if it isn't the last, or None."""
         if self.config.resume is None:

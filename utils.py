@@ -24,15 +24,16 @@ SEAL = b"sha256 of the file without this comment: "
 
 def get_data(
     dataset, data_path, cutout_length, validation, image_size=None, image_channels=None, seed=0, skip_bad_images=False,
-    crops=False,
+    crops=False, mean_std=None,
 ):  # fmt: skip
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
     dataset: a key of `DATASETS`; data_path: its folder; cutout_length: pixels, in training, at most half the image's
     side (16 would leave nothing of 8x8 pixels); image_size (pixels a side) and image_channels (1 or 3): of `folder`'s
     images, others have their own; seed: of the augmentation; skip_bad_images: leave out images of `folder` that cannot
-    be read; crops: take random parts of `folder`'s images in training, as for ImageNet. The data are `Images`. Raises
-    UserError where the data set is unknown or not to be had.
+    be read; crops: take random parts of `folder`'s images in training, as for ImageNet; mean_std: to normalise by, per
+    channel, instead of the data set's. The data are `Images`. Raises UserError where the data set is unknown or not to
+    be had.
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
@@ -43,7 +44,7 @@ def get_data(
         size, channels = image_size or size, image_channels or channels
         load = functools.partial(load, skip_bad_images=skip_bad_images, whole=crops)
     source, labels, n_classes = load(data_path, True, size, channels)
-    mean_std = spec.mean_std or pixel_statistics(source)
+    mean_std = mean_std or spec.mean_std or pixel_statistics(source)
     train, valid = data_transforms(dataset, min(cutout_length, size // 2), size, mean_std, crops)
     data = [size, channels, n_classes, Images(source, labels, train, valid, seed)]
     if validation:

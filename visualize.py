@@ -22,16 +22,17 @@ HOW_TO_INSTALL = (
 )
 
 
-def plot(gene, file_path, caption=None):
+def plot(gene, file_path, caption=None, concat=None):
     """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture.
 
-    file_path: where to, ending in .png or .svg; .png is added to any other. caption: a line above the cell. Returns the
-    path of the picture; or, where the `dot` program is missing, of its .gv source, which `dot` can draw later.
+    file_path: where to, ending in .png or .svg; .png is added to any other. caption: a line above the cell; concat: the
+    states that make the output, all nodes if not given. Returns the path of the picture; or, where the `dot` program is
+    missing, of its .gv source, which `dot` can draw later.
     """
     path = Path(file_path)
     if path.suffix[1:] not in FORMATS:
         path = path.with_name(path.name + ".png")
-    graph = draw(gene, caption)
+    graph = draw(gene, caption, concat)
     if path.suffix == ".png":
         graph.graph_attr["dpi"] = "100"  # which cuts SVGs off
     source = path.with_suffix(".gv")
@@ -45,7 +46,7 @@ def plot(gene, file_path, caption=None):
     return path
 
 
-def draw(gene, caption=None):
+def draw(gene, caption=None, concat=None):
     """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right."""
     graph = graphviz.Digraph(
         graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t"},
@@ -66,7 +67,8 @@ def draw(gene, caption=None):
     for i, edges in enumerate(gene):
         for op, source in edges:
             graph.edge(inputs[source] if source < 2 else str(source - 2), str(i), label=op)
-        graph.edge(str(i), "c_{k}")
+        if concat is None or i + 2 in concat:
+            graph.edge(str(i), "c_{k}")
     return graph
 
 
@@ -90,7 +92,8 @@ def main():
         genotype = resolve(args.what[0])
         prefix = args.output or re.sub(r"[^\w.-].*", "", Path(args.what[0]).name, flags=re.DOTALL) or "cell"
         for kind in ("normal", "reduce"):
-            path = plot(getattr(genotype, kind), f"{prefix}-{kind}.{args.format}", caption=f"{kind} cell")
+            gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+            path = plot(gene, f"{prefix}-{kind}.{args.format}", f"{kind} cell", concat)
             print(path if path.suffix != ".gv" else f"{path}: {HOW_TO_INSTALL}")
 
 

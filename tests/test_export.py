@@ -46,6 +46,13 @@ def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
             logits = torch.cat([torch.as_tensor(classify(batch)) for batch in batches])
             np.testing.assert_allclose(logits.softmax(1).numpy(), expected, atol=1e-4)
 
+    assert_one_line_error(run_script("export.py", run, "--output", "x/y.pt2", cwd=tmp_path), "no folder x")
+    (root / "val/left").rename(root / "val/other")
+    (root / "train/left").rename(root / "train/other")
+    assert_one_line_error(run_script("augment.py", "--evaluate", run, cwd=tmp_path), "left, right")
+    (root / "val/other").rename(root / "val/left")
+    (root / "train/other").rename(root / "train/left")
+
     words = (run, "--output", tmp_path / "lost.onnx", "--data-path", tmp_path / "nowhere")
     assert_one_line_error(run_script("export.py", *words, cwd=tmp_path), "nowhere")
     assert not list(tmp_path.glob("lost*"))
@@ -62,9 +69,13 @@ def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
     gene = [[(name, 0), (name, 1)] for name in ops]
     concat = range(2, 2 + len(ops))
     torch.manual_seed(0)
-    net = AugmentCNN(15, 3, 4, 5, 3, True, Genotype(gene, concat, gene, concat)).eval()
+    net = (
+        AugmentCNN(15, 3, 4, 5, 3, True, Genotype(gene, concat, gene, concat))
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
     about = {"input_size": 15, "input_channels": 3, "classes": list("abcde"), "mean": [0.5, 0.4, 0.3],
-             "std": [0.2, 0.3, 0.4], "genotype": "-"}  # fmt: skip
+             "std": [0.2, 0.3, 0.4], "genotype": "-", "preprocessing": "-"}  # fmt: skip
     write_onnx(Classifier(net, about), about, tmp_path / "all.onnx")
     classify = read_onnx(tmp_path / "all.onnx")
     mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))

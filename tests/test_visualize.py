@@ -1,10 +1,11 @@
+import re
 import shutil
 
 import pytest
 from conftest import assert_one_line_error, run_script
 from PIL import Image
 
-from genotypes import DARTS_V1, DARTS_V2
+from genotypes import DARTS_V1, DARTS_V2, PUBLISHED
 from visualize import draw, plot
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's dot program is not installed")
@@ -16,6 +17,13 @@ def test_a_drawing_has_an_arrow_for_every_operation_and_every_output():
     for op, i in [("sep_conv_3x3", '"c_{k-1}" -> 2'), ("dil_conv_3x3", "0 -> 3")]:
         assert any(i in line and op in line for line in source.splitlines())
     assert "a caption" in source
+
+
+def test_nodes_that_are_no_part_of_the_output_have_no_arrow_to_it():
+    genotype = PUBLISHED["AMOEBANET_A"].genotype
+    source = draw(genotype.normal, concat=genotype.normal_concat).source
+    outputs = re.findall(r'(\d) -> "c_\{k\}"', source)
+    assert [int(i) + 2 for i in outputs] == list(genotype.normal_concat)
 
 
 @needs_dot
