@@ -61,8 +61,8 @@ def load_trained(path):
         raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
         raise UserError(f"{path} is not a checkpoint of augment.py")
-    if "mean" not in checkpoint["results"]:
-        raise UserError(f"{path} was written by a version of augment.py that didn't note the images' normalisation")
+    if "preprocessing" not in checkpoint["results"]:
+        raise UserError(f"{path} was written by a version of augment.py that noted too little of the images")
     return checkpoint
 
 
