@@ -61,10 +61,10 @@ def main():
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
     if config.init_checkpoint and not distributed.first(run.has_checkpoint):
-        trained = distributed.first(lambda: load_trained(config.init_checkpoint))
-        if from_str(trained["config"]["genotype"]) != genotype:
+        checkpoint = distributed.first(lambda: load_trained(config.init_checkpoint))
+        if from_str(checkpoint["config"]["genotype"]) != genotype:
             raise distributed.error("--init-checkpoint is of another network: its genotype is another")
-        start_from(net, trained)
+        start_from(net, checkpoint)
     costs = describe(cost(net, channels, size))
     latency = distributed.first(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
