@@ -52,9 +52,14 @@ class Evaluation:
         return np.asarray(self.images.source[i][0])
 
 
+def file_of(path):
+    """The checkpoint that a user means by a path: this file, or the best of a run's folder."""
+    return Path(path) / BEST if Path(path).is_dir() else Path(path)
+
+
 def load_trained(path):
     """The checkpoint of an augment run: a file, or a folder's best. Raises UserError where it is not one."""
-    path = Path(path) / BEST if Path(path).is_dir() else Path(path)
+    path = file_of(path)
     try:
         checkpoint = load_checkpoint(path)
     except FileNotFoundError:
@@ -126,6 +131,5 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirr
     for X, _, _ in loader.epoch(0):
         views = [X, X.flip(3)] if mirror else [X]
         probabilities.append(torch.stack([net(view)[0].float().softmax(1) for view in views]).mean(0).cpu())
-    file = str(Path(path) / BEST if Path(path).is_dir() else path)
     names = checkpoint["results"]["classes"]
-    return Evaluation(np.asarray(images.labels), torch.cat(probabilities).numpy(), names, images, file)
+    return Evaluation(np.asarray(images.labels), torch.cat(probabilities).numpy(), names, images, str(file_of(path)))

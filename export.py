@@ -16,8 +16,7 @@ from torchvision import transforms
 
 from data_sets import Images
 from errors import OneLineParser, UserError, user_errors_in_one_line
-from evaluation import images_of, load_network, load_trained
-from utils import BEST
+from evaluation import file_of, images_of, load_network, load_trained
 
 CHECKED = 100  # images on which an exported file must say what the network says
 BATCHES = (1, 7)  # images at once
@@ -34,8 +33,7 @@ def main():
     parser.add_argument("--data-path", metavar="DIR", help="where the test images are, if no longer where they were")
     args = parser.parse_args()
     checkpoint = load_trained(args.checkpoint)
-    path = Path(args.checkpoint) / BEST if Path(args.checkpoint).is_dir() else Path(args.checkpoint)
-    output = Path(args.output or path.with_suffix(".onnx"))
+    output = Path(args.output or file_of(args.checkpoint).with_suffix(".onnx"))
     if output.suffix not in FORMATS:
         raise UserError(f"--output must end in {' or '.join(FORMATS)}, not {output.name!r}")
     if not output.parent.is_dir():
