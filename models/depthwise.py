@@ -43,8 +43,18 @@ def is_channels_last_on_cpu(x):
 def channels_last_depthwise(x, weight, stride, padding, dilation):
     """The convolution of channels-last CPU images x, (N, C, H, W), with weight, (C, 1, k, k)."""
     if stride == dilation == 2 and padding % 2 == 0:
-        return _ChannelsLast.apply(every_second(x), weight, 1, padding // 2, 1)
-    return _ChannelsLast.apply(x, weight, stride, padding, dilation)
+        x, stride, padding, dilation = every_second(x), 1, padding // 2, 1
+    return channels_last_depthwises(x, [(weight, (stride, padding, dilation))])[0]
+
+
+def channels_last_depthwises(x, convolutions, watch=None):
+    """Several convolutions of x: a tuple of their outputs.
+
+    convolutions: pairs of a weight and its (stride, padding, dilation); watch: called with each output while it is
+    still in the cache, outside of differentiation.
+    """
+    weights, geometries = zip(*convolutions)
+    return _ChannelsLast.apply(x, geometries, watch, *weights)
 
 
 def dense_gradient(x):
@@ -85,20 +95,33 @@ class _EverySecond(torch.autograd.Function):
 class _ChannelsLast(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, weight, stride, padding, dilation):
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, dilation
-        return F.conv2d(x, weight, None, stride, padding, dilation, len(weight))
+    def forward(ctx, x, geometries, watch, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.geometries = geometries
+        ctx.set_materialize_grads(False)
+        zs = []
+        for weight, geometry in zip(weights, geometries):
+            zs.append(F.conv2d(x, weight, None, *geometry, len(weight)))
+            if watch:
+                watch(zs[-1])
+        return tuple(zs)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, dz):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        dz = dz.contiguous(memory_format=torch.channels_last)
-        dx = input_gradient(dz, x, weight, *ctx.geometry) if wants_x else None
-        dweight = weight_gradient(dz, x, weight, *ctx.geometry) if wants_weight else None
-        return dx, dweight, None, None, None
+    def backward(ctx, *dzs):
+        x, *weights = ctx.saved_tensors
+        wants_x, _, _, *wants_weights = ctx.needs_input_grad
+        dx, dweights = None, [None] * len(weights)
+        for i, (g, weight, geometry) in enumerate(zip(dzs, weights, ctx.geometries)):
+            if g is None:
+                continue
+            dz = g.contiguous(memory_format=torch.channels_last)
+            if wants_x:
+                part = input_gradient(dz, x, weight, *geometry)
+                dx = part if dx is None else dx + part if torch.is_grad_enabled() else dx.add_(part)
+            if wants_weights[i]:
+                dweights[i] = weight_gradient(dz, x, weight, *geometry)
+        return dx, None, None, *dweights
 
 
 def input_gradient(dz, x, weight, stride, padding, dilation):

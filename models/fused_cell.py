@@ -40,7 +40,7 @@ from models import sync_bn
 from models.depthwise import (
     FEW_PIXELS,
     DepthwiseConv2d,
-    channels_last_depthwise,
+    channels_last_depthwises,
     dense_depthwise,
     dense_gradient,
     every_second,
@@ -87,51 +87,17 @@ def choose_path(x):
 
 
 class _Path:
-    """A way of running the edges from some sources.
+    """A way of running the edges from some sources, E at once.
 
-    Inside, E images of C channels are a list of tensors (e, C, N, H, W), its parts. batched: one part with all edges,
-    in that order in memory; else one for each edge, channels-last. depthwise: f(x, weight (e, C, 1, k, k), stride,
-    padding, dilation). folded: normalise by `_Mixture`, else by PyTorch's BN.
+    A subclass says how the images of E edges lie in memory: `mixed`, `_spread`, `_convolved`, `_unconvolved`,
+    `_normalised`, `_mixture`, and for what has no weights `_outside`, `_stack`, `_mix`. Sums of edges come as `bases`.
     """
 
-    def __init__(self, batched, depthwise, folded):
-        self.batched, self.depthwise, self.folded = batched, depthwise, folded
-
-    def mixed(self, states, edges, weights, statistics):
-        """For each target the sum of its edges from these states, (N, C, h, w).
-
-        edges[s][t]: the candidates from state s to target t; weights[s]: (targets, candidates).
-        """
-        n, candidates = len(edges[0]), list(zip(*itertools.chain(*edges)))
-        columns = (torch.cat(weights) if len(weights) > 1 else weights[0]).unbind(1)
-        kinds = [_kind(ops) for ops in candidates]
-        if self.batched:
-            sources = [torch.stack([state.transpose(0, 1) for state in states])]
-            bases = self._weightless(sources[0], kinds, candidates, columns, statistics)
-            bases = None if bases is None else [bases]
-        else:
-            sources, bases = [], []
-            for i, (state, of_state) in enumerate(zip(states, edges)):
-                sources.append(state.contiguous(memory_format=torch.channels_last).transpose(0, 1).unsqueeze(0))
-                own = [column[i * n : (i + 1) * n] for column in columns]
-                base = self._weightless(sources[-1], kinds, zip(*of_state), own, statistics)
-                if base is not None:  # split as it lies in memory, so that gradients are joined in that order
-                    bases += [part.permute(1, 4, 0, 2, 3) for part in base.permute(2, 0, 3, 4, 1).split(1, dim=1)]
-            bases = bases or None
-        inputs = _Inputs(sources, n, self.batched)
-        chains = [(column, ops) for column, ops, kind in zip(columns, candidates, kinds) if kind == "chain"]
-        parts = self._chains(inputs, bases, chains, statistics) if chains else bases
-        if self.batched:
-            parts = parts[0].unflatten(0, (len(states), n))
-            return [output.transpose(0, 1) for output in (parts.sum(0) if len(states) > 1 else parts[0]).unbind()]
-        totals = [sum(parts[t + n :: n], start=parts[t]) for t in range(n)]
-        return [total.squeeze(0).transpose(0, 1) for total in totals]
-
     def _weightless(self, x, kinds, candidates, w_columns, statistics):
-        """The candidates that are no chains, of all edges from the S sources x, (S, C, N, H, W): (edges, C, N, h, w).
+        """The candidates that are no chains, weighted, of all edges from x: edges first. None if all are chains.
 
         candidates: each on all edges; w_columns: the edges' weights of each. Pools and identity are mixed by one matrix
-        product. None if all are chains.
+        product.
         """
         columns, terms, base = [], [], None
         for column, ops, kind in zip(w_columns, candidates, kinds):
@@ -145,24 +111,10 @@ class _Path:
                     columns.append(column)
                     terms.append(self._batch_norm(pooled, bns, statistics))
                 else:  # the recorded ones need not be
-                    factor, shift = _recorded(bns, column)
-                    pooled = pooled.repeat_interleave(len(ops) // len(x), 0)
-                    base = _plus(base, pooled * _across(factor) + _across(shift))
+                    base = _plus(base, self._stack(pooled, *_recorded(bns, column)))
             elif kind == "alone" or (kind == "zero" and set(kinds) == {"zero"}):
-                base = _plus(base, _one_by_one(ops, x) * column[:, None, None, None, None])
-        if terms:
-            weights = torch.stack(columns, 1)
-            if self.batched:
-                stacked = torch.stack(terms, 1)
-                mixed = weights.unflatten(0, (len(x), -1)) @ stacked.flatten(2)
-                mixed = mixed.unflatten(2, stacked.shape[2:]).flatten(0, 1)
-            else:  # an image after the other, as they lie in memory
-                terms = [dense_gradient(term.permute(2, 3, 4, 1, 0).squeeze(4)) for term in terms]
-                stacked = torch.stack(terms, 1)
-                mixed = torch.bmm(weights.expand(len(stacked), -1, -1), stacked.flatten(2))  # matmul would copy
-                mixed = mixed.unflatten(2, stacked.shape[2:]).permute(1, 4, 0, 2, 3)
-            base = _plus(base, mixed)
-        return base
+                base = _plus(base, self._one_by_one(ops, x) * column[:, None, None, None, None])
+        return _plus(base, self._mix(torch.stack(columns, 1), terms)) if terms else base
 
     def _chains(self, inputs, bases, chains, statistics):
         """bases plus the chains of E edges. chains: (the edges' weights (E,), their operations)."""
@@ -172,15 +124,13 @@ class _Path:
                  for column, steps in going]  # fmt: skip
         ends = []
         while going:
+            convolved = iter(
+                self._convolved([(links, x, kernel[0]) for _, ((links, (*kernel, _)), *_), x in going if kernel])
+            )
             inner = []
-            for column, ((links, (*kernel, M)), *rest), z in going:
-                if kernel:
-                    kernels = kernel if len(z) == 1 else kernel[0].split(1)
-                    geometry = _geometry(links[0].spatial)
-                    zs = [self.depthwise(part, weight, *geometry) for part, weight in zip(z, kernels)]
-                else:
-                    zs = z
-                (inner if rest else ends).append((column, rest, zs, M, [link.bn for link in links]))
+            for column, ((links, (*kernel, M)), *rest), x in going:
+                z = next(convolved) if kernel else self._unconvolved(x)
+                (inner if rest else ends).append((column, rest, z, M, [link.bn for link in links]))
             normalised = self._normalised(inner, statistics)
             going = [
                 (step[0], step[1], [step[1][0][0][0].activation(y) for y in of_step])
@@ -188,20 +138,65 @@ class _Path:
             ]
         return self._mixture(bases, ends, statistics)
 
+
+class _EdgeByEdge(_Path):
+    """An edge after the other: what lies in the cache is used again. An edge's images are a channels-last tensor
+    (N, C, H, W), E edges a list of those. BN and pointwise convolutions are done by `_Mixture`."""
+
+    def mixed(self, states, edges, weights, statistics):
+        """For each target the sum of its edges from these states, (N, C, h, w).
+
+        edges[s][t]: the candidates from state s to target t; weights[s]: (targets, candidates).
+        """
+        n, kinds, candidates, columns = _table(edges, weights)
+        sources = [state.contiguous(memory_format=torch.channels_last) for state in states]
+        bases = []
+        for i, (source, of_state) in enumerate(zip(sources, edges)):
+            own = [column[i * n : (i + 1) * n] for column in columns]
+            base = self._weightless(source, kinds, zip(*of_state), own, statistics)
+            if base is not None:  # apart as it lies in memory, so that gradients are joined in that order
+                bases += [part.permute(0, 3, 1, 2) for part in base.permute(1, 0, 3, 4, 2).unbind(1)]
+        chains = [(column, ops) for column, ops, kind in zip(columns, candidates, kinds) if kind == "chain"]
+        outputs = self._chains(_Inputs(sources, n, self._spread), bases, chains, statistics) if chains else bases
+        return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
+
+    def _spread(self, sources, n):
+        return [source for source in sources for _ in range(n)]
+
+    def _convolved(self, jobs):
+        """Of each job (links, images, kernels (E, C, 1, k, k)) the depthwise convolutions, as `_unconvolved`.
+
+        All of an image are one operation, and the moments of each output are taken before the next.
+        """
+        of_image = {}
+        for links, images, kernels in jobs:
+            geometry = _geometry(links[0].spatial)
+            for image, kernel in zip(images, kernels.unbind()):
+                of_image.setdefault(id(image), (image, []))[1].append((kernel, geometry))
+        training = any(links[0].bn.training for links, _, _ in jobs)
+        outputs = {}
+        for key, (image, convolutions) in of_image.items():
+            moments = []
+            watch = (lambda z, moments=moments: moments.append(_moments(z))) if training else None
+            zs = channels_last_depthwises(image, convolutions, watch)
+            outputs[key] = itertools.zip_longest(zs, moments)
+        return [[next(outputs[id(image)]) for image in images] for _, images, _ in jobs]
+
+    def _unconvolved(self, images):
+        """Pairs of z and its `_moments`, None if not taken yet."""
+        return [(image, None) for image in images]
+
     def _normalised(self, steps, statistics):
-        """BN(M z) of each step, as z is given."""
+        """BN(M z) of each step: a list of E images."""
         outputs = []
         for zs, M, bns in _alike(steps):
-            if not bns[0].training:
-                factor, shift = (part.unflatten(0, M.shape[:2]) for part in _recorded(bns))
-                outputs += [_affine(A_k, z, shift_k) for A_k, z, shift_k in zip(factor.unsqueeze(-1) * M, zs, shift)]
-            elif self.folded:
-                mean, var, *ys = _Mixture.apply(bns[0].eps, _is_synced(bns), len(zs[0]), None, M, *itertools.chain(*zs))
+            images, known = zip(*itertools.chain(*zs))
+            if bns[0].training:
+                mean, var, *ys = _Mixture.apply(bns[0].eps, _is_synced(bns), known, None, M, *images)
                 statistics.add(bns, mean, var)
-                outputs += [list(ys[i : i + len(zs[0])]) for i in range(0, len(ys), len(zs[0]))]
             else:
-                y = self._batch_norm(_product(M.flatten(0, 1), torch.cat(list(itertools.chain(*zs)))), bns, statistics)
-                outputs += [[part] for part in y.split(M.shape[1])]
+                ys = _affine(M, images, *_recorded(bns))
+            outputs += _rows(ys, M.shape[1])
         return outputs
 
     def _mixture(self, bases, steps, statistics):
@@ -209,67 +204,160 @@ class _Path:
         columns = iter([step[0] for step in steps])
         for zs, M, bns in _alike(steps):
             w = torch.stack([next(columns) for _ in zs])
-            if not bns[0].training:
-                factor, shift = (part.unflatten(0, M.shape[:2]) for part in _recorded(bns, w.flatten()))
-                for A_k, z, shift_k in zip(factor.unsqueeze(-1) * M, zs, shift):
-                    ys = _affine(A_k, z, shift_k)
-                    bases = ys if bases is None else [base + y for base, y in zip(bases, ys)]
-            elif self.folded:
-                mean, var, *bases = _Mixture.apply(
-                    bns[0].eps, _is_synced(bns), len(zs[0]), w, M, *itertools.chain(*zs), *(bases or [])
-                )
+            images, known = zip(*itertools.chain(*zs))
+            if bns[0].training:
+                mean, var, *bases = _Mixture.apply(bns[0].eps, _is_synced(bns), known, w, M, *images, *bases)
                 statistics.add(bns, mean, var)
             else:
-                scale = w.flatten().unsqueeze(1).expand(-1, M.shape[2]).flatten()
-                y = self._batch_norm(
-                    _product(M.flatten(0, 1), torch.cat(list(itertools.chain(*zs)))), bns, statistics, scale
-                )
-                bases = [_plus(bases and bases[0], y.unflatten(0, M.shape[:2]).sum(0))]
+                for ys in _rows(_affine(M, images, *_recorded(bns, w.flatten())), M.shape[1]):
+                    bases = [base + y for base, y in zip(bases, ys)] if bases else ys
+        return bases
+
+    def _outside(self, function, x):
+        return function(x)
+
+    def _stack(self, x, factor, shift):
+        """factor x + shift of each edge, factor and shift (E, C): (E, N, C, H, W)."""
+        return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
+
+    def _mix(self, weights, terms):
+        """Sums of the terms, each (N, C, H, W): weights (E, terms) -> (E, N, C, H, W)."""
+        stacked = torch.stack([dense_gradient(term.permute(0, 2, 3, 1)) for term in terms], 1)  # as they lie in memory
+        mixed = torch.bmm(weights.expand(len(stacked), -1, -1), stacked.flatten(2))  # matmul would copy
+        return mixed.unflatten(2, stacked.shape[2:]).permute(1, 0, 4, 2, 3)
+
+    def _one_by_one(self, ops, x):
+        return torch.stack([op(x) for op in ops])
+
+    def _batch_norm(self, x, bns, statistics):
+        """PyTorch's BN of x by the statistics of the batch."""
+        y, moments = _batch_norm(x, bns, None)
+        statistics.add(bns, *moments.unsqueeze(1))
+        return y
+
+
+class _Batched(_Path):
+    """All edges at once: few large steps. E edges are one tensor (E, C, N, H, W), in this order in memory.
+
+    depthwise: f(x, weight (E, C, 1, k, k), stride, padding, dilation).
+    """
+
+    def __init__(self, depthwise):
+        self.depthwise = depthwise
+
+    def mixed(self, states, edges, weights, statistics):
+        """See `_EdgeByEdge.mixed`."""
+        n, kinds, candidates, columns = _table(edges, weights)
+        source = torch.stack([state.transpose(0, 1) for state in states])
+        bases = self._weightless(source, kinds, candidates, columns, statistics)
+        chains = [(column, ops) for column, ops, kind in zip(columns, candidates, kinds) if kind == "chain"]
+        outputs = self._chains(_Inputs([source], n, self._spread), bases, chains, statistics) if chains else bases
+        outputs = outputs.unflatten(0, (len(states), n))
+        return [output.transpose(0, 1) for output in (outputs.sum(0) if len(states) > 1 else outputs[0]).unbind()]
+
+    def _spread(self, sources, n):
+        return [source.unsqueeze(1).expand(-1, n, -1, -1, -1, -1).flatten(0, 1) for source in sources]
+
+    def _convolved(self, jobs):
+        return [self.depthwise(x, kernels, *_geometry(links[0].spatial)) for links, (x,), kernels in jobs]
+
+    def _unconvolved(self, x):
+        return x[0]
+
+    def _normalised(self, steps, statistics):
+        """BN(M z) of each step, (E, C, N, H, W), as the one of a list."""
+        outputs = []
+        for zs, M, bns in _alike(steps):
+            y = M.flatten(0, 1) @ torch.cat(zs).flatten(2)
+            y = y.unflatten(2, zs[0].shape[2:])
+            y = self._batch_norm(y, bns, statistics) if bns[0].training else self._affine(y, *_recorded(bns))
+            outputs += [[part] for part in y.split(M.shape[1])]
+        return outputs
+
+    def _mixture(self, bases, steps, statistics):
+        """bases + sum of w BN(M z) over the steps, the last of their chains."""
+        columns = iter([step[0] for step in steps])
+        for zs, M, bns in _alike(steps):
+            w = torch.cat([next(columns) for _ in zs])
+            y = M.flatten(0, 1) @ torch.cat(zs).flatten(2)
+            y = y.unflatten(2, zs[0].shape[2:])
+            if bns[0].training:
+                scale = w.unsqueeze(1).expand(-1, M.shape[2]).flatten()
+                y = self._batch_norm(y, bns, statistics, scale)
+            else:
+                y = self._affine(y, *_recorded(bns, w))
+            bases = _plus(bases, y.unflatten(0, M.shape[:2]).sum(0))
         return bases
 
     def _outside(self, function, x):
         """A function of images (N, C, H, W) that keeps channels apart, at x."""
-        if self.batched:
-            return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return function(x.squeeze(0).transpose(0, 1)).transpose(0, 1).unsqueeze(0)
+        return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def _affine(self, x, factor, shift):
+        return x * factor[:, :, None, None, None] + shift[:, :, None, None, None]
+
+    def _stack(self, x, factor, shift):
+        """factor x + shift of each edge from the S sources x."""
+        return self._affine(x.repeat_interleave(len(factor) // len(x), 0), factor, shift)
+
+    def _mix(self, weights, terms):
+        """Sums of the terms, each (S, C, N, H, W): weights (edges, terms) -> (edges, C, N, H, W)."""
+        stacked = torch.stack(terms, 1)
+        mixed = weights.unflatten(0, (len(stacked), -1)) @ stacked.flatten(2)
+        return mixed.unflatten(2, stacked.shape[2:]).flatten(0, 1)
+
+    def _one_by_one(self, ops, x):
+        sources = (x[i * len(x) // len(ops)].transpose(0, 1) for i in range(len(ops)))
+        return torch.stack([op(source).transpose(0, 1) for op, source in zip(ops, sources)])
 
     def _batch_norm(self, x, bns, statistics, scale=None):
-        """PyTorch's BN of x, (E, C, N, h, w), times a scale (E * C,), by the statistics of the batch."""
-        moments = x.new_zeros(2, x.shape[0] * x.shape[1], dtype=bns[0].running_mean.dtype)
-
-        def normalise(images):
-            if not _is_synced(bns):
-                return F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps)
-            y, *found = sync_bn.batch_norm(images, scale, None, bns[0].eps)
-            torch._foreach_copy_(list(moments), found)
-            return y
-
-        flat = x.shape[2:].numel()
-        y = normalise(x.reshape(1, -1, flat)).view_as(x) if self.batched else self._outside(normalise, x)
+        """PyTorch's BN of x by the statistics of the batch, times a scale (E * C,)."""
+        y, moments = _batch_norm(x.reshape(1, -1, x.shape[2:].numel()), bns, scale)
         statistics.add(bns, *moments.unflatten(1, x.shape[:2]))
-        return y
+        return y.view_as(x)
+
+
+def _table(edges, weights):
+    """Of edges[source][target], a list of candidates each: targets; each candidate's kind, its operations, its weights
+    on all edges, source by source."""
+    candidates = list(zip(*itertools.chain(*edges)))
+    columns = (torch.cat(weights) if len(weights) > 1 else weights[0]).unbind(1)
+    return len(edges[0]), [_kind(ops) for ops in candidates], candidates, columns
+
+
+def _batch_norm(images, bns, scale):
+    """PyTorch's BN by the statistics of the batch, times a scale (C,): the output, and mean and variance (2, C)."""
+    moments = images.new_zeros(2, images.shape[1], dtype=bns[0].running_mean.dtype)
+    if not _is_synced(bns):
+        return F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps), moments
+    y, *found = sync_bn.batch_norm(images, scale, None, bns[0].eps)
+    torch._foreach_copy_(list(moments), found)
+    return y, moments
 
 
 class _Mixture(torch.autograd.Function):
-    """y = base + sum_k w_k BN(M_k z_k), keeping the z_k alone; see the module's docstring, item 3.
+    """y = base + sum_k w_k BN(M_k z_k) on each of E edges, keeping the z_k alone; see the module's docstring, item 3.
 
-    w: (terms, E); M: (terms, E, C, K); then the parts of each z, (e, K, N, h, w), term by term, and those of base,
-    (e, C, N, h, w), if any. Returns the means and unbiased variances of M_k z_k, each (terms, E, C), and y's parts.
-    Without w and base, the y of each term instead of their sum. The sums over pixels are put together in float64:
-    variances are differences of such sums. synced: over the pixels of all ranks; what w and M get is this rank's part.
+    known: `_moments` of each z, or None; w: (terms, E); M: (terms, E, C, K); then the images z, (N, K, h, w), term by
+    term, and each edge's base, (N, C, h, w), if any. Returns the means and unbiased variances of M_k z_k, each
+    (terms, E, C), and each edge's y. Without w and base, the y of each term instead of their sum. The sums over pixels
+    are put together in float64: variances are differences of such sums. synced: over the pixels of all ranks; what w
+    and M get is this rank's part.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, eps, synced, parts, w, M, *tensors):
-        ctx.save_for_backward(w, M, *tensors[: len(M) * parts])
+    def forward(ctx, eps, synced, known, w, M, *tensors):
+        terms, edges = M.shape[:2]
+        images, bases = tensors[: terms * edges], tensors[terms * edges :]
+        ctx.save_for_backward(w, M, *images)
         ctx.set_materialize_grads(False)
-        zs, bases = _rows(tensors[: len(M) * parts], parts), tensors[len(M) * parts :] or [None] * parts
-        dtype, n = M.dtype, zs[0][0].shape[2:].numel()
+        zs = [_matrix(image) for image in images]
+        dtype, n = M.dtype, len(zs[0])
         if n < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
-        M = M.double()
-        m, covariance = _over_pixels(_sums, zs), _over_pixels(_gram, zs, zs)
+        sums, grams = zip(*(moments or _moments(image) for moments, image in zip(known, images)))
+        M, m, covariance = M.double(), _over_blocks(sums, M).unsqueeze(-1), _over_blocks(grams, M)
         if synced:
             m, covariance, n = _over_ranks(m, covariance, m.new_tensor(float(n)))
         m = m / n
@@ -278,54 +366,59 @@ class _Mixture(torch.autograd.Function):
         mean, var = (M @ m).squeeze(-1), (MS * M).sum(-1).clamp_(min=0)
         inverse = (var + eps).rsqrt()
         factor = inverse if w is None else inverse * w.unsqueeze(-1)
-        ctx.eps, ctx.synced, ctx.parts, ctx.small = eps, synced, parts, (n, m, MS, inverse, factor)
-        A, shift = _cut((factor.unsqueeze(-1) * M).to(dtype), parts), -factor * mean
+        ctx.eps, ctx.synced, ctx.small = eps, synced, (n, m, MS, inverse, factor)
+        A, shift = _each((factor.unsqueeze(-1) * M).to(dtype).mT), -factor * mean
         if w is None:
-            shift = _cut(shift.to(dtype), parts)
-            ys = [_weighted_sum(None, shift[k][p], [(A[k][p], zs[k][p])]) for k in range(len(M)) for p in range(parts)]
+            ys = [torch.addmm(shift_k, z, A_k) for shift_k, z, A_k in zip(_each(shift.to(dtype)), zs, A)]
         else:
-            shift = shift.sum(0).to(dtype).chunk(parts)
-            ys = [_weighted_sum(bases[p], shift[p], [(A[k][p], zs[k][p]) for k in range(len(M))]) for p in range(parts)]
+            ys = list(shift.sum(0).to(dtype).unbind())
+            ys = [_matrix(base) + y for base, y in zip(bases, ys)] if bases else ys
+            for i, (z, A_k) in enumerate(zip(zs, A)):
+                y = ys[i % edges]
+                ys[i % edges] = torch.addmm(y, z, A_k) if y.dim() == 1 else y.addmm_(z, A_k)
         mean, var = mean.to(dtype), (var * (n / (n - 1))).to(dtype)
         ctx.mark_non_differentiable(mean, var)
-        return mean, var, *ys
+        return mean, var, *(_image(y, images[0]) for y in ys)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, _, __, *gs):
-        w, M, *tensors = ctx.saved_tensors
-        zs = _rows(tensors, ctx.parts)
-        shape = len(M[0]) // ctx.parts, M.shape[2], *zs[0][0].shape[2:]
-        gs = [zs[0][0].new_zeros(shape) if g is None else g for g in gs]
-        if torch.is_grad_enabled() and not ctx.synced:
-            return _differentiable_backward(ctx, gs, w, M, zs)
+        w, M, *images = ctx.saved_tensors
         _, _, _, wants_w, wants_M, *wants_z = ctx.needs_input_grad
+        N, _, *size = images[0].shape
+        gs = [images[0].new_zeros(N, M.shape[2], *size) if g is None else g for g in gs]
+        has_bases = len(wants_z) > len(images)
+        if torch.is_grad_enabled() and not ctx.synced:
+            return None, None, None, *_differentiable_gradients(ctx, gs, w, M, images), *(gs if has_bases else [])
         n, m, MS, inverse, factor = ctx.small
-        dtype = M.dtype
-        M, dbases = M.double(), gs if w is not None and len(wants_z) > len(tensors) else []
-        g_parts = _rows([_in_layout_of(zs[0][0], g) for g in gs], ctx.parts)
-        sums = _over_pixels(_sums, g_parts)
-        g_parts = g_parts * (len(zs) // len(g_parts))  # of each term
-        R = _over_pixels(_gram, g_parts, zs) - sums * m.mT
+        dtype, like = M.dtype, M
+        M = M.double()
+        dense = [g.contiguous(memory_format=torch.channels_last) for g in gs]
+        sums = _over_blocks([_blocks(g, g.shape[1]).sum(1) for g in dense], like[: len(dense) // M.shape[1]]).unsqueeze(
+            -1
+        )
+        of_terms = dense * (len(images) // len(dense))
+        K = images[0].shape[1]
+        grams = [torch.bmm(_blocks(g, K).mT, _blocks(z, K)) for g, z in zip(of_terms, images)]
+        R = _over_blocks(grams, like) - sums * m.mT
         v = (M * R).sum(-1)
         dw = (v * inverse).sum(-1).to(dtype) if wants_w else None
         c = (factor * inverse.square() * v / n).unsqueeze(-1)
         dM = (factor.unsqueeze(-1) * R - n * c * MS).to(dtype) if wants_M else None
-        dzs = [None] * len(tensors)
-        if any(wants_z[: len(tensors)]):
+        dzs = [None] * len(images)
+        if any(wants_z[: len(images)]):
             if ctx.synced:
                 v, sums = _over_ranks(v, sums)
                 c = (factor * inverse.square() * v / n).unsqueeze(-1)
-            At = (factor.unsqueeze(-1) * M).mT
+            A = factor.unsqueeze(-1) * M
             D = -M.mT @ (c * M)
-            shift = _cut(-(D @ m + At @ (sums / n)).squeeze(-1).to(dtype), ctx.parts)
-            At, D = _cut(At.to(dtype), ctx.parts), _cut(D.to(dtype), ctx.parts)
+            shift = -(D @ m + A.mT @ (sums / n)).squeeze(-1)
+            small = zip(_each(shift.to(dtype)), _each(A.to(dtype)), _each(D.to(dtype)))
             dzs = [
-                _weighted_sum(None, shift[k][p], [(At[k][p], g_parts[k][p]), (D[k][p], zs[k][p])])
-                for k in range(len(zs))
-                for p in range(ctx.parts)
+                _image(torch.addmm(shift_k, _matrix(g), A_k).addmm_(_matrix(z), D_k), z)
+                for g, z, (shift_k, A_k, D_k) in zip(of_terms, images, small)
             ]
-        return None, None, None, dw, dM, *dzs, *dbases
+        return None, None, None, dw, dM, *dzs, *(gs if has_bases else [])
 
 
 def _over_ranks(*tensors):
@@ -335,34 +428,32 @@ def _over_ranks(*tensors):
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
-def _differentiable_backward(ctx, gs, w, M, zs):
-    """`_Mixture`'s gradient as a function that can be differentiated: that of its definition."""
+def _differentiable_gradients(ctx, gs, w, M, images):
+    """`_Mixture`'s gradients of w, M and images as functions that can be differentiated: those of its definition."""
     with torch.enable_grad():
-        given = (w, M, *itertools.chain(*zs))
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in given]  # apart from each other
-        w, M, *tensors = inputs
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (w, M, *images)]  # apart
+        w, M, *images = inputs
         ys = []
-        for k, of_term in enumerate(_rows(tensors, ctx.parts)):
-            us = [_product(A, z) for A, z in zip(M[k].chunk(ctx.parts), of_term)]
-            us = [u - u.mean((2, 3, 4), keepdim=True) for u in us]
-            us = [u * (u.square().mean((2, 3, 4), keepdim=True) + ctx.eps).rsqrt() for u in us]
-            if w is not None:
-                us = [u * w_p[:, None, None, None, None] for u, w_p in zip(us, w[k].chunk(ctx.parts))]
-            ys.append(us)
-        ys = list(itertools.chain(*ys)) if w is None else [sum(of_part) for of_part in zip(*ys)]
-        wants = ctx.needs_input_grad[3:]
-        wanted = [i for i in range(len(inputs)) if wants[i]]
+        for z, M_k in zip(images, _each(M)):
+            u = F.conv2d(z, M_k[:, :, None, None])
+            u = u - u.mean((0, 2, 3), keepdim=True)
+            ys.append(u * (u.square().mean((0, 2, 3), keepdim=True) + ctx.eps).rsqrt())
+        if w is not None:
+            ys = [sum(of_edge) for of_edge in zip(*_rows([y * w_k for y, w_k in zip(ys, _each(w))], w.shape[1]))]
+        wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[3 + i]]
         found = torch.autograd.grad(ys, [inputs[i] for i in wanted], gs, create_graph=True)
     grads = dict(zip(wanted, found))
-    dbases = gs if len(wants) > len(inputs) else []
-    return None, None, None, *(grads.get(i) for i in range(len(inputs))), *dbases
+    return [grads.get(i) for i in range(len(inputs))]
 
 
 def _pooling(pool):
     """The pooling of a module, as a function that keeps less for the gradient."""
-    if type(pool) is not nn.MaxPool2d or pool.ceil_mode:
+    if pool.ceil_mode:
         return pool
-    return lambda x: _MaxPool.apply(x, *map(_pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation)))
+    geometry = [_pair(size) for size in (pool.kernel_size, pool.stride, pool.padding)]
+    if type(pool) is nn.MaxPool2d:
+        return lambda x: _MaxPool.apply(x, *geometry, _pair(pool.dilation))
+    return lambda x: _AvgPool.apply(x, *geometry, False, pool.count_include_pad, pool.divisor_override)
 
 
 def _pair(size):
@@ -387,91 +478,66 @@ class _MaxPool(torch.autograd.Function):
         return gradient(g, shape_of_x, *ctx.geometry, False, places.long()), None, None, None, None
 
 
-# Matrices of pixels: x, (E, C, N, h, w), as (E, C, pixels), without copying. What is channels-last in memory, with
-# E = 1, is multiplied as (pixels, C), so that the result is channels-last again.
+class _AvgPool(torch.autograd.Function):
+    """`F.avg_pool2d`, keeping nothing instead of the input."""
+
+    @staticmethod
+    def forward(ctx, x, *geometry):
+        ctx.geometry, ctx.like = geometry, (x.shape, x.stride())
+        return F.avg_pool2d(x, *geometry)
+
+    @staticmethod
+    def backward(ctx, g):
+        shape_of_x = g.new_empty_strided(*ctx.like)  # its values are not read
+        return torch.ops.aten.avg_pool2d_backward(g, shape_of_x, *ctx.geometry), *[None] * len(ctx.geometry)
 
 
-def _is_channels_last(x):
-    return len(x) == 1 and x.stride(1) == 1 and x.shape[1] > 1
+# Channels-last images as matrices: (N, C, H, W) as (pixels, C), without copying.
 
 
-def _product(A, z):
-    """A z: (E, C, K) x (E, K, N, h, w) -> (E, C, N, h, w)."""
-    flat = z.flatten(2)
-    y = (flat[0].T @ A[0].T).T.unsqueeze(0) if _is_channels_last(z) else A @ flat
-    return y.unflatten(2, z.shape[2:])
+def _matrix(image):
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _weighted_sum(base, shift, products):
-    """base + shift + sum of A z: base (E, C, N, h, w) or None, shift (E, C), (E, C, K) and (E, K, N, h, w)."""
-    y = None if base is None else (base + _across(shift)).flatten(2)
-    for A, z in products:
-        if _is_channels_last(z):
-            flat = z.flatten(2)[0].T
-            y = (torch.addmm(shift[0], flat, A[0].T) if y is None else y[0].T.addmm_(flat, A[0].T)).T[None]
-        else:
-            y = torch.baddbmm(shift[:, :, None], A, z.flatten(2)) if y is None else y.baddbmm_(A, z.flatten(2))
-    return y.unflatten(2, z.shape[2:])
+def _image(matrix, like):
+    """Of N, H and W as those of an image."""
+    N, _, *size = like.shape
+    return matrix.unflatten(0, (N, *size)).permute(0, 3, 1, 2)
 
 
-def _in_layout_of(x, g):
-    """g as x lies in memory; sums of gradients need not."""
-    return g.movedim(1, -1).contiguous().movedim(-1, 1) if _is_channels_last(x) else g.contiguous()
+def _affine(M, images, factor, shift):
+    """factor M z + shift on each of E edges, term by term: M (terms, E, C, K), factor and shift (terms * E, C)."""
+    A = factor.unsqueeze(-1) * M.flatten(0, 1)
+    return [F.conv2d(z, A_k[:, :, None, None], shift_k) for z, A_k, shift_k in zip(images, A, shift)]
 
 
-def _across(shift):
-    """(E, C) to be added to (E, C, N, h, w)."""
-    return shift[:, :, None, None, None]
+def _blocks(image, channels):
+    """(N, C, H, W) as (blocks, pixels of a block, C): whole images, of which a product with as many of so many channels
+    is fast."""
+    N, C, H, W = image.shape
+    images = math.gcd(N, max(1, 2**16 // (channels * H * W)))
+    return image.permute(0, 2, 3, 1).reshape(N // images, images * H * W, C)
 
 
-def _affine(A, parts, shift):
-    """A z + shift, for the parts of z: A (E, C, K), shift (E, C)."""
-    n = len(parts)
-    return [_product(A_p, z) + _across(shift_p) for A_p, z, shift_p in zip(A.chunk(n), parts, shift.chunk(n))]
+def _moments(image):
+    """Of each block of pixels the sum, (blocks, C), and the sum of products, (blocks, C, C)."""
+    x = _blocks(image, image.shape[1])
+    return x.sum(1), torch.bmm(x.mT, x)
+
+
+def _over_blocks(found, M):
+    """Sums over blocks, (terms, E, ...) in float64, of a list of tensors (blocks, ...), one for each matrix in M."""
+    return torch.stack(found).sum(1, dtype=torch.float64).unflatten(0, (len(M), -1))
+
+
+def _each(small):
+    """(terms, E, ...) as a list, term by term."""
+    return small.flatten(0, 1).unbind()
 
 
 def _rows(tensors, n):
     """A list cut into lists of n."""
     return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]
-
-
-def _cut(small, parts):
-    """A tensor (terms, E, ...) as [term][part]."""
-    return [of_term.chunk(parts) for of_term in small.unbind()]
-
-
-def _over_pixels(function, *operands):
-    """Sums over pixels, (terms, E, ...) in float64, of [term][part] operands; function sums blocks of pixels."""
-    last = all(_is_channels_last(part) for operand in operands for of_term in operand for part in of_term)
-    blocks = [torch.cat([function(*parts, last) for parts in zip(*of_term)]) for of_term in zip(*operands)]
-    return torch.stack(blocks).sum(2, dtype=torch.float64)
-
-
-def _blocks(x):
-    """(1, C, N, h, w), channels-last, as (blocks, pixels of a block, C): whole images, about 4096 pixels."""
-    N, pixels = x.shape[2], x.shape[3] * x.shape[4]
-    images = math.gcd(N, max(1, 4096 // pixels))
-    return x.permute(0, 2, 3, 4, 1).reshape(N // images, images * pixels, -1)
-
-
-def _gram(a, b, channels_last):
-    """a b': (e, C, N, h, w) and (e, K, N, h, w) -> (e, blocks, C, K)."""
-    if channels_last:
-        return torch.bmm(_blocks(a).mT, _blocks(b)).unsqueeze(0)
-    return torch.bmm(a.flatten(2), b.flatten(2).mT).unsqueeze(1)
-
-
-def _sums(x, channels_last):
-    """(e, C, N, h, w) -> (e, blocks, C, 1)."""
-    if channels_last:
-        return _blocks(x).sum(1)[None, :, :, None]
-    return x.flatten(2).sum(2)[:, None, :, None]
-
-
-def _one_by_one(ops, x):
-    """Each operation at its source, one of the S of x, (S, C, N, H, W): (operations, C, N, h, w)."""
-    sources = (x[i * len(x) // len(ops)].transpose(0, 1) for i in range(len(ops)))
-    return torch.stack([op(source).transpose(0, 1) for op, source in zip(ops, sources)])
 
 
 def _grouped_depthwise(x, weight, stride, padding, dilation):
@@ -487,15 +553,9 @@ def _dense_depthwise(x, weight, *geometry):
     return z.unflatten(0, x.shape[:2])
 
 
-def _channels_last_depthwise(x, weight, *geometry):
-    return (
-        channels_last_depthwise(x.squeeze(0).transpose(0, 1), weight.squeeze(0), *geometry).transpose(0, 1).unsqueeze(0)
-    )
-
-
-BATCHED = _Path(True, _grouped_depthwise, folded=False)
-BATCHED_DENSE = _Path(True, _dense_depthwise, folded=False)  # little to keep: fewer steps count for more
-EDGE_BY_EDGE = _Path(False, _channels_last_depthwise, folded=True)
+BATCHED = _Batched(_grouped_depthwise)
+BATCHED_DENSE = _Batched(_dense_depthwise)  # little to keep: fewer steps count for more
+EDGE_BY_EDGE = _EdgeByEdge()
 
 
 # What the modules are.
@@ -533,22 +593,18 @@ def _stacked(groups):
 
 
 class _Inputs:
-    """What chains start with, as parts: activations of the sources, a list of (S, C, N, H, W), for n edges each."""
+    """What chains start with: activations of the sources, `spread(..., n)` to their n edges."""
 
-    def __init__(self, sources, n, batched):
-        self.sources, self.n, self.batched, self.made = sources, n, batched, {}
+    def __init__(self, sources, n, spread):
+        self.sources, self.n, self.spread, self.made = sources, n, spread, {}
 
     def __call__(self, link):
         """What a chain with this first link convolves: all pixels, or those that it reads."""
         reads = _halves if link.spatial is None else every_second if _is_subsampling(link.spatial) else None
         kind = type(link.activation), reads
         if kind not in self.made:
-            parts = [link.activation(source) for source in self.sources]
-            parts = parts if reads is None else [reads(part) for part in parts]
-            if self.batched:
-                self.made[kind] = [parts[0].unsqueeze(1).expand(-1, self.n, -1, -1, -1, -1).flatten(0, 1)]
-            else:
-                self.made[kind] = [part for part in parts for _ in range(self.n)]
+            activated = [link.activation(source) for source in self.sources]
+            self.made[kind] = self.spread([reads(x) for x in activated] if reads else activated, self.n)
         return self.made[kind]
 
 
@@ -564,13 +620,12 @@ def _geometry(conv):
 
 
 def _halves(x):
-    """What FactorizedReduce's two convolutions read: even and odd pixels, (S, C, N, H, W) -> (S, 2 C, N, h, w)."""
-    H, W = x.shape[3:]
+    """What FactorizedReduce's two convolutions read: even and odd pixels, as channels (dimension 1) side by side."""
+    H, W = x.shape[-2:]
     odd = every_second(x, 1)
     if H % 2 or W % 2:
         odd = F.pad(odd, (0, W % 2, 0, H % 2))
-    channels = -1 if _is_channels_last(x) else 1  # where they are in memory
-    return torch.cat([half.movedim(1, channels) for half in (every_second(x), odd)], channels).movedim(channels, 1)
+    return torch.cat([every_second(x), odd], 1)
 
 
 def _alike(steps):
