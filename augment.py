@@ -48,8 +48,11 @@ def main():
         raise distributed.error(
             "--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image"
         )
-    if config.stem == "imagenet" and size < 64:
-        raise distributed.error(f"--stem imagenet needs images of at least 64 pixels a side, not {size}")
+    if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
+        raise distributed.error(
+            "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "
+            f"{size} and {config.init_channels}"
+        )
     loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)

@@ -89,8 +89,8 @@ def choose_path(x):
 class _Path:
     """A way of running the edges from some sources, E at once.
 
-    A subclass says how the images of E edges lie in memory: `mixed`, `_spread`, `_convolved`, `_unconvolved`,
-    `_normalised`, `_mixture`, and for what has no weights `_outside`, `_stack`, `_mix`. Sums of edges come as `bases`.
+    What is the same for all: in which order what runs. A subclass says how images of E edges lie in memory and how each
+    step is done there: `mixed` is what is asked of it, the others are used here.
     """
 
     def _weightless(self, x, kinds, candidates, w_columns, statistics):
@@ -357,7 +357,7 @@ class _Mixture(torch.autograd.Function):
         if n < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
         sums, grams = zip(*(moments or _moments(image) for moments, image in zip(known, images)))
-        M, m, covariance = M.double(), _over_blocks(sums, M).unsqueeze(-1), _over_blocks(grams, M)
+        M, m, covariance = M.double(), _over_blocks(sums, edges).unsqueeze(-1), _over_blocks(grams, edges)
         if synced:
             m, covariance, n = _over_ranks(m, covariance, m.new_tensor(float(n)))
         m = m / n
@@ -391,16 +391,13 @@ class _Mixture(torch.autograd.Function):
         if torch.is_grad_enabled() and not ctx.synced:
             return None, None, None, *_differentiable_gradients(ctx, gs, w, M, images), *(gs if has_bases else [])
         n, m, MS, inverse, factor = ctx.small
-        dtype, like = M.dtype, M
+        dtype, (_, edges, _, K) = M.dtype, M.shape
         M = M.double()
         dense = [g.contiguous(memory_format=torch.channels_last) for g in gs]
-        sums = _over_blocks([_blocks(g, g.shape[1]).sum(1) for g in dense], like[: len(dense) // M.shape[1]]).unsqueeze(
-            -1
-        )
+        sums = _over_blocks([_blocks(g, K).sum(1) for g in dense], edges).unsqueeze(-1)
         of_terms = dense * (len(images) // len(dense))
-        K = images[0].shape[1]
         grams = [torch.bmm(_blocks(g, K).mT, _blocks(z, K)) for g, z in zip(of_terms, images)]
-        R = _over_blocks(grams, like) - sums * m.mT
+        R = _over_blocks(grams, edges) - sums * m.mT
         v = (M * R).sum(-1)
         dw = (v * inverse).sum(-1).to(dtype) if wants_w else None
         c = (factor * inverse.square() * v / n).unsqueeze(-1)
@@ -525,9 +522,9 @@ def _moments(image):
     return x.sum(1), torch.bmm(x.mT, x)
 
 
-def _over_blocks(found, M):
-    """Sums over blocks, (terms, E, ...) in float64, of a list of tensors (blocks, ...), one for each matrix in M."""
-    return torch.stack(found).sum(1, dtype=torch.float64).unflatten(0, (len(M), -1))
+def _over_blocks(found, edges):
+    """Sums over blocks, (terms, E, ...) in float64, of a list of tensors (blocks, ...), term by term of E edges."""
+    return torch.stack(found).sum(1, dtype=torch.float64).unflatten(0, (-1, edges))
 
 
 def _each(small):

@@ -1,3 +1,5 @@
+import shlex
+
 import pytest
 
 from config import AugmentConfig, SearchConfig
@@ -21,6 +23,16 @@ def test_augment_defaults_are_the_papers():
 def test_options_are_accepted_with_underscores_and_values_are_left_alone():
     config = SearchConfig(["--batch_size", "32", "--w_lr=0.1", "--name", "my_run", "--data_path=a_b"])
     assert (config.batch_size, config.w_lr, config.name, config.data_path) == (32, 0.1, "my_run", "a_b")
+
+
+def test_data_options_name_the_same_data():
+    words = ["--dataset", "folder", "--data-path", "my images", "--image-size", "48", "--skip-bad-images"]
+    config = SearchConfig(words)
+    assert config.data_options() == "--dataset folder --data-path 'my images' --image-size 48 --skip-bad-images"
+    assert SearchConfig([]).data_options() == "--dataset digits"
+    again = AugmentConfig(["--genotype", "DARTS_V1", *shlex.split(config.data_options())])
+    names = ("dataset", "data_path", "image_size", "image_channels", "skip_bad_images")
+    assert all(getattr(again, name) == getattr(config, name) for name in names)
 
 
 def test_every_option_has_help_and_stands_in_a_named_group():
@@ -74,9 +86,3 @@ def test_as_markdown_is_a_table_of_every_option():
     assert lines[:2] == ["| option | value |", "|---|---|"]
     assert "| w-lr | 0.5 |" in lines
     assert len(lines) == 2 + len(config.as_dict())
-
-
-def test_data_options_name_the_same_data():
-    words = ["--dataset", "folder", "--data-path", "my images", "--image-size", "48"]
-    assert SearchConfig(words).data_options() == "--dataset folder --data-path 'my images' --image-size 48"
-    assert SearchConfig([]).data_options() == "--dataset digits"

@@ -370,6 +370,8 @@ def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
     process = torchrun(tmp_path, 2, "search.py", "--gpus", "all")
     assert process.stderr.count("with torchrun leave it out") == 1
+    process = torchrun(tmp_path, 2, "augment.py", "--evaluate", tmp_path)
+    assert process.stderr.count("--evaluate takes one process") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -61,6 +61,11 @@ def test_fine_tuning_starts_from_the_weights_on_data_of_other_classes(cwd, image
             assert torch.allclose(tuned[name], tensor, atol=1e-6), name
     other = (*data, *words, "--name", "other", "--init-checkpoint", trained, "--init-channels", 6)
     assert_one_line_error(run_script("augment.py", *other, cwd=cwd), "another network")
+    # the same weights in other places: a skip connection has none
+    genotype = str(DARTS_V1).replace("('skip_connect', 2)", "('skip_connect', 3)", 1)
+    swapped = (*data, *TINY, "--epochs", 1, "--genotype", genotype, "--name", "swapped", "--init-checkpoint", trained)
+    assert_one_line_error(run_script("augment.py", *swapped, cwd=cwd), "its genotype is another")
+    assert not (cwd / "runs/augment/swapped").exists()
 
 
 def test_weights_are_loaded_whole_or_not_at_all(cwd):

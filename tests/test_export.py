@@ -64,6 +64,22 @@ def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
         check(lambda x: session.run(None, {"images": x})[0] + 1e-2, net, images)
 
 
+def test_large_grey_images_of_which_few_are_there(tmp_path, image_folder):
+    root = image_folder(size=80, mode="L", splits=("train",))
+    image_folder(size=80, mode="L", splits=("val",), n=2)
+    data = ("--dataset", "folder", "--data-path", root, "--image-size", 64, "--image-channels", 1)
+    process = run_script("augment.py", *data, *TINY, "--stem", "imagenet", "--init-channels", 1, cwd=tmp_path)
+    assert_one_line_error(process, "--init-channels of at least 2")
+    process = run_script("augment.py", *data, *TINY, "--epochs", 1, "--stem", "imagenet", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    process = run_script("export.py", "runs/augment/folder", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "4 test images" in process.stdout
+    assert "4 of the same class" in process.stdout
+    about = onnxruntime.InferenceSession(tmp_path / "runs/augment/folder/best.onnx").get_modelmeta()
+    assert "(N, 1, 64, 64): grey" in about.custom_metadata_map["input"]
+
+
 def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
     ops = [name for name in OPS if name != "none"]
     gene = [[(name, 0), (name, 1)] for name in ops]

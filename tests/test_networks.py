@@ -67,6 +67,12 @@ def test_augment_network_takes_any_size_from_8_up_and_any_depth(size, n_layers):
     assert aux_logits is None
 
 
+def test_the_imagenet_stem_takes_even_and_odd_numbers_of_channels():
+    for C in (2, 5):
+        logits, _ = AugmentCNN(64, 3, C, 4, 3, True, DARTS_V2, stem="imagenet")(torch.randn(2, 3, 64, 64))
+        assert logits.shape == (2, 4)
+
+
 @pytest.mark.parametrize(("n_layers", "expected"), [(8, {2, 5}), (20, {6, 13}), (3, {1, 2}), (2, {0, 1}), (1, {0})])
 def test_cells_at_a_third_and_two_thirds_halve_the_size_and_double_the_channels(n_layers, expected):
     net = small_net(n_layers=n_layers, C=2, dtype=torch.float32)

@@ -5,12 +5,15 @@ import html
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 
 import report
 from evaluation import evaluate
@@ -111,6 +114,18 @@ def test_changes_are_counted():
 
 def test_what_is_no_run_is_refused_in_one_line(cwd, tmp_path):
     assert_one_line_error(run_script("visualize.py", cwd / "runs/search/digits", tmp_path, cwd=tmp_path), "config.json")
+
+
+@pytest.mark.parametrize("stage", ["search", "augment"])
+def test_a_run_of_which_no_epoch_is_over_is_refused_in_one_line(cwd, tmp_path, stage):
+    words = [ROOT / f"{stage}.py", *{"search": SEARCH, "augment": AUGMENT}[stage], "--epochs", 100]
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    run = tmp_path / "runs" / stage / "digits"
+    while process.poll() is None and not (run / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert_one_line_error(run_script("visualize.py", run, cwd=tmp_path), "no epoch is over yet")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
