@@ -1,13 +1,9 @@
 """Depthwise convolution with a backward pass that is fast on the CPU.
 
-PyTorch's own (oneDNN's) is fast there for channels-last images, forward and, at dilation 1, for the input's gradient;
-the rest takes 5 to 100 times longer than the same arithmetic needs. With x the input, w the kernel, z the output and dz
-its gradient, this module uses three identities, each exact for any size:
-
-- stride 1: dx is the convolution of dz with w turned by 180 degrees, dilated alike;
-- dw of a kernel wider than 3 is put together from column blocks of at most 3, each with x or dz padded to match;
-- dilation d, stride 1: with rows and columns sorted by their remainder modulo d, the neighbours are smaller images with
-  dilation 1. Dilation 2 at stride 2 is dilation 1, stride 1 on x[::2, ::2].
+PyTorch's own (oneDNN's) is fast there for channels-last images, forward; backward it takes 5 to 100 times longer than
+the same arithmetic needs. native.c has both, for all convolutions of an image at once: the gradient of x is, at stride
+1, the convolution of dz with the kernel turned by 180 degrees, dilated alike; at a larger stride dz has zeros between
+its pixels first.
 
 At a few pixels an image a convolution is a matrix, as everything linear is: z = x T(w), with T(w) of (pixels in) x
 (pixels out) for each channel, and all channels are one batched product.
@@ -16,11 +12,11 @@ At a few pixels an image a convolution is a matrix, as everything linear is: z =
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-WIDEST = 3  # kernel columns for which oneDNN has a fast weight gradient
-FEW_PIXELS = 64  # in an image: up to here a product with a matrix is as fast on the CPU, and the weight gradient faster
+from models import native
+
+FEW_PIXELS = 64  # in an image: up to here a product with a matrix is as fast on the CPU
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -47,14 +43,13 @@ def channels_last_depthwise(x, weight, stride, padding, dilation):
     return channels_last_depthwises(x, [(weight, (stride, padding, dilation))])[0]
 
 
-def channels_last_depthwises(x, convolutions, watch=None):
-    """Several convolutions of x: a tuple of their outputs.
+def channels_last_depthwises(x, convolutions, relu=False):
+    """Several convolutions of x, or with `relu` of relu(x): a tuple of their outputs.
 
-    convolutions: pairs of a weight and its (stride, padding, dilation); watch: called with each output while it is
-    still in the cache, outside of differentiation.
+    convolutions: pairs of a weight and its (stride, padding, dilation).
     """
     weights, geometries = zip(*convolutions)
-    return _ChannelsLast.apply(x, geometries, watch, *weights)
+    return _ChannelsLast.apply(x, relu, geometries, *weights)
 
 
 def dense_gradient(x):
@@ -95,99 +90,24 @@ class _EverySecond(torch.autograd.Function):
 class _ChannelsLast(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, geometries, watch, *weights):
+    def forward(ctx, x, relu, geometries, *weights):
         ctx.save_for_backward(x, *weights)
-        ctx.geometries = geometries
+        ctx.relu, ctx.geometries = relu, geometries
         ctx.set_materialize_grads(False)
-        zs = []
-        for weight, geometry in zip(weights, geometries):
-            zs.append(F.conv2d(x, weight, None, *geometry, len(weight)))
-            if watch:
-                watch(zs[-1])
-        return tuple(zs)
+        return tuple(native.depthwise(x, relu, list(zip(weights, geometries))))
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, *dzs):
         x, *weights = ctx.saved_tensors
         wants_x, _, _, *wants_weights = ctx.needs_input_grad
-        dx, dweights = None, [None] * len(weights)
-        for i, (g, weight, geometry) in enumerate(zip(dzs, weights, ctx.geometries)):
-            if g is None:
-                continue
-            dz = g.contiguous(memory_format=torch.channels_last)
-            if wants_x:
-                part = input_gradient(dz, x, weight, *geometry)
-                dx = part if dx is None else dx + part if torch.is_grad_enabled() else dx.add_(part)
-            if wants_weights[i]:
-                dweights[i] = weight_gradient(dz, x, weight, *geometry)
-        return dx, None, None, *dweights
-
-
-def input_gradient(dz, x, weight, stride, padding, dilation):
-    """dL/dx of the convolution."""
-    if stride != 1:
-        return _builtin(dz, x, weight, stride, padding, dilation, (True, False))[0]
-    turned = dilation * (weight.shape[-1] - 1) - padding
-    return F.conv2d(dz, weight.flip(2, 3), None, 1, turned, dilation, len(weight))
-
-
-def weight_gradient(dz, x, weight, stride, padding, dilation):
-    """dL/dweight of the convolution."""
-    k = weight.shape[-1]
-    if x.shape[2:].numel() <= FEW_PIXELS and (k > WIDEST or dilation > 1 or min(x.shape[2:]) < k):
-        taps, _, _ = _taps(*x.shape[2:], weight.shape[-1], stride, padding, dilation, x.dtype)
-        return _dense_weight_gradient(_channel_major(dz), _channel_major(x), taps).view_as(weight)
-    if dilation > 1:
-        if stride != 1 or padding % dilation:
-            return _builtin(dz, x, weight, stride, padding, dilation, (False, True))[1]
-        split_weight = weight.repeat(dilation, 1, 1, 1)
-        split = weight_gradient(_split(dz, dilation), _split(x, dilation), split_weight, 1, padding // dilation, 1)
-        return split.unflatten(0, (dilation, -1)).sum(0)
-    if k <= WIDEST:
-        return _builtin(dz, x, weight, stride, padding, dilation, (False, True))[1]
-    if k == 5 and stride == 1 and x.shape[3] % 2 == 0:
-        # columns -1, 0, 1, and then -2, 0, 2: even and odd columns apart, as channels, which lie side by side in memory
-        inner = _builtin(dz, x, weight.new_empty(len(weight), 1, k, 3), 1, (padding, 1), 1, (False, True))[1]
-        dz, x = (_columns_apart(t) for t in (dz, x))
-        outer = _builtin(dz, x, weight.new_empty(2 * len(weight), 1, k, 3), 1, (padding, 1), 1, (False, True))[1]
-        outer = outer.unflatten(0, (2, -1)).sum(0)
-        return torch.cat([outer[..., :1], inner, outer[..., 2:]], dim=3)
-    blocks = []
-    for first in range(0, k, WIDEST):
-        # columns [first, first + width) of the kernel; output o reads x at o * stride + column - padding
-        width = min(WIDEST, k - first)
-        left = padding - first  # zero columns that x needs at its left, a negative number to cut
-        shifted = F.pad(x, (left, (dz.shape[3] - 1) * stride + width - left - x.shape[3]))
-        shape = (len(weight), 1, k, width)
-        blocks.append(_builtin(dz, shifted, weight.new_empty(shape), stride, (padding, 0), 1, (False, True))[1])
-    return torch.cat(blocks, dim=3)
-
-
-def _columns_apart(x):
-    """(N, C, H, W) -> (N, 2 * C, H, W / 2), channels-last: the even columns' channels, then the odd ones'."""
-    return x.permute(0, 2, 3, 1).flatten(2).unflatten(2, (x.shape[3] // 2, -1)).permute(0, 3, 1, 2)
-
-
-def _builtin(dz, x, weight, stride, padding, dilation, wanted):
-    """PyTorch's (dx, dweight), None for what is not wanted."""
-    padding = [padding, padding] if isinstance(padding, int) else list(padding)
-    return torch.ops.aten.convolution_backward(
-        dz, x, weight, None, [stride] * 2, padding, [dilation] * 2, False, [0, 0], len(weight), [*wanted, False]
-    )[:2]
-
-
-def _split(x, d):
-    """(N, C, H, W) -> (N * d, d * C, ceil(H / d), ceil(W / d)), channels-last: pixels by their remainders modulo d.
-
-    A row's remainder goes to the batch, a column's to the channels, which costs nothing, since they lie side by side.
-    Zeros fill up a size that d does not divide: as gradients they count for nothing, as pixels they are padding.
-    """
-    H, W = x.shape[2:]
-    if H % d or W % d:
-        x = F.pad(x, (0, -W % d, 0, -H % d))
-    x = x.permute(0, 2, 3, 1).flatten(2).unflatten(1, (-1, d))  # N, H / d, d, W * C
-    return x.transpose(1, 2).flatten(0, 1).unflatten(2, (-(-W // d), -1)).permute(0, 3, 1, 2)
+        given = [i for i, dz in enumerate(dzs) if dz is not None]
+        gradients = native.plain_depthwise_gradients if torch.is_grad_enabled() else native.depthwise_gradients
+        convolutions = [(weights[i], ctx.geometries[i]) for i in given]
+        wanted = wants_x, [wants_weights[i] for i in given]
+        dx, found = gradients(x, ctx.relu, convolutions, [dzs[i] for i in given], *wanted)
+        dweights = dict(zip(given, found))
+        return dx, None, None, *map(dweights.get, range(len(weights)))
 
 
 def dense_depthwise(x, weight, stride, padding, dilation):
@@ -216,11 +136,6 @@ class _Dense(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight = _dense_weight_gradient(dz, x, taps)
         return dx, dweight, None
-
-
-def _channel_major(x):
-    """(N, C, H, W) -> (C, N, H * W)."""
-    return x.transpose(0, 1).flatten(2).contiguous()
 
 
 def _dense_weight_gradient(dz, x, taps):

@@ -29,14 +29,13 @@ differentiated twice, but for BN over several ranks.
 """
 
 import itertools
-import math
 from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import sync_bn
+from models import native, sync_bn
 from models.depthwise import (
     FEW_PIXELS,
     DepthwiseConv2d,
@@ -93,6 +92,8 @@ class _Path:
     step is done there: `mixed` is what is asked of it, the others are used here.
     """
 
+    folded = ()  # activations that `_convolved` does
+
     def _weightless(self, x, kinds, candidates, w_columns, statistics):
         """The candidates that are no chains, weighted, of all edges from x: edges first. None if all are chains.
 
@@ -120,7 +121,8 @@ class _Path:
         """bases plus the chains of E edges. chains: (the edges' weights (E,), their operations)."""
         going = [(column, list(zip(*map(_links, ops)))) for column, ops in chains]  # [step][edge]: a _Link
         matrices = iter(_stacked([weights for _, steps in going for links in steps for weights in _weights(links)]))
-        going = [(column, [(links, [next(matrices) for _ in _weights(links)]) for links in steps], inputs(steps[0][0]))
+        going = [(column, [(links, [next(matrices) for _ in _weights(links)]) for links in steps],
+                  inputs(steps[0][0], self._activation(steps[0][0])))
                  for column, steps in going]  # fmt: skip
         ends = []
         while going:
@@ -133,15 +135,22 @@ class _Path:
                 (inner if rest else ends).append((column, rest, z, M, [link.bn for link in links]))
             normalised = self._normalised(inner, statistics)
             going = [
-                (step[0], step[1], [step[1][0][0][0].activation(y) for y in of_step])
-                for step, of_step in zip(inner, normalised)
+                (column, rest, [self._activation(rest[0][0][0])(y) for y in of_step])
+                for (column, rest, *_), of_step in zip(inner, normalised)
             ]
         return self._mixture(bases, ends, statistics)
+
+    def _activation(self, link):
+        """What is still to be done before a link's `_convolved`."""
+        folded = link.spatial is not None and type(link.activation) in self.folded
+        return nn.Identity() if folded else link.activation
 
 
 class _EdgeByEdge(_Path):
     """An edge after the other: what lies in the cache is used again. An edge's images are a channels-last tensor
     (N, C, H, W), E edges a list of those. BN and pointwise convolutions are done by `_Mixture`."""
+
+    folded = (nn.ReLU,)
 
     def mixed(self, states, edges, weights, statistics):
         """For each target the sum of its edges from these states, (N, C, h, w).
@@ -164,35 +173,34 @@ class _EdgeByEdge(_Path):
         return [source for source in sources for _ in range(n)]
 
     def _convolved(self, jobs):
-        """Of each job (links, images, kernels (E, C, 1, k, k)) the depthwise convolutions, as `_unconvolved`.
+        """Of each job (links, images, kernels (E, C, 1, k, k)) the depthwise convolutions, a list of E images.
 
-        All of an image are one operation, and the moments of each output are taken before the next.
+        All of an image are one operation.
         """
         of_image = {}
         for links, images, kernels in jobs:
-            geometry = _geometry(links[0].spatial)
+            geometry, relu = _geometry(links[0].spatial), type(links[0].activation) in self.folded
             for image, kernel in zip(images, kernels.unbind()):
-                of_image.setdefault(id(image), (image, []))[1].append((kernel, geometry))
-        training = any(links[0].bn.training for links, _, _ in jobs)
-        outputs = {}
-        for key, (image, convolutions) in of_image.items():
-            moments = []
-            watch = (lambda z, moments=moments: moments.append(_moments(z))) if training else None
-            zs = channels_last_depthwises(image, convolutions, watch)
-            outputs[key] = itertools.zip_longest(zs, moments)
-        return [[next(outputs[id(image)]) for image in images] for _, images, _ in jobs]
+                of_image.setdefault((id(image), relu), (image, []))[1].append((kernel, geometry))
+        outputs = {
+            key: iter(channels_last_depthwises(image, convolutions, relu=key[1]))
+            for key, (image, convolutions) in of_image.items()
+        }
+        return [
+            [next(outputs[id(image), type(links[0].activation) in self.folded]) for image in images]
+            for links, images, _ in jobs
+        ]
 
     def _unconvolved(self, images):
-        """Pairs of z and its `_moments`, None if not taken yet."""
-        return [(image, None) for image in images]
+        return images
 
     def _normalised(self, steps, statistics):
         """BN(M z) of each step: a list of E images."""
         outputs = []
         for zs, M, bns in _alike(steps):
-            images, known = zip(*itertools.chain(*zs))
+            images = list(itertools.chain(*zs))
             if bns[0].training:
-                mean, var, *ys = _Mixture.apply(bns[0].eps, _is_synced(bns), known, None, M, *images)
+                mean, var, *ys = _Mixture.apply(bns[0].eps, _is_synced(bns), None, M, *images)
                 statistics.add(bns, mean, var)
             else:
                 ys = _affine(M, images, *_recorded(bns))
@@ -204,9 +212,9 @@ class _EdgeByEdge(_Path):
         columns = iter([step[0] for step in steps])
         for zs, M, bns in _alike(steps):
             w = torch.stack([next(columns) for _ in zs])
-            images, known = zip(*itertools.chain(*zs))
+            images = list(itertools.chain(*zs))
             if bns[0].training:
-                mean, var, *bases = _Mixture.apply(bns[0].eps, _is_synced(bns), known, w, M, *images, *bases)
+                mean, var, *bases = _Mixture.apply(bns[0].eps, _is_synced(bns), w, M, *images, *bases)
                 statistics.add(bns, mean, var)
             else:
                 for ys in _rows(_affine(M, images, *_recorded(bns, w.flatten())), M.shape[1]):
@@ -338,26 +346,24 @@ def _batch_norm(images, bns, scale):
 class _Mixture(torch.autograd.Function):
     """y = base + sum_k w_k BN(M_k z_k) on each of E edges, keeping the z_k alone; see the module's docstring, item 3.
 
-    known: `_moments` of each z, or None; w: (terms, E); M: (terms, E, C, K); then the images z, (N, K, h, w), term by
-    term, and each edge's base, (N, C, h, w), if any. Returns the means and unbiased variances of M_k z_k, each
-    (terms, E, C), and each edge's y. Without w and base, the y of each term instead of their sum. The sums over pixels
-    are put together in float64: variances are differences of such sums. synced: over the pixels of all ranks; what w
-    and M get is this rank's part.
+    w: (terms, E); M: (terms, E, C, K); then the images z, (N, K, h, w), term by term, and each edge's base,
+    (N, C, h, w), if any. Returns the means and unbiased variances of M_k z_k, each (terms, E, C), and each edge's y.
+    Without w and base, the y of each term instead of their sum. The sums over pixels are put together in float64:
+    variances are differences of such sums. synced: over the pixels of all ranks; what w and M get is this rank's part.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, eps, synced, known, w, M, *tensors):
+    def forward(ctx, eps, synced, w, M, *tensors):
         terms, edges = M.shape[:2]
         images, bases = tensors[: terms * edges], tensors[terms * edges :]
         ctx.save_for_backward(w, M, *images)
         ctx.set_materialize_grads(False)
-        zs = [_matrix(image) for image in images]
-        dtype, n = M.dtype, len(zs[0])
+        dtype, n = M.dtype, images[0].numel() // images[0].shape[1]
         if n < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
-        sums, grams = zip(*(moments or _moments(image) for moments, image in zip(known, images)))
-        M, m, covariance = M.double(), _over_blocks(sums, edges).unsqueeze(-1), _over_blocks(grams, edges)
+        sums, grams = _products(images, images, edges)
+        M, m, covariance = M.double(), sums.unsqueeze(-1), grams
         if synced:
             m, covariance, n = _over_ranks(m, covariance, m.new_tensor(float(n)))
         m = m / n
@@ -367,37 +373,34 @@ class _Mixture(torch.autograd.Function):
         inverse = (var + eps).rsqrt()
         factor = inverse if w is None else inverse * w.unsqueeze(-1)
         ctx.eps, ctx.synced, ctx.small = eps, synced, (n, m, MS, inverse, factor)
-        A, shift = _each((factor.unsqueeze(-1) * M).to(dtype).mT), -factor * mean
+        shift = -factor * mean
+        pairs = list(zip(images, _each((factor.unsqueeze(-1) * M).mT.to(dtype, memory_format=torch.contiguous_format))))
         if w is None:
-            ys = [torch.addmm(shift_k, z, A_k) for shift_k, z, A_k in zip(_each(shift.to(dtype)), zs, A)]
+            ys = [native.mix([pair], shift=shift_k) for pair, shift_k in zip(pairs, _each(shift.to(dtype)))]
         else:
-            ys = list(shift.sum(0).to(dtype).unbind())
-            ys = [_matrix(base) + y for base, y in zip(bases, ys)] if bases else ys
-            for i, (z, A_k) in enumerate(zip(zs, A)):
-                y = ys[i % edges]
-                ys[i % edges] = torch.addmm(y, z, A_k) if y.dim() == 1 else y.addmm_(z, A_k)
+            shifts = shift.sum(0).to(dtype).unbind()
+            ys = [native.mix(pairs[e::edges], bases[e] if bases else None, shifts[e]) for e in range(edges)]
         mean, var = mean.to(dtype), (var * (n / (n - 1))).to(dtype)
         ctx.mark_non_differentiable(mean, var)
-        return mean, var, *(_image(y, images[0]) for y in ys)
+        return mean, var, *ys
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, _, __, *gs):
         w, M, *images = ctx.saved_tensors
-        _, _, _, wants_w, wants_M, *wants_z = ctx.needs_input_grad
+        _, _, wants_w, wants_M, *wants_z = ctx.needs_input_grad
         N, _, *size = images[0].shape
         gs = [images[0].new_zeros(N, M.shape[2], *size) if g is None else g for g in gs]
         has_bases = len(wants_z) > len(images)
         if torch.is_grad_enabled() and not ctx.synced:
-            return None, None, None, *_differentiable_gradients(ctx, gs, w, M, images), *(gs if has_bases else [])
+            return None, None, *_differentiable_gradients(ctx, gs, w, M, images), *(gs if has_bases else [])
         n, m, MS, inverse, factor = ctx.small
-        dtype, (_, edges, _, K) = M.dtype, M.shape
+        dtype, edges = M.dtype, M.shape[1]
         M = M.double()
-        dense = [g.contiguous(memory_format=torch.channels_last) for g in gs]
-        sums = _over_blocks([_blocks(g, K).sum(1) for g in dense], edges).unsqueeze(-1)
-        of_terms = dense * (len(images) // len(dense))
-        grams = [torch.bmm(_blocks(g, K).mT, _blocks(z, K)) for g, z in zip(of_terms, images)]
-        R = _over_blocks(grams, edges) - sums * m.mT
+        of_terms = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // len(gs))
+        sums, R = _products(of_terms, images, edges)
+        sums = sums.unsqueeze(-1)
+        R = R - sums * m.mT
         v = (M * R).sum(-1)
         dw = (v * inverse).sum(-1).to(dtype) if wants_w else None
         c = (factor * inverse.square() * v / n).unsqueeze(-1)
@@ -410,12 +413,17 @@ class _Mixture(torch.autograd.Function):
             A = factor.unsqueeze(-1) * M
             D = -M.mT @ (c * M)
             shift = -(D @ m + A.mT @ (sums / n)).squeeze(-1)
-            small = zip(_each(shift.to(dtype)), _each(A.to(dtype)), _each(D.to(dtype)))
+            small = zip(_each(A.to(dtype)), _each(D.to(dtype)), _each(shift.to(dtype)))
             dzs = [
-                _image(torch.addmm(shift_k, _matrix(g), A_k).addmm_(_matrix(z), D_k), z)
-                for g, z, (shift_k, A_k, D_k) in zip(of_terms, images, small)
+                native.mix([(g, A_k), (z, D_k)], shift=shift_k)
+                for g, z, (A_k, D_k, shift_k) in zip(of_terms, images, small)
             ]
-        return None, None, None, dw, dM, *dzs, *(gs if has_bases else [])
+        return None, None, dw, dM, *dzs, *(gs if has_bases else [])
+
+
+def _products(left, right, edges):
+    """`native.products` of each pair of images, term by term of E edges, as two tensors (terms, E, ...)."""
+    return [torch.stack(found).unflatten(0, (-1, edges)) for found in zip(*map(native.products, left, right))]
 
 
 def _over_ranks(*tensors):
@@ -437,7 +445,7 @@ def _differentiable_gradients(ctx, gs, w, M, images):
             ys.append(u * (u.square().mean((0, 2, 3), keepdim=True) + ctx.eps).rsqrt())
         if w is not None:
             ys = [sum(of_edge) for of_edge in zip(*_rows([y * w_k for y, w_k in zip(ys, _each(w))], w.shape[1]))]
-        wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[3 + i]]
+        wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[2 + i]]
         found = torch.autograd.grad(ys, [inputs[i] for i in wanted], gs, create_graph=True)
     grads = dict(zip(wanted, found))
     return [grads.get(i) for i in range(len(inputs))]
@@ -489,42 +497,10 @@ class _AvgPool(torch.autograd.Function):
         return torch.ops.aten.avg_pool2d_backward(g, shape_of_x, *ctx.geometry), *[None] * len(ctx.geometry)
 
 
-# Channels-last images as matrices: (N, C, H, W) as (pixels, C), without copying.
-
-
-def _matrix(image):
-    return image.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _image(matrix, like):
-    """Of N, H and W as those of an image."""
-    N, _, *size = like.shape
-    return matrix.unflatten(0, (N, *size)).permute(0, 3, 1, 2)
-
-
 def _affine(M, images, factor, shift):
     """factor M z + shift on each of E edges, term by term: M (terms, E, C, K), factor and shift (terms * E, C)."""
     A = factor.unsqueeze(-1) * M.flatten(0, 1)
     return [F.conv2d(z, A_k[:, :, None, None], shift_k) for z, A_k, shift_k in zip(images, A, shift)]
-
-
-def _blocks(image, channels):
-    """(N, C, H, W) as (blocks, pixels of a block, C): whole images, of which a product with as many of so many channels
-    is fast."""
-    N, C, H, W = image.shape
-    images = math.gcd(N, max(1, 2**16 // (channels * H * W)))
-    return image.permute(0, 2, 3, 1).reshape(N // images, images * H * W, C)
-
-
-def _moments(image):
-    """Of each block of pixels the sum, (blocks, C), and the sum of products, (blocks, C, C)."""
-    x = _blocks(image, image.shape[1])
-    return x.sum(1), torch.bmm(x.mT, x)
-
-
-def _over_blocks(found, edges):
-    """Sums over blocks, (terms, E, ...) in float64, of a list of tensors (blocks, ...), term by term of E edges."""
-    return torch.stack(found).sum(1, dtype=torch.float64).unflatten(0, (-1, edges))
 
 
 def _each(small):
@@ -595,12 +571,12 @@ class _Inputs:
     def __init__(self, sources, n, spread):
         self.sources, self.n, self.spread, self.made = sources, n, spread, {}
 
-    def __call__(self, link):
+    def __call__(self, link, activation):
         """What a chain with this first link convolves: all pixels, or those that it reads."""
         reads = _halves if link.spatial is None else every_second if _is_subsampling(link.spatial) else None
-        kind = type(link.activation), reads
+        kind = _signature(activation), reads
         if kind not in self.made:
-            activated = [link.activation(source) for source in self.sources]
+            activated = [activation(source) for source in self.sources]
             self.made[kind] = self.spread([reads(x) for x in activated] if reads else activated, self.n)
         return self.made[kind]
 

@@ -1,0 +1,340 @@
+/* What search cells do on the CPU with channels-last images, in C: depthwise convolutions and products with small
+   matrices, each with what its gradient needs. native.py compiles this, with REAL as float or double, and calls it.
+
+   Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. Threads are PyTorch's own. */
+
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+enum { LANES = 32 / sizeof(REAL), PAIR = 2 * LANES };
+typedef REAL vector __attribute__((vector_size(32)));
+typedef __typeof__((vector){0} < (vector){0}) mask;
+#define INLINE static inline __attribute__((always_inline)) /* so that constant arguments are constants inside */
+
+static long min(long a, long b) { return a < b ? a : b; }
+static long max(long a, long b) { return a > b ? a : b; }
+static long up(long a, long b) { return (a + b - 1) / b; } /* a / b, rounded up */
+
+static vector *zeros(size_t vectors) {
+    void *memory = NULL;
+    size_t size = (vectors + 1) * sizeof(vector);
+    return posix_memalign(&memory, 64, size) ? NULL : memset(memory, 0, size);
+}
+
+/* Some channels of a pixel, zeros for the rest of the vector; and back. */
+INLINE vector get(const REAL *from, long lanes) {
+    vector v = {0};
+    if (lanes == LANES) memcpy(&v, from, sizeof v);
+    else for (long l = 0; l < lanes; l++) v[l] = from[l];
+    return v;
+}
+INLINE void put(REAL *to, vector v, long lanes) {
+    if (lanes == LANES) memcpy(to, &v, sizeof v);
+    else for (long l = 0; l < lanes; l++) to[l] = v[l];
+}
+INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
+
+
+/* Depthwise convolutions. Kernels are square with an odd side k; the padding is 'same', dilation * (k / 2).
+
+   Work is done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
+   border of zeros. All convolutions of an image read the same planes, so that it comes from memory once. */
+
+struct convolution {
+    const REAL *weight; /* (C, k, k) */
+    REAL *z;            /* the output, or its gradient: (N, up(H, stride), up(W, stride), C) */
+    REAL *dweight;      /* (C, k, k), or null where it is not wanted */
+    long k, stride, dilation;
+};
+
+struct sizes {
+    long border, width; /* zeros on each side of a plane; pixels in a row */
+    long inside, plane; /* where the first pixel is; vectors in a plane */
+    long blocks, taps;  /* in an image; of all kernels */
+    long groups;        /* of blocks: an image is one thread's work, unless there are more threads than images */
+};
+static struct sizes sizes_of(const struct convolution *all, long count, long N, long H, long W, long C) {
+    struct sizes s = {0};
+    for (const struct convolution *f = all; f < all + count; f++) {
+        s.border = max(s.border, f->dilation * (f->k / 2));
+        s.taps += f->k * f->k;
+    }
+    s.width = W + 2 * s.border;
+    s.inside = s.border * s.width + s.border;
+    s.plane = (H + 2 * s.border) * s.width;
+    s.blocks = up(C, LANES);
+    s.groups = min(s.blocks, up(omp_get_max_threads(), N));
+    return s;
+}
+
+/* Fill the inside of a plane: every stride-th pixel of every stride-th row from an image, or relu of it; zeros between. */
+static void fill(vector *inside, long width, const REAL *image, long C, long lanes, long H, long W, long stride,
+                 int relu) {
+    for (long y = 0; y < H; y++, inside += width) {
+        if (stride > 1) memset(inside, 0, W * sizeof(vector));
+        for (long x = 0; x < W && y % stride == 0; x += stride, image += C) {
+            vector v = get(image, lanes);
+            inside[x] = relu ? where(v, ~(v < 0)) : v; /* as PyTorch's, it lets nan pass */
+        }
+    }
+}
+
+/* The kernels of all convolutions, block by block, as vectors; turned by 180 degrees for the gradient of x. */
+static void pack_kernels(vector *to, const struct convolution *all, long count, long C, int turned) {
+    for (const struct convolution *f = all; f < all + count; f++)
+        for (long c = 0, taps = f->k * f->k; c < C; c += LANES)
+            for (long t = 0; t < taps; t++, to++)
+                for (long l = 0; l < min(LANES, C - c); l++)
+                    (*to)[l] = f->weight[(c + l) * taps + (turned ? taps - 1 - t : t)];
+}
+
+/* out (+)= sum over taps of kernel * in[x * stride + tap], for n pixels x in a row. `in` is at the first tap of the first
+   pixel; those of `out` are `step` numbers apart. */
+INLINE void convolve_some(REAL *out, long step, long lanes, int add, const vector *in, long width,
+                          const vector *kernel, long k, long stride, long dilation, int n) {
+    vector sums[8];
+    for (int x = 0; x < n; x++) sums[x] = add ? get(out + x * step, lanes) : (vector){0};
+    for (long i = 0; i < k; i++)
+        for (long j = 0; j < k; j++) {
+            const vector *at = in + i * dilation * width + j * dilation;
+            for (int x = 0; x < n; x++) sums[x] += kernel[i * k + j] * at[x * stride];
+        }
+    for (int x = 0; x < n; x++) put(out + x * step, sums[x], lanes);
+}
+INLINE void convolve(REAL *out, long step, long lanes, int add, const vector *in, long width, const vector *kernel,
+                     long k, long stride, long dilation, long n) {
+    long x = 0;
+#define SOME(lanes, stride, n) \
+    convolve_some(out + x * step, step, lanes, add, in + x * stride, width, kernel, k, stride, dilation, n)
+    if (lanes == LANES && stride == 1) for (; x + 8 <= n; x += 8) SOME(LANES, 1, 8);
+    if (lanes == LANES) for (; x + 4 <= n; x += 4) SOME(LANES, stride, 4);
+    for (; x < n; x++) SOME(lanes, stride, 1);
+#undef SOME
+}
+
+/* out[i, j] += sum over `rows` rows of n pixels of dz * in at tap (i, j), for some rows and columns of taps. */
+INLINE void correlate_some(vector *out, const vector *in, const vector *dz, long width, long k, long stride,
+                           long dilation, long rows, long n, int tap_rows, int tap_columns) {
+    vector sums[9] = {0};
+    for (long y = 0; y < rows; y++, in += stride * width, dz += stride * width)
+        for (long x = 0; x < n; x++)
+            for (int i = 0; i < tap_rows; i++)
+                for (int j = 0; j < tap_columns; j++)
+                    sums[i * tap_columns + j] += dz[x * stride] * in[x * stride + i * dilation * width + j * dilation];
+    for (int i = 0; i < tap_rows; i++)
+        for (int j = 0; j < tap_columns; j++) out[i * k + j] += sums[i * tap_columns + j];
+}
+static void correlate(vector *out, const vector *in, const vector *dz, long width, long k, long stride, long dilation,
+                      long rows, long n) {
+#define SOME(j, tap_rows, tap_columns) \
+    correlate_some(out + j, in + j * dilation, dz, width, k, stride, dilation, rows, n, tap_rows, tap_columns)
+    if (k == 3) { SOME(0, 3, 3); return; }
+    for (long i = 0; i < k; i++, in += dilation * width, out += k)
+        if (k == 5) SOME(0, 1, 5);
+        else for (long j = 0; j < k; j++) SOME(j, 1, 1);
+#undef SOME
+}
+
+/* Every z from x, or relu(x). */
+int depthwise(const REAL *x, long N, long H, long W, long C, long relu, struct convolution *all, long count) {
+    const struct sizes s = sizes_of(all, count, N, H, W, C);
+    vector *kernels = zeros(s.blocks * s.taps + omp_get_max_threads() * s.blocks * s.plane);
+    if (!kernels) return 1;
+    pack_kernels(kernels, all, count, C, 0);
+#pragma omp parallel for schedule(static)
+    for (long unit = 0; unit < N * s.groups; unit++) {
+        long n = unit / s.groups, group = unit % s.groups;
+        long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
+        vector *planes = kernels + s.blocks * (s.taps + omp_get_thread_num() * s.plane), *kernel = kernels;
+        for (long b = from; b < until; b++)
+            fill(planes + b * s.plane + s.inside, s.width, x + n * H * W * C + b * LANES, C,
+                 min(LANES, C - b * LANES), H, W, 1, relu);
+        for (const struct convolution *f = all; f < all + count; kernel += s.blocks * f->k * f->k, f++) {
+            long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
+            for (long y = 0; y < rows; y++)
+                for (long b = from; b < until; b++)
+                    convolve(f->z + (n * rows + y) * columns * C + b * LANES, C, min(LANES, C - b * LANES), 0,
+                             planes + b * s.plane + (first + y * f->stride) * s.width + first, s.width,
+                             kernel + b * f->k * f->k, f->k, f->stride, f->dilation, columns);
+        }
+    }
+    free(kernels);
+    return 0;
+}
+
+/* From the gradients z every dweight that is wanted and, if dx is not null, the gradient of x. */
+int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C, long relu, struct convolution *all,
+                        long count) {
+    const struct sizes s = sizes_of(all, count, N, H, W, C);
+    long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_image = s.blocks * s.taps;
+    vector *kernels = zeros(of_image * (1 + N) + omp_get_max_threads() * each);
+    vector *dweights = kernels + of_image, *threads = dweights + of_image * N;
+    if (!kernels) return 1;
+    pack_kernels(kernels, all, count, C, 1);
+#pragma omp parallel for schedule(static)
+    for (long unit = 0; unit < N * s.groups; unit++) {
+        long n = unit / s.groups, group = unit % s.groups, done = 0;
+        long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
+        vector *planes = threads + each * omp_get_thread_num(), *dz = planes + s.blocks * s.plane, *sums = dz + s.plane;
+        for (long b = from; b < until; b++)
+            fill(planes + b * s.plane + s.inside, s.width, x + n * H * W * C + b * LANES, C,
+                 min(LANES, C - b * LANES), H, W, 1, relu);
+        memset(sums, 0, s.blocks * H * W * sizeof(vector));
+        for (const struct convolution *f = all; f < all + count; done += s.blocks * f->k * f->k, f++) {
+            long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
+            long at_once = max(1, 64 / columns); /* rows: few enough to be summed without loss */
+            for (long b = from; b < until; b++) {
+                long kernel = done + b * f->k * f->k;
+                fill(dz + s.inside, s.width, f->z + n * rows * columns * C + b * LANES, C, min(LANES, C - b * LANES), H,
+                     W, f->stride, 0);
+                for (long y = 0; y < rows && f->dweight; y += at_once)
+                    correlate(dweights + n * of_image + kernel,
+                              planes + b * s.plane + (first + y * f->stride) * s.width + first,
+                              dz + s.inside + y * f->stride * s.width, s.width, f->k, f->stride, f->dilation,
+                              min(at_once, rows - y), columns);
+                for (long y = 0; y < H && dx; y++) /* dz convolved with the turned kernel, see depthwise.py */
+                    convolve((REAL *)(sums + (b * H + y) * W), LANES, LANES, 1, dz + (first + y) * s.width + first,
+                             s.width, kernels + kernel, f->k, 1, f->dilation, W);
+            }
+        }
+        for (long i = 0; i < H * W && dx; i++)
+            for (long b = from; b < until; b++) {
+                long at = (n * H * W + i) * C + b * LANES, lanes = min(LANES, C - b * LANES);
+                vector v = sums[b * H * W + i];
+                put(dx + at, relu ? where(v, ~(get(x + at, lanes) <= 0)) : v, lanes);
+            }
+    }
+    for (const struct convolution *f = all; f < all + count; dweights += s.blocks * f->k * f->k, f++)
+        for (long c = 0, taps = f->k * f->k; c < C && f->dweight; c++)
+            for (long t = 0; t < taps; t++) {
+                double sum = 0;
+                for (long n = 0; n < N; n++) sum += dweights[n * of_image + c / LANES * taps + t][c % LANES];
+                f->dweight[c * taps + t] = sum;
+            }
+    free(kernels);
+    return 0;
+}
+
+
+/* Products of images, as matrices of P pixels, with small matrices. A register tile is up to six rows of a pair of vectors. */
+
+struct term {
+    const REAL *x, *A; /* (P, K), (K, C) */
+    long K;
+};
+
+/* out[p, .] = base[p, .] + shift + sum over terms of x[p, .] A, for n pixels p and a pair of vectors. */
+INLINE void mix_some(REAL *out, const REAL *base, const vector *packed, long C, long lanes, const struct term *terms,
+                     long count, long pixel, int n) {
+    vector sums[6][2];
+    long first = min(LANES, lanes), second = max(0, lanes - LANES);
+    for (int p = 0; p < n; p++) {
+        sums[p][0] = packed[0], sums[p][1] = packed[1];
+        if (base) sums[p][0] += get(base + p * C, first), sums[p][1] += get(base + p * C + LANES, second);
+    }
+    packed += 2;
+    for (const struct term *t = terms; t < terms + count; t++) {
+        const REAL *x = t->x + pixel * t->K;
+        for (long k = 0; k < t->K; k++, packed += 2)
+            for (int p = 0; p < n; p++) {
+                sums[p][0] += x[p * t->K + k] * packed[0];
+                sums[p][1] += x[p * t->K + k] * packed[1];
+            }
+    }
+    for (int p = 0; p < n; p++) put(out + p * C, sums[p][0], first), put(out + p * C + LANES, sums[p][1], second);
+}
+
+/* out, (P, C), = base + shift + sum over terms of x A. base, (P, C), and shift, (C), may be null. */
+int mix(REAL *out, const REAL *base, const REAL *shift, long P, long C, struct term *terms, long count) {
+    enum { AT_ONCE = 96 };
+    long pairs = up(C, PAIR), rows = 1;
+    for (long i = 0; i < count; i++) rows += terms[i].K;
+    vector *packed = zeros(2 * pairs * rows); /* for each pair of vectors the shift and all matrices */
+    if (!packed) return 1;
+    for (long j = 0; j < C; j += PAIR) {
+        REAL *to = (REAL *)packed + j * rows;
+        size_t size = min(PAIR, C - j) * sizeof(REAL);
+        if (shift) memcpy(to, shift + j, size);
+        for (const struct term *t = terms; t < terms + count; t++)
+            for (long k = 0; k < t->K; k++) memcpy(to += PAIR, t->A + k * C + j, size);
+    }
+#pragma omp parallel for schedule(static) if (P > AT_ONCE)
+    for (long from = 0; from < P; from += AT_ONCE)
+        for (long j = 0; j < C; j += PAIR) {
+            long p = from, until = min(P, from + AT_ONCE);
+#define SOME(lanes, n) \
+    mix_some(out + p * C + j, base ? base + p * C + j : NULL, packed + j / LANES * rows, C, lanes, terms, count, p, n)
+            if (C - j >= PAIR) for (; p + 6 <= until; p += 6) SOME(PAIR, 6);
+            for (; p < until; p++) SOME(min(PAIR, C - j), 1);
+#undef SOME
+        }
+    free(packed);
+    return 0;
+}
+
+/* total[i, .] += the sum over n pixels of a[., i] b[., .], for some columns i of a and a pair of vectors of b. */
+INLINE void products_some(double *total, long C, long lanes, const REAL *a, long K, const REAL *b, long step, long n,
+                          int columns) {
+    vector sums[6][2] = {0};
+    for (long p = 0; p < n; p++) {
+        vector first = get(b + p * step, LANES), second = get(b + p * step + LANES, LANES);
+        for (int i = 0; i < columns; i++) {
+            sums[i][0] += a[p * K + i] * first;
+            sums[i][1] += a[p * K + i] * second;
+        }
+    }
+    for (int i = 0; i < columns; i++)
+        for (long c = 0; c < lanes; c++) total[i * C + c] += ((REAL *)sums[i])[c];
+}
+
+/* sum, (K), of the pixels of a, (P, K); product, (K, C), = a' b, with b (P, C). Chunks of pixels are summed in REAL, the chunks in
+   double. */
+int products(const REAL *a, const REAL *b, double *sum, double *product, long P, long K, long C) {
+    enum { CHUNK = 128 };
+    long wide = up(C, PAIR) * PAIR, T = omp_get_max_threads(), size = K * (C + 1);
+    double *totals = calloc(T * size, sizeof(double));
+    vector *copies = zeros(T * CHUNK * wide / LANES); /* of b with channels filled up, where C needs that */
+    if (totals && copies) {
+#pragma omp parallel for schedule(static) if (P > CHUNK)
+        for (long from = 0; from < P; from += CHUNK) {
+            const REAL *left = a + from * K, *right = b + from * C;
+            double *total = totals + omp_get_thread_num() * size;
+            long n = min(CHUNK, P - from);
+            if (wide != C) {
+                REAL *copy = (REAL *)copies + omp_get_thread_num() * CHUNK * wide;
+                for (long p = 0; p < n; p++) memcpy(copy + p * wide, right + p * C, C * sizeof(REAL));
+                right = copy;
+            }
+            for (long j = 0; j < C; j += PAIR)
+                for (long i = 0, columns; i < K; i += columns) {
+                    columns = K - i >= 6 ? 6 : K - i >= 4 ? 4 : 1;
+#define SOME(n_columns) \
+    products_some(total + i * C + j, C, min(PAIR, C - j), left + i, K, right + j, wide, n, n_columns)
+                    if (columns == 6) SOME(6);
+                    else if (columns == 4) SOME(4);
+                    else SOME(1);
+#undef SOME
+                }
+            for (long i = 0; i < K; i += LANES) {
+                vector found = {0};
+                for (long p = 0; p < n; p++) found += get(left + p * K + i, min(LANES, K - i));
+                for (long l = 0; l < min(LANES, K - i); l++) total[K * C + i + l] += found[l];
+            }
+        }
+        for (long i = 0; i < size; i++) {
+            double found = 0;
+            for (long t = 0; t < T; t++) found += totals[t * size + i];
+            *(i < K * C ? product + i : sum + i - K * C) = found;
+        }
+    }
+    int failed = !totals || !copies;
+    free(totals);
+    free(copies);
+    return failed;
+}

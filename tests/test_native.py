@@ -1,0 +1,136 @@
+"""The C code for the CPU against PyTorch's operations, and what happens without a compiler."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import native
+
+COMPILE = native._library.__wrapped__
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4}
+
+
+@pytest.fixture(scope="module", params=["compiled", "PyTorch's"], autouse=True)
+def way(request):
+    """Everything is tested compiled, and as it is without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "compiled":
+            patch.setattr(native, "_library", lambda dtype: None)
+        yield request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keeps_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def images(N, C, H, W, dtype=torch.float64):
+    return torch.randn(N, C, H, W, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def close(found, expected, dtype):
+    assert found.shape == expected.shape
+    error = (found.double() - expected).norm()
+    assert error <= DTYPES[dtype] * expected.norm() + 1e-30, (error, expected.norm())
+
+
+sizes = {
+    "N": st.integers(1, 5), "H": st.integers(1, 14), "W": st.integers(1, 14), "C": st.integers(1, 37),
+    "seed": st.integers(0, 2**31), "dtype": st.sampled_from(list(DTYPES)), "threads": st.integers(1, 7),
+}  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(K=st.integers(1, 37), terms=st.integers(1, 3), with_base=st.booleans(), with_shift=st.booleans(), **sizes)
+def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, terms, with_base, with_shift, seed, dtype, threads):
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    pairs = [(images(N, K + i, H, W, dtype), torch.randn(K + i, C, dtype=dtype)) for i in range(terms)]
+    base = images(N, C, H, W, dtype) if with_base else None
+    shift = torch.randn(C, dtype=dtype) if with_shift else None
+    expected = sum(torch.einsum("nkhw,kc->nchw", x.double(), A.double()) for x, A in pairs)
+    expected = expected + (base.double() if with_base else 0) + (shift.double()[:, None, None] if with_shift else 0)
+    close(native.mix(pairs, base, shift), expected, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(K=st.integers(1, 37), **sizes)
+def test_products_are_sums_over_pixels(N, H, W, C, K, seed, dtype, threads):
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    a, b = images(N, K, H, W, dtype), images(N, C, H, W, dtype)
+    found, product = native.products(a, b)
+    close(found, a.double().sum((0, 2, 3)), dtype)
+    close(product, torch.einsum("nkhw,nchw->kc", a.double(), b.double()), dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kernels=st.lists(
+        st.tuples(st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4
+    ),
+    relu=st.booleans(),
+    **sizes,
+)
+def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relu, seed, dtype, threads):
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    x = images(N, C, H, W, dtype)
+    convolutions = [
+        (torch.randn(C, 1, k, k, dtype=dtype), (stride, dilation * (k // 2), dilation))
+        for k, stride, dilation in kernels
+    ]
+    exact = [tensor.double().requires_grad_() for tensor in (x, *(weight for weight, _ in convolutions))]
+    activated = exact[0].relu() if relu else exact[0]
+    zs = [F.conv2d(activated, weight, None, *geometry, C) for weight, (_, geometry) in zip(exact[1:], convolutions)]
+    for found, z in zip(native.depthwise(x, relu, convolutions), zs):
+        close(found, z, dtype)
+    dzs = [torch.randn_like(z) for z in zs]
+    dx, *dweights = torch.autograd.grad(zs, exact, dzs)
+    given_dzs = [dz.to(dtype) for dz in dzs]
+    for wants_x, wants_weights in ((True, [True] * len(zs)), (True, [False] * len(zs)), (False, [True] * len(zs))):
+        found_dx, found = native.depthwise_gradients(x, relu, convolutions, given_dzs, wants_x, wants_weights)
+        for one, gradient, wanted in zip([found_dx, *found], [dx, *dweights], [wants_x, *wants_weights]):
+            if wanted:
+                close(one, gradient, dtype)
+            else:
+                assert one is None
+
+
+def test_relu_lets_nan_pass_and_its_gradient_too(way):
+    x = images(2, 9, 5, 5, torch.float32)
+    x[1, 3, 2, 2] = float("nan")
+    convolutions = [(torch.ones(9, 1, 3, 3), (1, 1, 1))]
+    (z,) = native.depthwise(x, True, convolutions)
+    assert z.isnan().sum() == 9
+    dx, _ = native.depthwise_gradients(x, True, convolutions, [torch.ones_like(z)], True, [False])
+    assert torch.equal(dx != 0, (x > 0) | x.isnan() if way == "compiled" else x > 0)
+
+
+def test_the_number_of_threads_does_not_change_a_convolution(way):
+    x, weight = images(9, 17, 11, 7, torch.float32), torch.randn(17, 1, 5, 5)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        (z,) = native.depthwise(x, True, [(weight, (1, 2, 1))])
+        dx, (dweight,) = native.depthwise_gradients(x, True, [(weight, (1, 2, 1))], [z], True, [True])
+        found.append((z, dx, dweight))
+    if way == "compiled":
+        assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_one_line_says_so_and_all_works(compiler, monkeypatch, caplog):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(logging.getLogger("darts"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="darts"):
+        assert COMPILE(torch.float32) is None
+    (record,) = caplog.records
+    assert compiler in record.getMessage()
+    assert "\n" not in record.getMessage()
