@@ -230,8 +230,9 @@ class SearchConfig(_Config):
             help="of the cells: all edges together, or an operation at a time, which is the definition",
         )  # fmt: skip
         group.add_argument(
-            "--recompute", action="store_true", help="run each cell forward twice, to keep less than half the memory"
-        )
+            "--recompute", action="store_true",
+            help="compute what a cell has inside again for the backward pass, to need less memory",
+        )  # fmt: skip
 
         group = parser.add_argument_group("search")
         group.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="epochs")

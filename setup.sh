@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make the virtual environment in .venv and install requirements.txt into it; install graphviz's `dot` where that can
-# be done without asking. Run by make; PYTHON names the interpreter to use.
+# Make the virtual environment in .venv and install requirements.txt into it; install graphviz's `dot` and a C
+# compiler where that can be done without asking. Run by make; PYTHON names the interpreter to use.
 set -eu
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
@@ -21,6 +21,15 @@ if ! command -v dot >/dev/null; then
     else
         echo "setup: graphviz's dot is missing; all works, but cells are kept as .gv sources instead of pictures." \
             "To draw them: apt-get install graphviz, or brew install graphviz" >&2
+    fi
+fi
+
+if [ -z "${CC:-}" ] && ! command -v cc >/dev/null; then # models/native.py compiles with it
+    if can_apt && apt_install gcc libc6-dev; then
+        echo "setup: installed gcc"
+    else
+        echo "setup: a C compiler is missing; all works, but what runs on the CPU takes longer." \
+            "To have one: apt-get install gcc libc6-dev" >&2
     fi
 fi
 

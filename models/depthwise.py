@@ -1,9 +1,9 @@
 """Depthwise convolution with a backward pass that is fast on the CPU.
 
-PyTorch's own (oneDNN's) is fast there for channels-last images, forward; backward it takes 5 to 100 times longer than
-the same arithmetic needs. native.c has both, for all convolutions of an image at once: the gradient of x is, at stride
-1, the convolution of dz with the kernel turned by 180 degrees, dilated alike; at a larger stride dz has zeros between
-its pixels first.
+PyTorch's own (oneDNN's) is fast there for channels-last images, forward and, at dilation 1, for the gradient of x; the
+rest takes 5 to 100 times longer than the same arithmetic needs. native.c has all of it, for all convolutions of an
+image at once. The gradient of x is, at stride 1, the convolution of dz with the kernel turned by 180 degrees, dilated
+alike; at a larger stride dz has zeros between its pixels first.
 
 At a few pixels an image a convolution is a matrix, as everything linear is: z = x T(w), with T(w) of (pixels in) x
 (pixels out) for each channel, and all channels are one batched product.
@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import nn
 
-from models import native
+from models import native, remake
 
 FEW_PIXELS = 64  # in an image: up to here a product with a matrix is as fast on the CPU
 
@@ -33,6 +33,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def is_channels_last_on_cpu(x):
+    """Whether native.c can read x as images: not where an exporter or compiler only follows what is done to it."""
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     return x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -94,7 +97,13 @@ class _ChannelsLast(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.relu, ctx.geometries = relu, geometries
         ctx.set_materialize_grads(False)
-        return tuple(native.depthwise(x, relu, list(zip(weights, geometries))))
+
+        def make(x, *weights):
+            return native.depthwise(x, relu, list(zip(weights, geometries)))
+
+        zs = make(x, *weights)
+        remake.can_be_made(zs, make, [x, *weights])
+        return tuple(zs)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import native, sync_bn
+from models import native, remake, sync_bn
 from models.depthwise import (
     FEW_PIXELS,
     DepthwiseConv2d,
@@ -51,11 +51,12 @@ ELEMENTWISE = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # activ
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
-def nodes(dag, s0, s1, w_dag):
+def nodes(dag, s0, s1, w_dag, recompute=False):
     """The nodes of a search cell: a list of tensors (N, C, H, W).
 
     dag[i][j]: the `MixedOp` from state j to node i; s0, s1: (N, C, H, W), the first two states; w_dag[i]:
     (i + 2, candidates), the weights of node i's edges. In training, running statistics are recorded as modules would.
+    recompute: where `remakes`, what chains compute is not kept for the backward pass but computed again.
     """
     rows = [weights.unbind() for weights in w_dag]
     states, sums, statistics = [s0, s1], [None] * len(dag), _Statistics()
@@ -65,7 +66,9 @@ def nodes(dag, s0, s1, w_dag):
         weights = [torch.stack([rows[i][j] for i in targets]) for j in sources]
         from_sources = [states[j] for j in sources]
         path = choose_path(from_sources[0])
-        for i, output in zip(targets, path.mixed(from_sources, edges, weights, statistics)):
+        with remake.remaking(recompute):
+            outputs = path.mixed(from_sources, edges, weights, statistics)
+        for i, output in zip(targets, outputs):
             sums[i] = output if sums[i] is None else sums[i] + output
         states.append(sums[targets[0]])
     statistics.record()
@@ -77,12 +80,18 @@ def choose_path(x):
 
     On CUDA a launch is dear and its kernels like large tensors: all edges at once. So it is on the CPU for images of a
     few pixels, with the depthwise convolutions as matrices. For others edge by edge, since what lies in the cache is
-    used again, and channels-last, the only layout for which oneDNN's depthwise convolutions are fast.
+    used again, channels-last and in C.
     """
     if x.device.type != "cpu":
         return BATCHED
     few = x.shape[2:].numel() <= FEW_PIXELS and x.shape[1:].numel() <= FEW_NUMBERS
     return BATCHED_DENSE if few else EDGE_BY_EDGE
+
+
+def remakes(x, C):
+    """Whether `nodes` with recompute keeps less for states of C channels that are as large as x. Elsewhere a cell can
+    be run forward as a whole again."""
+    return choose_path(x.new_empty(1, C, *x.shape[2:])) is EDGE_BY_EDGE
 
 
 class _Path:
@@ -374,11 +383,17 @@ class _Mixture(torch.autograd.Function):
         factor = inverse if w is None else inverse * w.unsqueeze(-1)
         ctx.eps, ctx.synced, ctx.small = eps, synced, (n, m, MS, inverse, factor)
         shift = -factor * mean
-        pairs = list(zip(images, _each((factor.unsqueeze(-1) * M).mT.to(dtype, memory_format=torch.contiguous_format))))
+        A = _each((factor.unsqueeze(-1) * M).mT.to(dtype, memory_format=torch.contiguous_format))
         if w is None:
-            ys = [native.mix([pair], shift=shift_k) for pair, shift_k in zip(pairs, _each(shift.to(dtype)))]
+            shifts = _each(shift.to(dtype))
+
+            def ys_of(*images):
+                return [native.mix([(z, A_k)], shift=shift_k) for z, A_k, shift_k in zip(images, A, shifts)]
+
+            ys = ys_of(*images)
+            remake.can_be_made(ys, ys_of, images)
         else:
-            shifts = shift.sum(0).to(dtype).unbind()
+            pairs, shifts = list(zip(images, A)), shift.sum(0).to(dtype).unbind()
             ys = [native.mix(pairs[e::edges], bases[e] if bases else None, shifts[e]) for e in range(edges)]
         mean, var = mean.to(dtype), (var * (n / (n - 1))).to(dtype)
         ctx.mark_non_differentiable(mean, var)

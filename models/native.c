@@ -69,11 +69,12 @@ static struct sizes sizes_of(const struct convolution *all, long count, long N, 
     s.inside = s.border * s.width + s.border;
     s.plane = (H + 2 * s.border) * s.width;
     s.blocks = up(C, LANES);
-    s.groups = min(s.blocks, up(omp_get_max_threads(), N));
+    s.groups = min(s.blocks, up(omp_get_max_threads(), max(N, 1)));
     return s;
 }
 
-/* Fill the inside of a plane: every stride-th pixel of every stride-th row from an image, or relu of it; zeros between. */
+/* Fill the inside of a plane: every stride-th pixel of every stride-th row from an image, or relu of it, zeros
+   between. */
 static void fill(vector *inside, long width, const REAL *image, long C, long lanes, long H, long W, long stride,
                  int relu) {
     for (long y = 0; y < H; y++, inside += width) {
@@ -94,8 +95,8 @@ static void pack_kernels(vector *to, const struct convolution *all, long count, 
                     (*to)[l] = f->weight[(c + l) * taps + (turned ? taps - 1 - t : t)];
 }
 
-/* out (+)= sum over taps of kernel * in[x * stride + tap], for n pixels x in a row. `in` is at the first tap of the first
-   pixel; those of `out` are `step` numbers apart. */
+/* out (+)= sum over taps of kernel * in[x * stride + tap], for n pixels x in a row. `in` is at the first tap of the
+   first pixel; the pixels of `out` are `step` numbers apart. */
 INLINE void convolve_some(REAL *out, long step, long lanes, int add, const vector *in, long width,
                           const vector *kernel, long k, long stride, long dilation, int n) {
     vector sums[8];
@@ -222,7 +223,8 @@ int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C,
 }
 
 
-/* Products of images, as matrices of P pixels, with small matrices. A register tile is up to six rows of a pair of vectors. */
+/* Products of images, as matrices of P pixels, with small matrices. What is summed in registers at a time is up to six
+   rows of a pair of vectors. */
 
 struct term {
     const REAL *x, *A; /* (P, K), (K, C) */
@@ -293,13 +295,13 @@ INLINE void products_some(double *total, long C, long lanes, const REAL *a, long
         for (long c = 0; c < lanes; c++) total[i * C + c] += ((REAL *)sums[i])[c];
 }
 
-/* sum, (K), of the pixels of a, (P, K); product, (K, C), = a' b, with b (P, C). Chunks of pixels are summed in REAL, the chunks in
-   double. */
+/* sum, (K), of the pixels of a, (P, K); product, (K, C), = a' b, with b (P, C). Chunks of pixels are summed in REAL,
+   the chunks in double. */
 int products(const REAL *a, const REAL *b, double *sum, double *product, long P, long K, long C) {
     enum { CHUNK = 128 };
     long wide = up(C, PAIR) * PAIR, T = omp_get_max_threads(), size = K * (C + 1);
     double *totals = calloc(T * size, sizeof(double));
-    vector *copies = zeros(T * CHUNK * wide / LANES); /* of b with channels filled up, where C needs that */
+    vector *copies = zeros(wide == C ? 0 : T * CHUNK * wide / LANES); /* of b with channels filled up, where C needs that */
     if (totals && copies) {
 #pragma omp parallel for schedule(static) if (P > CHUNK)
         for (long from = 0; from < P; from += CHUNK) {

@@ -1,4 +1,4 @@
-"""The C code for the CPU, native.c: it is compiled when it is first needed, in a second, and called here.
+"""The C code for the CPU, native.c: compiled by each process that needs it, in about a second, and called here.
 
 Everything has PyTorch operations to fall back on, where there is no C compiler or numbers are of another type than
 float32 and float64. Images are (N, C, H, W), and the outputs channels-last; nothing is recorded for differentiation.
@@ -13,10 +13,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 REAL = {torch.float32: "float", torch.float64: "double"}
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def depthwise(x, relu, convolutions):
@@ -62,7 +64,7 @@ def plain_depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights
         )  # fmt: skip
         dx = part if dx is None else dx + part
         dweights.append(dweight)
-    return dx * (x > 0) if relu and wants_x else dx, dweights
+    return torch.ops.aten.threshold_backward(dx, x, 0) if relu and wants_x else dx, dweights
 
 
 def mix(terms, base=None, shift=None):
@@ -72,6 +74,8 @@ def mix(terms, base=None, shift=None):
     """
     x = terms[0][0]
     library, C = _library(x.dtype), terms[0][1].shape[1]
+    if any((image.shape[1], C, x.dtype) != (*A.shape, A.dtype) or image.dtype != x.dtype for image, A in terms):
+        raise ValueError(f"matrices must be (channels, {C}) of {x.dtype}")
     if library is None:
         y = sum(_matrix(x) @ A for x, A in terms)
         y = y if shift is None else y + shift
@@ -108,7 +112,9 @@ def _channels_last(image):
 
 
 def _empty(x, C, H, W):
-    return x.new_empty_strided((len(x), C, H, W), (H * W * C, 1, W * C, C))
+    """Images, channels-last. NumPy's memory lies at 16 bytes, which glibc's allocator finds again once it is free; of
+    PyTorch's, at 64, it loses much to holes that are just too small."""
+    return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype])).permute(0, 3, 1, 2)
 
 
 class _Convolution(ctypes.Structure):
@@ -142,12 +148,14 @@ def _argument(value):
 
 
 def _library_for(x, convolutions):
-    """native.c for such images and convolutions, or None."""
-    same = all(
-        weight.is_contiguous() and weight.shape[-1] % 2 == 1 and padding == dilation * (weight.shape[-1] // 2)
-        for weight, (_, padding, dilation) in convolutions
-    )
-    return _library(x.dtype) if same else None
+    """native.c for such images and convolutions; None for those that it doesn't know, or that PyTorch will refuse."""
+    for weight, (_, padding, dilation) in convolutions:
+        k = weight.shape[-1]
+        if weight.shape != (x.shape[1], 1, k, k) or k % 2 == 0 or padding != dilation * (k // 2):
+            return None
+        if not weight.is_contiguous() or (weight.dtype, weight.device) != (x.dtype, x.device):
+            return None
+    return _library(x.dtype)
 
 
 @functools.cache
@@ -155,20 +163,21 @@ def _library(dtype):
     """native.c for numbers of a type, or None."""
     if dtype not in REAL:
         return None
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = os.environ.get("CC") or "cc"
     source = Path(__file__).with_name("native.c")
-    with tempfile.TemporaryDirectory() as folder:
-        compiled, library = Path(folder) / "native.o", Path(folder) / "native.so"
-        options = ["-O3", "-march=native", "-fopenmp", "-fPIC", f"-DREAL={REAL[dtype]}"]
-        try:
+    options = ["-O3", "-march=native", "-fopenmp", "-fPIC", f"-DREAL={REAL[dtype]}"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            compiled, library = Path(folder) / "native.o", Path(folder) / "native.so"
             for command in ([*options, "-c", source, "-o", compiled], ["-shared", compiled, "-o", library]):
                 # linked without OpenMP's library, so that it takes the one that PyTorch has loaded, and its threads
-                subprocess.run([*compiler, *command], check=True, capture_output=True, text=True)
+                subprocess.run([*shlex.split(compiler), *command], check=True, capture_output=True, text=True)
             return ctypes.CDLL(library)
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", None) or error
-            logging.getLogger("darts").warning(
-                f"{' '.join(compiler)} can't compile {source.name}, so that the CPU takes longer; a C compiler with "
-                f"OpenMP is needed (gcc, or name it in CC): {str(why).strip().splitlines()[0]}"
-            )
-            return None
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0])
+        logging.getLogger("darts").warning(
+            f"no {source.name} by the C compiler {compiler!r} (a gcc with OpenMP is needed; CC names it), so that what "
+            f"runs on the CPU takes longer: {why}"
+        )
+        return None

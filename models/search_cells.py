@@ -32,20 +32,25 @@ class SearchCell(nn.Module):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {execution!r}")
         self.execution = execution
+        self.C = C
         self.preproc0, self.preproc1 = cell_inputs(C_pp, C_p, C, reduction_p, affine=False)
         self.dag = nn.ModuleList(
             nn.ModuleList(MixedOp(C, 2 if reduction and source < 2 else 1) for source in range(i + 2))
             for i in range(n_nodes)
         )
 
-    def forward(self, s0, s1, w_dag):
-        """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, 8).
+    def forward(self, s0, s1, w_dag, recompute=False):
+        """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, 8); recompute:
+        see `fused_cell.nodes`.
 
         Returns the nodes' concatenation, (N, n_nodes * C, H, W).
         """
         s0, s1 = self.preproc0(s0), self.preproc1(s1)
-        nodes = plain_nodes if self.execution == "plain" else fused_cell.nodes
-        return torch.cat(nodes(self.dag, s0, s1, w_dag), dim=1)
+        if self.execution == "plain":
+            nodes = plain_nodes(self.dag, s0, s1, w_dag)
+        else:
+            nodes = fused_cell.nodes(self.dag, s0, s1, w_dag, recompute)
+        return torch.cat(nodes, dim=1)
 
 
 def plain_nodes(dag, s0, s1, w_dag):

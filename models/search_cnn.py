@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genotypes import Genotype, parse
+from models import fused_cell
 from models.ops import PRIMITIVES
 from models.search_cells import SearchCell
 
@@ -32,8 +33,8 @@ class SearchCNN(nn.Module):
     logits; n_layers: cells; criterion: f(logits, y) -> loss; n_nodes: nodes of a cell; stem_multiplier: the stem has
     stem_multiplier * C channels. Images of 8x8 pixels and up, any size.
 
-    execution: of the cells, `fused` or `plain` (see `SearchCell`), the same numbers; recompute: keep nothing within a
-    cell for the backward pass, which then runs it forward once more.
+    execution: of the cells, `fused` or `plain` (see `SearchCell`), the same numbers; recompute: keep less within a
+    cell for the backward pass, which then computes it again.
 
     `alpha_normal` and `alpha_reduce` hold node i's edges in a tensor of shape (i + 2, len(PRIMITIVES)).
     Raises ValueError where a number is below 1.
@@ -77,6 +78,8 @@ class SearchCNN(nn.Module):
     def _run(self, cell, *inputs):
         if not (self.recompute and torch.is_grad_enabled()):
             return cell(*inputs)
+        if cell.execution == "fused" and fused_cell.remakes(inputs[1], cell.C):
+            return cell(*inputs, recompute=True)
 
         def contexts():
             return contextlib.nullcontext(), _unmoved_statistics(cell)

@@ -1,6 +1,8 @@
 """The fused execution of the search cell is the plain one, in float64, for whatever a cell may be."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from architect import Architect
 from benchmarks.paired import Launches
 from data_sets import Loader
-from models import fused_cell, ops, search_cells
+from models import fused_cell, ops, remake, search_cells
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
 from utils import get_data
@@ -172,7 +174,7 @@ def test_a_second_order_step_is_the_plain_one(recompute, path):
         assert torch.allclose(found[name], value, rtol=1e-8, atol=1e-11), name
 
 
-def test_recomputing_gives_the_same_bits_and_records_statistics_once():
+def test_recomputing_gives_the_same_bits_and_records_statistics_once(path):
     kept, recomputed = nets()[1], nets()[1]
     recomputed.recompute = True
     found, expected = second_order_step(recomputed), second_order_step(kept)
@@ -263,3 +265,64 @@ def test_float32_bits_are_the_same_in_every_run(C, size, path, two_threads):
     first = gradients(0)
     for i in range(1, 4):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(i)))
+
+
+def kept_bytes(net, X, y, monkeypatch):
+    """What a forward pass of the cells keeps for the backward pass, in bytes, and the loss."""
+    kept = {}
+
+    def pack(tensor, packed=remake._pack):
+        found = packed(tensor) if remake._recipes() else remake._Kept(tensor)
+        if isinstance(found, remake._Kept):
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return found
+
+    monkeypatch.setattr(remake, "_pack", pack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, remake._unpack):
+        loss = net.loss(X, y)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), loss
+
+
+def test_recomputing_keeps_less_and_can_be_done_twice(monkeypatch):
+    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.EDGE_BY_EDGE)
+    X, y = batch(n=9)
+    kept, recomputed = nets()[1], nets()[1]
+    recomputed.recompute = True
+    much, expected = kept_bytes(kept, X, y, monkeypatch)
+    less, loss = kept_bytes(recomputed, X, y, monkeypatch)
+    assert less < 0.6 * much
+    weights, twins = list(recomputed.weights()), list(kept.weights())
+    for retain in (True, False):
+        found = torch.autograd.grad(loss, weights, retain_graph=retain)
+        again = torch.autograd.grad(expected, twins, retain_graph=retain)
+        assert all(torch.equal(a, b) for a, b in zip(found, again))
+
+
+def test_a_forward_pass_that_is_not_used_frees_its_memory(monkeypatch):
+    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.EDGE_BY_EDGE)
+    net = small_net(C=3, n_layers=3, recompute=True)
+    seen = []
+
+    class Group(remake._Group):
+        def __init__(self, make):
+            super().__init__(make)
+            seen.append(weakref.ref(self))
+
+    monkeypatch.setattr(remake, "_Group", Group)
+    loss = net.loss(*batch(n=4))
+    assert seen
+    del loss
+    gc.collect()
+    assert not [reference for reference in seen if reference() is not None]
+
+
+def test_weights_changed_before_the_backward_pass_are_noticed(monkeypatch):
+    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.EDGE_BY_EDGE)
+    for recompute in (False, True):
+        net = small_net(C=3, n_layers=3, recompute=recompute)
+        loss = net.loss(*batch(n=4))
+        with torch.no_grad():
+            for weight in net.weights():
+                weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"(inplace|in place)"):
+            loss.backward()
