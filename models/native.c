@@ -12,8 +12,13 @@ static int omp_get_max_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-enum { LANES = 32 / sizeof(REAL), PAIR = 2 * LANES };
-typedef REAL vector __attribute__((vector_size(32)));
+#ifdef __AVX512F__ /* a vector's bytes; how many sums of products are kept in registers */
+enum { BYTES = 64, MANY = 16 };
+#else
+enum { BYTES = 32, MANY = 12 };
+#endif
+enum { LANES = BYTES / sizeof(REAL), PAIR = 2 * LANES };
+typedef REAL vector __attribute__((vector_size(BYTES)));
 typedef __typeof__((vector){0} < (vector){0}) mask;
 #define INLINE static inline __attribute__((always_inline)) /* so that constant arguments are constants inside */
 
@@ -31,11 +36,13 @@ static vector *zeros(size_t vectors) {
 INLINE vector get(const REAL *from, long lanes) {
     vector v = {0};
     if (lanes == LANES) memcpy(&v, from, sizeof v);
+    else if (lanes == LANES / 2) memcpy(&v, from, sizeof v / 2);
     else for (long l = 0; l < lanes; l++) v[l] = from[l];
     return v;
 }
 INLINE void put(REAL *to, vector v, long lanes) {
     if (lanes == LANES) memcpy(to, &v, sizeof v);
+    else if (lanes == LANES / 2) memcpy(to, &v, sizeof v / 2);
     else for (long l = 0; l < lanes; l++) to[l] = v[l];
 }
 INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
@@ -115,6 +122,7 @@ INLINE void convolve(REAL *out, long step, long lanes, int add, const vector *in
     convolve_some(out + x * step, step, lanes, add, in + x * stride, width, kernel, k, stride, dilation, n)
     if (lanes == LANES && stride == 1) for (; x + 8 <= n; x += 8) SOME(LANES, 1, 8);
     if (lanes == LANES) for (; x + 4 <= n; x += 4) SOME(LANES, stride, 4);
+    else for (; x + 4 <= n; x += 4) SOME(lanes, stride, 4);
     for (; x < n; x++) SOME(lanes, stride, 1);
 #undef SOME
 }
@@ -122,7 +130,7 @@ INLINE void convolve(REAL *out, long step, long lanes, int add, const vector *in
 /* out[i, j] += sum over `rows` rows of n pixels of dz * in at tap (i, j), for some rows and columns of taps. */
 INLINE void correlate_some(vector *out, const vector *in, const vector *dz, long width, long k, long stride,
                            long dilation, long rows, long n, int tap_rows, int tap_columns) {
-    vector sums[9] = {0};
+    vector sums[25] = {0};
     for (long y = 0; y < rows; y++, in += stride * width, dz += stride * width)
         for (long x = 0; x < n; x++)
             for (int i = 0; i < tap_rows; i++)
@@ -136,6 +144,7 @@ static void correlate(vector *out, const vector *in, const vector *dz, long widt
 #define SOME(j, tap_rows, tap_columns) \
     correlate_some(out + j, in + j * dilation, dz, width, k, stride, dilation, rows, n, tap_rows, tap_columns)
     if (k == 3) { SOME(0, 3, 3); return; }
+    if (k == 5 && MANY > 12) { SOME(0, 5, 5); return; }
     for (long i = 0; i < k; i++, in += dilation * width, out += k)
         if (k == 5) SOME(0, 1, 5);
         else for (long j = 0; j < k; j++) SOME(j, 1, 1);
@@ -223,74 +232,78 @@ int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C,
 }
 
 
-/* Products of images, as matrices of P pixels, with small matrices. What is summed in registers at a time is up to six
-   rows of a pair of vectors. */
+/* Products of images, as matrices of P pixels, with small matrices. What is summed in registers at a time are MANY
+   vectors: of so many rows, or of half as many rows of a pair. */
 
 struct term {
     const REAL *x, *A; /* (P, K), (K, C) */
     long K;
 };
 
-/* out[p, .] = base[p, .] + shift + sum over terms of x[p, .] A, for n pixels p and a pair of vectors. */
+/* out[p, .] = base[p, .] + shift + sum over terms of x[p, .] A, for n pixels p and a vector or a pair. */
 INLINE void mix_some(REAL *out, const REAL *base, const vector *packed, long C, long lanes, const struct term *terms,
-                     long count, long pixel, int n) {
-    vector sums[6][2];
-    long first = min(LANES, lanes), second = max(0, lanes - LANES);
-    for (int p = 0; p < n; p++) {
-        sums[p][0] = packed[0], sums[p][1] = packed[1];
-        if (base) sums[p][0] += get(base + p * C, first), sums[p][1] += get(base + p * C + LANES, second);
-    }
-    packed += 2;
+                     long count, long pixel, int vectors, int n) {
+    vector sums[MANY][2];
+#define LANES_OF(v) (lanes == vectors * LANES ? LANES : min(LANES, lanes - (v) * LANES))
+    for (int p = 0; p < n; p++)
+        for (int v = 0; v < vectors; v++) {
+            sums[p][v] = packed[v];
+            if (base) sums[p][v] += get(base + p * C + v * LANES, LANES_OF(v));
+        }
+    packed += vectors;
     for (const struct term *t = terms; t < terms + count; t++) {
         const REAL *x = t->x + pixel * t->K;
-        for (long k = 0; k < t->K; k++, packed += 2)
-            for (int p = 0; p < n; p++) {
-                sums[p][0] += x[p * t->K + k] * packed[0];
-                sums[p][1] += x[p * t->K + k] * packed[1];
-            }
+        for (long k = 0; k < t->K; k++, packed += vectors)
+            for (int p = 0; p < n; p++)
+                for (int v = 0; v < vectors; v++) sums[p][v] += x[p * t->K + k] * packed[v];
     }
-    for (int p = 0; p < n; p++) put(out + p * C, sums[p][0], first), put(out + p * C + LANES, sums[p][1], second);
+    for (int p = 0; p < n; p++)
+        for (int v = 0; v < vectors; v++) put(out + p * C + v * LANES, sums[p][v], LANES_OF(v));
+#undef LANES_OF
 }
 
 /* out, (P, C), = base + shift + sum over terms of x A. base, (P, C), and shift, (C), may be null. */
 int mix(REAL *out, const REAL *base, const REAL *shift, long P, long C, struct term *terms, long count) {
     enum { AT_ONCE = 96 };
-    long pairs = up(C, PAIR), rows = 1;
+    long rows = 1;
     for (long i = 0; i < count; i++) rows += terms[i].K;
-    vector *packed = zeros(2 * pairs * rows); /* for each pair of vectors the shift and all matrices */
+    vector *packed = zeros(up(C, LANES) * rows); /* for each vector or pair the shift and all matrices */
     if (!packed) return 1;
     for (long j = 0; j < C; j += PAIR) {
         REAL *to = (REAL *)packed + j * rows;
-        size_t size = min(PAIR, C - j) * sizeof(REAL);
-        if (shift) memcpy(to, shift + j, size);
+        long size = min(PAIR, C - j), step = size > LANES ? PAIR : LANES;
+        if (shift) memcpy(to, shift + j, size * sizeof(REAL));
         for (const struct term *t = terms; t < terms + count; t++)
-            for (long k = 0; k < t->K; k++) memcpy(to += PAIR, t->A + k * C + j, size);
+            for (long k = 0; k < t->K; k++) memcpy(to += step, t->A + k * C + j, size * sizeof(REAL));
     }
 #pragma omp parallel for schedule(static) if (P > AT_ONCE)
     for (long from = 0; from < P; from += AT_ONCE)
         for (long j = 0; j < C; j += PAIR) {
-            long p = from, until = min(P, from + AT_ONCE);
-#define SOME(lanes, n) \
-    mix_some(out + p * C + j, base ? base + p * C + j : NULL, packed + j / LANES * rows, C, lanes, terms, count, p, n)
-            if (C - j >= PAIR) for (; p + 6 <= until; p += 6) SOME(PAIR, 6);
-            for (; p < until; p++) SOME(min(PAIR, C - j), 1);
+            long p = from, until = min(P, from + AT_ONCE), lanes = min(PAIR, C - j);
+#define SOME(lanes, vectors, n) \
+    for (; p + n <= until; p += n) \
+        mix_some(out + p * C + j, base ? base + p * C + j : NULL, packed + j / LANES * rows, C, lanes, terms, count, p, \
+                 vectors, n)
+            if (lanes == PAIR) SOME(PAIR, 2, MANY / 2);
+            else if (lanes == LANES) SOME(LANES, 1, MANY);
+            else if (lanes < LANES) SOME(lanes, 1, MANY);
+            if (lanes > LANES) SOME(lanes, 2, 1);
+            else SOME(lanes, 1, 1);
 #undef SOME
         }
     free(packed);
     return 0;
 }
 
-/* total[i, .] += the sum over n pixels of a[., i] b[., .], for some columns i of a and a pair of vectors of b. */
+/* total[i, .] += the sum over n pixels of a[., i] b[., .], for some columns i of a and a vector or a pair of b. */
 INLINE void products_some(double *total, long C, long lanes, const REAL *a, long K, const REAL *b, long step, long n,
-                          int columns) {
-    vector sums[6][2] = {0};
-    for (long p = 0; p < n; p++) {
-        vector first = get(b + p * step, LANES), second = get(b + p * step + LANES, LANES);
-        for (int i = 0; i < columns; i++) {
-            sums[i][0] += a[p * K + i] * first;
-            sums[i][1] += a[p * K + i] * second;
+                          int vectors, int columns) {
+    vector sums[MANY][2] = {0};
+    for (long p = 0; p < n; p++)
+        for (int v = 0; v < vectors; v++) {
+            vector right = get(b + p * step + v * LANES, LANES);
+            for (int i = 0; i < columns; i++) sums[i][v] += a[p * K + i] * right;
         }
-    }
     for (int i = 0; i < columns; i++)
         for (long c = 0; c < lanes; c++) total[i * C + c] += ((REAL *)sums[i])[c];
 }
@@ -299,7 +312,7 @@ INLINE void products_some(double *total, long C, long lanes, const REAL *a, long
    the chunks in double. */
 int products(const REAL *a, const REAL *b, double *sum, double *product, long P, long K, long C) {
     enum { CHUNK = 128 };
-    long wide = up(C, PAIR) * PAIR, T = omp_get_max_threads(), size = K * (C + 1);
+    long wide = up(C, LANES) * LANES, T = omp_get_max_threads(), size = K * (C + 1);
     double *totals = calloc(T * size, sizeof(double));
     vector *copies = zeros(wide == C ? 0 : T * CHUNK * wide / LANES); /* of b with channels filled up, where C needs that */
     if (totals && copies) {
@@ -313,16 +326,15 @@ int products(const REAL *a, const REAL *b, double *sum, double *product, long P,
                 for (long p = 0; p < n; p++) memcpy(copy + p * wide, right + p * C, C * sizeof(REAL));
                 right = copy;
             }
-            for (long j = 0; j < C; j += PAIR)
-                for (long i = 0, columns; i < K; i += columns) {
-                    columns = K - i >= 6 ? 6 : K - i >= 4 ? 4 : 1;
-#define SOME(n_columns) \
-    products_some(total + i * C + j, C, min(PAIR, C - j), left + i, K, right + j, wide, n, n_columns)
-                    if (columns == 6) SOME(6);
-                    else if (columns == 4) SOME(4);
-                    else SOME(1);
+            for (long j = 0; j < C; j += PAIR) {
+                long i = 0;
+#define SOME(vectors, columns) \
+    for (; i + columns <= K; i += columns) \
+        products_some(total + i * C + j, C, min(vectors * LANES, C - j), left + i, K, right + j, wide, n, vectors, columns)
+                if (wide - j > LANES) { SOME(2, MANY / 2); SOME(2, 4); SOME(2, 1); }
+                else { SOME(1, MANY); SOME(1, 4); SOME(1, 1); }
 #undef SOME
-                }
+            }
             for (long i = 0; i < K; i += LANES) {
                 vector found = {0};
                 for (long p = 0; p < n; p++) found += get(left + p * K + i, min(LANES, K - i));
