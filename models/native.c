@@ -299,11 +299,12 @@ int mix(REAL *out, const REAL *base, const REAL *shift, long P, long C, struct t
 INLINE void products_some(double *total, long C, long lanes, const REAL *a, long K, const REAL *b, long step, long n,
                           int vectors, int columns) {
     vector sums[MANY][2] = {0};
-    for (long p = 0; p < n; p++)
-        for (int v = 0; v < vectors; v++) {
-            vector right = get(b + p * step + v * LANES, LANES);
-            for (int i = 0; i < columns; i++) sums[i][v] += a[p * K + i] * right;
-        }
+    for (long p = 0; p < n; p++) {
+        const REAL *pixel = b + p * step;
+        vector right[2] = {get(pixel, LANES), get(pixel + (vectors - 1) * LANES, LANES)};
+        for (int i = 0; i < columns; i++)
+            for (int v = 0; v < vectors; v++) sums[i][v] += a[p * K + i] * right[v];
+    }
     for (int i = 0; i < columns; i++)
         for (long c = 0; c < lanes; c++) total[i * C + c] += ((REAL *)sums[i])[c];
 }
