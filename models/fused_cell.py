@@ -383,18 +383,17 @@ class _Mixture(torch.autograd.Function):
         factor = inverse if w is None else inverse * w.unsqueeze(-1)
         ctx.eps, ctx.synced, ctx.small = eps, synced, (n, m, MS, inverse, factor)
         shift = -factor * mean
-        A = _each((factor.unsqueeze(-1) * M).mT.to(dtype, memory_format=torch.contiguous_format))
+        A = (factor.unsqueeze(-1) * M).mT.to(dtype, memory_format=torch.contiguous_format)
         if w is None:
-            shifts = _each(shift.to(dtype))
+            A, shift = A.flatten(0, 1), shift.flatten(0, 1).to(dtype)
 
             def ys_of(*images):
-                return [native.mix([(z, A_k)], shift=shift_k) for z, A_k, shift_k in zip(images, A, shifts)]
+                return native.mix([(images, A)], shifts=shift)
 
             ys = ys_of(*images)
             remake.can_be_made(ys, ys_of, images)
         else:
-            pairs, shifts = list(zip(images, A)), shift.sum(0).to(dtype).unbind()
-            ys = [native.mix(pairs[e::edges], bases[e] if bases else None, shifts[e]) for e in range(edges)]
+            ys = native.mix(list(zip(_rows(images, edges), A)), list(bases), shift.sum(0).to(dtype))
         mean, var = mean.to(dtype), (var * (n / (n - 1))).to(dtype)
         ctx.mark_non_differentiable(mean, var)
         return mean, var, *ys
@@ -428,17 +427,14 @@ class _Mixture(torch.autograd.Function):
             A = factor.unsqueeze(-1) * M
             D = -M.mT @ (c * M)
             shift = -(D @ m + A.mT @ (sums / n)).squeeze(-1)
-            small = zip(_each(A.to(dtype)), _each(D.to(dtype)), _each(shift.to(dtype)))
-            dzs = [
-                native.mix([(g, A_k), (z, D_k)], shift=shift_k)
-                for g, z, (A_k, D_k, shift_k) in zip(of_terms, images, small)
-            ]
+            A, D, shift = (small.flatten(0, 1).to(dtype) for small in (A, D, shift))
+            dzs = native.mix([(of_terms, A), (images, D)], shifts=shift)
         return None, None, dw, dM, *dzs, *(gs if has_bases else [])
 
 
 def _products(left, right, edges):
     """`native.products` of each pair of images, term by term of E edges, as two tensors (terms, E, ...)."""
-    return [torch.stack(found).unflatten(0, (-1, edges)) for found in zip(*map(native.products, left, right))]
+    return [found.unflatten(0, (-1, edges)) for found in native.products(left, right)]
 
 
 def _over_ranks(*tensors):

@@ -262,28 +262,39 @@ INLINE void mix_some(REAL *out, const REAL *base, const vector *packed, long C, 
 #undef LANES_OF
 }
 
-/* out, (P, C), = base + shift + sum over terms of x A. base, (P, C), and shift, (C), may be null. */
-int mix(REAL *out, const REAL *base, const REAL *shift, long P, long C, struct term *terms, long count) {
+struct mixture {
+    REAL *out; /* (P, C) */
+    const REAL *base, *shift; /* (P, C) and (C), or null */
+};
+
+/* out = base + shift + sum over terms of x A, of `count` mixtures. terms: n of the first mixture, n of the second, ...;
+   their K are alike. */
+int mix(struct mixture *all, long count, struct term *terms, long n, long P, long C) {
     enum { AT_ONCE = 96 };
-    long rows = 1;
-    for (long i = 0; i < count; i++) rows += terms[i].K;
-    vector *packed = zeros(up(C, LANES) * rows); /* for each vector or pair the shift and all matrices */
+    long rows = 1, chunks = up(P, AT_ONCE);
+    for (long i = 0; i < n; i++) rows += terms[i].K;
+    long size = up(C, LANES) * rows;
+    vector *packed = zeros(count * size); /* of each mixture, for each vector or pair, the shift and all matrices */
     if (!packed) return 1;
-    for (long j = 0; j < C; j += PAIR) {
-        REAL *to = (REAL *)packed + j * rows;
-        long size = min(PAIR, C - j), step = size > LANES ? PAIR : LANES;
-        if (shift) memcpy(to, shift + j, size * sizeof(REAL));
-        for (const struct term *t = terms; t < terms + count; t++)
-            for (long k = 0; k < t->K; k++) memcpy(to += step, t->A + k * C + j, size * sizeof(REAL));
-    }
-#pragma omp parallel for schedule(static) if (P > AT_ONCE)
-    for (long from = 0; from < P; from += AT_ONCE)
+    for (long i = 0; i < count; i++)
         for (long j = 0; j < C; j += PAIR) {
-            long p = from, until = min(P, from + AT_ONCE), lanes = min(PAIR, C - j);
-#define SOME(lanes, vectors, n) \
-    for (; p + n <= until; p += n) \
-        mix_some(out + p * C + j, base ? base + p * C + j : NULL, packed + j / LANES * rows, C, lanes, terms, count, p, \
-                 vectors, n)
+            REAL *to = (REAL *)(packed + i * size) + j * rows;
+            long lanes = min(PAIR, C - j), step = lanes > LANES ? PAIR : LANES;
+            if (all[i].shift) memcpy(to, all[i].shift + j, lanes * sizeof(REAL));
+            for (const struct term *t = terms + i * n; t < terms + (i + 1) * n; t++)
+                for (long k = 0; k < t->K; k++) memcpy(to += step, t->A + k * C + j, lanes * sizeof(REAL));
+        }
+#pragma omp parallel for schedule(static)
+    for (long unit = 0; unit < count * chunks; unit++) {
+        const struct mixture m = all[unit / chunks];
+        const struct term *own = terms + unit / chunks * n;
+        long from = unit % chunks * AT_ONCE, until = min(P, from + AT_ONCE);
+        for (long j = 0; j < C; j += PAIR) {
+            const vector *matrices = packed + unit / chunks * size + j / LANES * rows;
+            long p = from, lanes = min(PAIR, C - j);
+#define SOME(lanes, vectors, pixels) \
+    for (; p + pixels <= until; p += pixels) \
+        mix_some(m.out + p * C + j, m.base ? m.base + p * C + j : NULL, matrices, C, lanes, own, n, p, vectors, pixels)
             if (lanes == PAIR) SOME(PAIR, 2, MANY / 2);
             else if (lanes == LANES) SOME(LANES, 1, MANY);
             else if (lanes < LANES) SOME(lanes, 1, MANY);
@@ -291,6 +302,7 @@ int mix(REAL *out, const REAL *base, const REAL *shift, long P, long C, struct t
             else SOME(lanes, 1, 1);
 #undef SOME
         }
+    }
     free(packed);
     return 0;
 }
@@ -309,46 +321,57 @@ INLINE void products_some(double *total, long C, long lanes, const REAL *a, long
         for (long c = 0; c < lanes; c++) total[i * C + c] += ((REAL *)sums[i])[c];
 }
 
-/* sum, (K), of the pixels of a, (P, K); product, (K, C), = a' b, with b (P, C). Chunks of pixels are summed in REAL,
-   the chunks in double. */
-int products(const REAL *a, const REAL *b, double *sum, double *product, long P, long K, long C) {
-    enum { CHUNK = 128 };
-    long wide = up(C, LANES) * LANES, T = omp_get_max_threads(), size = K * (C + 1);
-    double *totals = calloc(T * size, sizeof(double));
-    vector *copies = zeros(wide == C ? 0 : T * CHUNK * wide / LANES); /* of b with channels filled up, where C needs that */
-    if (totals && copies) {
-#pragma omp parallel for schedule(static) if (P > CHUNK)
-        for (long from = 0; from < P; from += CHUNK) {
-            const REAL *left = a + from * K, *right = b + from * C;
-            double *total = totals + omp_get_thread_num() * size;
+struct pair {
+    const REAL *a, *b; /* (P, K), (P, C) */
+};
+
+/* total, (K, C) and then (K), += a' b and the sum of a, over n pixels. b: pixels of `wide` numbers, whole vectors. */
+static void add_products(double *total, const REAL *a, const REAL *b, long n, long K, long C, long wide) {
+    for (long j = 0; j < C; j += PAIR) {
+        long i = 0;
+#define SOME(vectors, columns) \
+    for (; i + columns <= K; i += columns) \
+        products_some(total + i * C + j, C, min(vectors * LANES, C - j), a + i, K, b + j, wide, n, vectors, columns)
+        if (wide - j > LANES) { SOME(2, MANY / 2); SOME(2, 4); SOME(2, 1); }
+        else { SOME(1, MANY); SOME(1, 4); SOME(1, 1); }
+#undef SOME
+    }
+    for (long i = 0; i < K; i += LANES) {
+        vector found = {0};
+        for (long p = 0; p < n; p++) found += get(a + p * K + i, min(LANES, K - i));
+        for (long l = 0; l < min(LANES, K - i); l++) total[K * C + i + l] += found[l];
+    }
+}
+
+/* Of `count` pairs the sums, (K), of the pixels of a, and products, (K, C), = a' b. Chunks of pixels are summed in REAL,
+   the chunks of a block, and the blocks, in double. */
+int products(struct pair *all, long count, double *sums, double *products, long P, long K, long C) {
+    enum { CHUNK = 128, BLOCKS = 8 };
+    long wide = up(C, LANES) * LANES, size = K * (C + 1), blocks = min(BLOCKS, up(P, CHUNK));
+    double *totals = calloc(max(1, count * blocks * size), sizeof(double));
+    vector *copies = zeros(wide == C ? 0 : omp_get_max_threads() * CHUNK * wide / LANES); /* of b, to make vectors whole */
+    int failed = !totals || !copies;
+#pragma omp parallel for schedule(static) if (!failed)
+    for (long unit = 0; unit < (failed ? 0 : count * blocks); unit++) {
+        const struct pair *pair = all + unit / blocks;
+        long chunks = up(P, CHUNK), block = unit % blocks;
+        for (long from = chunks * block / blocks * CHUNK; from < min(P, chunks * (block + 1) / blocks * CHUNK);
+             from += CHUNK) {
+            const REAL *b = pair->b + from * C;
             long n = min(CHUNK, P - from);
             if (wide != C) {
                 REAL *copy = (REAL *)copies + omp_get_thread_num() * CHUNK * wide;
-                for (long p = 0; p < n; p++) memcpy(copy + p * wide, right + p * C, C * sizeof(REAL));
-                right = copy;
+                for (long p = 0; p < n; p++) memcpy(copy + p * wide, b + p * C, C * sizeof(REAL));
+                b = copy;
             }
-            for (long j = 0; j < C; j += PAIR) {
-                long i = 0;
-#define SOME(vectors, columns) \
-    for (; i + columns <= K; i += columns) \
-        products_some(total + i * C + j, C, min(vectors * LANES, C - j), left + i, K, right + j, wide, n, vectors, columns)
-                if (wide - j > LANES) { SOME(2, MANY / 2); SOME(2, 4); SOME(2, 1); }
-                else { SOME(1, MANY); SOME(1, 4); SOME(1, 1); }
-#undef SOME
-            }
-            for (long i = 0; i < K; i += LANES) {
-                vector found = {0};
-                for (long p = 0; p < n; p++) found += get(left + p * K + i, min(LANES, K - i));
-                for (long l = 0; l < min(LANES, K - i); l++) total[K * C + i + l] += found[l];
-            }
-        }
-        for (long i = 0; i < size; i++) {
-            double found = 0;
-            for (long t = 0; t < T; t++) found += totals[t * size + i];
-            *(i < K * C ? product + i : sum + i - K * C) = found;
+            add_products(totals + unit * size, pair->a + from * K, b, n, K, C, wide);
         }
     }
-    int failed = !totals || !copies;
+    for (long i = 0; i < (failed ? 0 : count * size); i++) {
+        double found = 0;
+        for (long block = 0; block < blocks; block++) found += totals[(i / size * blocks + block) * size + i % size];
+        *(i % size < K * C ? products + i / size * K * C + i % size : sums + i / size * K + i % size - K * C) = found;
+    }
     free(totals);
     free(copies);
     return failed;

@@ -6,6 +6,7 @@ float32 and float64. Images are (N, C, H, W), and the outputs channels-last; not
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import shlex
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 REAL = {torch.float32: "float", torch.float64: "double"}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+ARGUMENTS = {"depthwise": "pnnnnnpn", "depthwise_gradients": "ppnnnnnpn", "mix": "pnpnnn", "products": "pnppnnn"}
 
 
 def depthwise(x, relu, convolutions):
@@ -30,11 +32,11 @@ def depthwise(x, relu, convolutions):
     if library is None:
         x = x.relu() if relu else x
         return [F.conv2d(x, weight, None, *geometry, len(weight)) for weight, geometry in convolutions]
-    x = _channels_last(x)
+    (x,) = _channels_last([x])
     N, C, H, W = x.shape
     zs = [_empty(x, C, -(-H // stride), -(-W // stride)) for _, (stride, _, _) in convolutions]
-    table = _table(convolutions, zs, [None] * len(zs))
-    _run(library.depthwise, x, N, H, W, C, int(relu), table, len(table))
+    table = _convolutions(convolutions, zs, [None] * len(zs))
+    _run(library.depthwise, x.data_ptr(), N, H, W, C, relu, table, len(zs))
     return zs
 
 
@@ -43,14 +45,14 @@ def depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights):
     library = _library_for(x, convolutions)
     if library is None:
         return plain_depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights)
-    x, dzs = _channels_last(x), [_channels_last(dz) for dz in dzs]
+    x, *dzs = _channels_last([x, *dzs])
     N, C, H, W = x.shape
     dx = _empty(x, C, H, W) if wants_x else None
     dweights = [
         torch.empty_like(weight) if wanted else None for (weight, _), wanted in zip(convolutions, wants_weights)
     ]
-    table = _table(convolutions, dzs, dweights)
-    _run(library.depthwise_gradients, x, dx, N, H, W, C, int(relu), table, len(table))
+    table = _convolutions(convolutions, dzs, dweights)
+    _run(library.depthwise_gradients, x.data_ptr(), _pointer(dx), N, H, W, C, relu, table, len(dzs))
     return dx, dweights
 
 
@@ -67,39 +69,54 @@ def plain_depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights
     return torch.ops.aten.threshold_backward(dx, x, 0) if relu and wants_x else dx, dweights
 
 
-def mix(terms, base=None, shift=None):
-    """base + shift + sum over terms of x A, images of C channels.
+def mix(terms, bases=None, shifts=None):
+    """Of each of E edges base + shift + sum over terms of x A: a list of images of C channels.
 
-    terms: pairs of images x of K channels and A, (K, C); base: images; shift: (C,); either may be None.
+    terms: pairs of a list of E images x of K channels and matrices A, (E, K, C); bases: a list of E images; shifts:
+    (E, C); either may be None. All images are of one size.
     """
-    x = terms[0][0]
-    library, C = _library(x.dtype), terms[0][1].shape[1]
-    if any((image.shape[1], C, x.dtype) != (*A.shape, A.dtype) or image.dtype != x.dtype for image, A in terms):
-        raise ValueError(f"matrices must be (channels, {C}) of {x.dtype}")
+    (x, *_), A = terms[0]
+    edges, _, C = A.shape
+    for images, A in terms:
+        looks = (len(x), A.shape[1], *x.shape[2:]), x.dtype
+        if {(image.shape, image.dtype) for image in images} != {looks} or A.dtype != x.dtype:
+            raise ValueError(f"images must be of one size, and they and matrices of {x.dtype}")
+        if len(images) != edges or A.shape != (edges, A.shape[1], C):
+            raise ValueError(f"there must be {edges} images and matrices, (channels, {C}) each")
+    library = _library(x.dtype)
     if library is None:
-        y = sum(_matrix(x) @ A for x, A in terms)
-        y = y if shift is None else y + shift
-        y = y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
-        return y if base is None else base + y
-    out = _empty(x, C, *x.shape[2:])
-    terms = [(_channels_last(x), A.contiguous()) for x, A in terms]
-    table = (_Term * len(terms))(*[(x.data_ptr(), A.data_ptr(), len(A)) for x, A in terms])
-    base, shift = None if base is None else _channels_last(base), None if shift is None else shift.contiguous()
-    _run(library.mix, out, base, shift, out.numel() // C, C, table, len(table))
-    return out
+        ys = [sum(_matrix(x) @ A for x, A in of_edge) for of_edge in zip(*[zip(*term) for term in terms])]
+        ys = ys if shifts is None else [y + shift for y, shift in zip(ys, shifts)]
+        ys = [y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2) for y in ys]
+        return [base + y for base, y in zip(bases, ys)] if bases else ys
+    ys = [_empty(x, C, *x.shape[2:]) for _ in range(edges)]
+    terms = [(_channels_last(images), A.contiguous()) for images, A in terms]
+    bases = bases and _channels_last(bases)
+    shifts = shifts if shifts is None else shifts.contiguous()
+    mixtures = _table(
+        (y.data_ptr(), bases[e].data_ptr() if bases else 0, _pointer(shifts, e)) for e, y in enumerate(ys)
+    )
+    table = _table((images[e].data_ptr(), _pointer(A, e), A.shape[1]) for e in range(edges) for images, A in terms)
+    _run(library.mix, mixtures, edges, table, len(terms), x[:, 0].numel(), C)
+    return ys
 
 
 def products(a, b):
-    """Sums over the pixels of images a and b, of K and C channels, in float64: of a, (K,), and of a b', (K, C)."""
-    library = _library(a.dtype)
+    """Of each pair of images, of K and C channels, the sums over their pixels of a, and of a b', in float64.
+
+    a, b: lists of images. Returns (pairs, K) and (pairs, K, C).
+    """
+    library = _library(a[0].dtype)
     if library is None:
-        a, b = _matrix(a), _matrix(b)
-        return a.sum(0, dtype=torch.float64), (a.mT @ b).double()
+        a, b = map(_matrix, a), map(_matrix, b)
+        found = [(left.sum(0, dtype=torch.float64), (left.mT @ right).double()) for left, right in zip(a, b)]
+        return tuple(map(torch.stack, zip(*found)))
     a, b = _channels_last(a), _channels_last(b)
-    K, C = a.shape[1], b.shape[1]
-    found, product = (torch.empty(shape, dtype=torch.float64) for shape in ((K,), (K, C)))
-    _run(library.products, a, b, found, product, a.numel() // K, K, C)
-    return found, product
+    K, C = a[0].shape[1], b[0].shape[1]
+    sums, found = (torch.empty(shape, dtype=torch.float64) for shape in ((len(a), K), (len(a), K, C)))
+    table = _table((left.data_ptr(), right.data_ptr()) for left, right in zip(a, b))
+    _run(library.products, table, len(a), sums.data_ptr(), found.data_ptr(), a[0][:, 0].numel(), K, C)
+    return sums, found
 
 
 def _matrix(image):
@@ -107,8 +124,8 @@ def _matrix(image):
     return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _channels_last(image):
-    return image.contiguous(memory_format=torch.channels_last)
+def _channels_last(images):
+    return [image.contiguous(memory_format=torch.channels_last) for image in images]
 
 
 def _empty(x, C, H, W):
@@ -117,34 +134,27 @@ def _empty(x, C, H, W):
     return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype])).permute(0, 3, 1, 2)
 
 
-class _Convolution(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "z", "dweight")] + [
-        (name, ctypes.c_long) for name in ("k", "stride", "dilation")
-    ]
-
-
-class _Term(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("A", ctypes.c_void_p), ("K", ctypes.c_long)]
-
-
-def _table(convolutions, zs, dweights):
-    rows = [
-        (weight.data_ptr(), z.data_ptr(), dweight if dweight is None else dweight.data_ptr(), weight.shape[-1], *ways)
+def _convolutions(convolutions, zs, dweights):
+    return _table(
+        (weight.data_ptr(), z.data_ptr(), _pointer(dweight), weight.shape[-1], stride, dilation)
         for (weight, (stride, _, dilation)), z, dweight in zip(convolutions, zs, dweights)
-        for ways in [(stride, dilation)]
-    ]
-    return (_Convolution * len(rows))(*rows)
+    )
+
+
+def _table(rows):
+    """An array of one of native.c's structures, whose members are pointers and longs."""
+    numbers = list(itertools.chain.from_iterable(rows))
+    return (ctypes.c_long * len(numbers))(*numbers)
+
+
+def _pointer(tensor, place=0):
+    """To the tensor, or from a place of its first dimension on; null if it is None."""
+    return 0 if tensor is None else tensor.data_ptr() + (place and place * tensor.stride(0) * tensor.element_size())
 
 
 def _run(function, *arguments):
-    if function(*map(_argument, arguments)):
+    if function(*arguments):
         raise MemoryError(f"no memory for {function.__name__}")
-
-
-def _argument(value):
-    if value is None or isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.c_long(value) if isinstance(value, int) else value
 
 
 def _library_for(x, convolutions):
@@ -156,6 +166,14 @@ def _library_for(x, convolutions):
         if not weight.is_contiguous() or (weight.dtype, weight.device) != (x.dtype, x.device):
             return None
     return _library(x.dtype)
+
+
+def _declared(library):
+    """The library, its functions' arguments declared: p for a pointer, n for a long."""
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long}
+    for function, arguments in ARGUMENTS.items():
+        getattr(library, function).argtypes = [kinds[kind] for kind in arguments]
+    return library
 
 
 @functools.cache
@@ -172,7 +190,7 @@ def _library(dtype):
             for command in ([*options, "-c", source, "-o", compiled], ["-shared", compiled, "-o", library]):
                 # linked without OpenMP's library, so that it takes the one that PyTorch has loaded, and its threads
                 subprocess.run([*shlex.split(compiler), *command], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(library)
+            return _declared(ctypes.CDLL(library))
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
         why = next((line for line in lines if "error" in line), lines[0])

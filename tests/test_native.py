@@ -49,27 +49,36 @@ sizes = {
 
 
 @settings(max_examples=60, deadline=None)
-@given(K=st.integers(1, 37), terms=st.integers(1, 3), with_base=st.booleans(), with_shift=st.booleans(), **sizes)
-def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, terms, with_base, with_shift, seed, dtype, threads):
+@given(
+    K=st.integers(1, 37), edges=st.integers(1, 4), terms=st.integers(1, 3), with_bases=st.booleans(),
+    with_shifts=st.booleans(), **sizes,
+)  # fmt: skip
+def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, edges, terms, with_bases, with_shifts, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    pairs = [(images(N, K + i, H, W, dtype), torch.randn(K + i, C, dtype=dtype)) for i in range(terms)]
-    base = images(N, C, H, W, dtype) if with_base else None
-    shift = torch.randn(C, dtype=dtype) if with_shift else None
-    expected = sum(torch.einsum("nkhw,kc->nchw", x.double(), A.double()) for x, A in pairs)
-    expected = expected + (base.double() if with_base else 0) + (shift.double()[:, None, None] if with_shift else 0)
-    close(native.mix(pairs, base, shift), expected, dtype)
+    channels = [K + i for i in range(terms)]
+    given_terms = [
+        ([images(N, k, H, W, dtype) for _ in range(edges)], torch.randn(edges, k, C, dtype=dtype)) for k in channels
+    ]
+    bases = [images(N, C, H, W, dtype) for _ in range(edges)] if with_bases else None
+    shifts = torch.randn(edges, C, dtype=dtype) if with_shifts else None
+    found = native.mix(given_terms, bases, shifts)
+    assert len(found) == edges
+    for e, y in enumerate(found):
+        expected = sum(torch.einsum("nkhw,kc->nchw", xs[e].double(), A[e].double()) for xs, A in given_terms)
+        expected = expected + (bases[e].double() if with_bases else 0)
+        close(y, expected + (shifts[e].double()[:, None, None] if with_shifts else 0), dtype)
 
 
 @settings(max_examples=60, deadline=None)
-@given(K=st.integers(1, 37), **sizes)
-def test_products_are_sums_over_pixels(N, H, W, C, K, seed, dtype, threads):
+@given(K=st.integers(1, 37), pairs=st.integers(1, 4), **sizes)
+def test_products_are_sums_over_pixels(N, H, W, C, K, pairs, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    a, b = images(N, K, H, W, dtype), images(N, C, H, W, dtype)
-    found, product = native.products(a, b)
-    close(found, a.double().sum((0, 2, 3)), dtype)
-    close(product, torch.einsum("nkhw,nchw->kc", a.double(), b.double()), dtype)
+    a, b = ([images(N, channels, H, W, dtype) for _ in range(pairs)] for channels in (K, C))
+    sums, products = native.products(a, b)
+    close(sums, torch.stack(a).double().sum((1, 3, 4)), dtype)
+    close(products, torch.einsum("enkhw,enchw->ekc", torch.stack(a).double(), torch.stack(b).double()), dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +126,7 @@ def test_relu_lets_nan_pass_and_its_gradient_too():
     assert torch.equal(dx == 0, x <= 0)
 
 
-def test_the_number_of_threads_does_not_change_a_convolution(way):
+def test_the_number_of_threads_changes_nothing(way):
     if way != "compiled":
         pytest.skip("PyTorch's own may depend on it")
     x, weight = images(9, 17, 11, 7, torch.float32), torch.randn(17, 1, 5, 5)
@@ -126,14 +135,16 @@ def test_the_number_of_threads_does_not_change_a_convolution(way):
         torch.set_num_threads(threads)
         (z,) = native.depthwise(x, True, [(weight, (1, 2, 1))])
         dx, (dweight,) = native.depthwise_gradients(x, True, [(weight, (1, 2, 1))], [z], True, [True])
-        found.append((z, dx, dweight))
+        found.append((z, dx, dweight, *native.products([x], [x]), *native.mix([([x], weight[None, :, 0, 0])])))
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others))
 
 
 def test_an_empty_batch_gives_an_empty_batch():
     (z,) = native.depthwise(images(0, 5, 6, 6), False, [(torch.randn(5, 1, 3, 3).double(), (2, 1, 1))])
     assert z.shape == (0, 5, 3, 3)
-    assert native.mix([(images(0, 5, 6, 6), torch.randn(5, 2).double())]).shape == (0, 2, 6, 6)
+    empty = images(0, 5, 6, 6)
+    assert native.mix([([empty], torch.randn(1, 5, 2).double())])[0].shape == (0, 2, 6, 6)
+    assert not any(found.any() for found in native.products([empty], [empty]))
 
 
 @pytest.mark.parametrize("weight", [torch.randn(4, 1, 3, 3), torch.randn(9, 1, 3, 3).double(), torch.randn(9, 1, 3, 5)])
@@ -145,8 +156,9 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch(weight):
     else:
         with pytest.raises(RuntimeError):
             native.depthwise(x, False, convolutions)
-    with pytest.raises(ValueError, match="matrices"):
-        native.mix([(x, torch.randn(4, 3))])
+    for wrong in (([x], torch.randn(1, 4, 3)), ([x, x], torch.randn(1, 9, 3)), ([x, x[:1]], torch.randn(2, 9, 3))):
+        with pytest.raises(ValueError):
+            native.mix([wrong])
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "'unbalanced"])
