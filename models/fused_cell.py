@@ -12,7 +12,7 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 
        y = sum_k w_k (M_k z_k - mean_k) / sqrt(var_k + eps)                                    (BN has no affine part)
 
-   For large images on the CPU (`_Mixture`) M_k z_k is never formed: with the mean m and the covariance S of z,
+   On the CPU (`_Mixture`) M_k z_k is never formed: with the mean m and the covariance S of z,
    mean = M m and var = diag(M S M'), so y is one matrix product more, sum_k A_k z_k + const with
    A_k = w_k diag(var_k + eps)^-1/2 M_k, and only z has to be kept. For the gradient let g = dL/dy, R = sum over pixels
    of g (z - m)' and v = diag(M R'):
@@ -23,7 +23,7 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 
    Elsewhere, where a launch costs more than another pass over the data, it is PyTorch's BN, with w as its scale.
 
-Two ways of laying the tensors out serve three cases, see `choose_path`. A candidate that does not have one of these
+There are two ways of laying the tensors out, see `choose_path`. A candidate that does not have one of these
 forms, or has a hook, runs by itself on each edge, so a new primitive works before it is fast. Every result can be
 differentiated twice, but for BN over several ranks.
 """
@@ -36,17 +36,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import native, remake, sync_bn
-from models.depthwise import (
-    FEW_PIXELS,
-    DepthwiseConv2d,
-    channels_last_depthwises,
-    dense_depthwise,
-    dense_gradient,
-    every_second,
-)
+from models.depthwise import DepthwiseConv2d, channels_last_depthwises, dense_gradient, every_second
 from models.ops import DilConv, FactorizedReduce, Identity, PoolBN, SepConv, Zero
 
-FEW_NUMBERS = 2**11  # in an image; not in a batch, since all ranks must choose alike
 ELEMENTWISE = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # activations that work in any layout
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -78,20 +70,16 @@ def nodes(dag, s0, s1, w_dag, recompute=False):
 def choose_path(x):
     """How the edges from states like x run.
 
-    On CUDA a launch is dear and its kernels like large tensors: all edges at once. So it is on the CPU for images of a
-    few pixels, with the depthwise convolutions as matrices. For others edge by edge, since what lies in the cache is
-    used again, channels-last and in C.
+    On CUDA a launch is dear and its kernels like large tensors: all edges at once. On the CPU edge by edge, since what
+    lies in the cache is used again, channels-last and in C.
     """
-    if x.device.type != "cpu":
-        return BATCHED
-    few = x.shape[2:].numel() <= FEW_PIXELS and x.shape[1:].numel() <= FEW_NUMBERS
-    return BATCHED_DENSE if few else EDGE_BY_EDGE
+    return EDGE_BY_EDGE if x.device.type == "cpu" else BATCHED
 
 
-def remakes(x, C):
-    """Whether `nodes` with recompute keeps less for states of C channels that are as large as x. Elsewhere a cell can
-    be run forward as a whole again."""
-    return choose_path(x.new_empty(1, C, *x.shape[2:])) is EDGE_BY_EDGE
+def remakes(x):
+    """Whether `nodes` with recompute keeps less for states like x. Elsewhere a cell can be run forward as a whole
+    again."""
+    return choose_path(x) is EDGE_BY_EDGE
 
 
 class _Path:
@@ -141,7 +129,7 @@ class _Path:
             inner = []
             for column, ((links, (*kernel, M)), *rest), x in going:
                 z = next(convolved) if kernel else self._unconvolved(x)
-                (inner if rest else ends).append((column, rest, z, M, [link.bn for link in links]))
+                (inner if rest else ends).append((column, rest, z, M.flatten(2), [link.bn for link in links]))
             normalised = self._normalised(inner, statistics)
             going = [
                 (column, rest, [self._activation(rest[0][0][0])(y) for y in of_step])
@@ -254,13 +242,7 @@ class _EdgeByEdge(_Path):
 
 
 class _Batched(_Path):
-    """All edges at once: few large steps. E edges are one tensor (E, C, N, H, W), in this order in memory.
-
-    depthwise: f(x, weight (E, C, 1, k, k), stride, padding, dilation).
-    """
-
-    def __init__(self, depthwise):
-        self.depthwise = depthwise
+    """All edges at once: few large steps. E edges are one tensor (E, C, N, H, W), in this order in memory."""
 
     def mixed(self, states, edges, weights, statistics):
         """See `_EdgeByEdge.mixed`."""
@@ -276,7 +258,7 @@ class _Batched(_Path):
         return [source.unsqueeze(1).expand(-1, n, -1, -1, -1, -1).flatten(0, 1) for source in sources]
 
     def _convolved(self, jobs):
-        return [self.depthwise(x, kernels, *_geometry(links[0].spatial)) for links, (x,), kernels in jobs]
+        return [_grouped_depthwise(x, kernels, *_geometry(links[0].spatial)) for links, (x,), kernels in jobs]
 
     def _unconvolved(self, x):
         return x[0]
@@ -532,13 +514,7 @@ def _grouped_depthwise(x, weight, stride, padding, dilation):
     return z.squeeze(0).unflatten(0, x.shape[:3])
 
 
-def _dense_depthwise(x, weight, *geometry):
-    z = dense_depthwise(x.flatten(0, 1), weight.flatten(0, 2), *geometry)
-    return z.unflatten(0, x.shape[:2])
-
-
-BATCHED = _Batched(_grouped_depthwise)
-BATCHED_DENSE = _Batched(_dense_depthwise)  # little to keep: fewer steps count for more
+BATCHED = _Batched()
 EDGE_BY_EDGE = _EdgeByEdge()
 
 
@@ -559,10 +535,10 @@ def _links(op):
 
 
 def _weights(links):
-    """Of the same step on each edge: its depthwise kernels, if any, and its pointwise matrices (C, K)."""
+    """Of the same step on each edge: its depthwise kernels, if any, and its pointwise matrices, (C, K, ...)."""
     if links[0].spatial is not None:
         yield [link.spatial.weight for link in links]
-        yield [link.pointwise[0].weight.flatten(1) for link in links]
+        yield [link.pointwise[0].weight for link in links]
     else:
         yield [torch.block_diag(*(conv.weight.flatten(1) for conv in link.pointwise)) for link in links]
 
@@ -571,9 +547,25 @@ def _stacked(groups):
     """A stack of each group of tensors of one shape, by one concatenation of all."""
     if all(len(group) == 1 for group in groups):
         return [group[0].unsqueeze(0) for group in groups]
-    flat = torch.cat([tensor.flatten() for group in groups for tensor in group])
-    parts = flat.split([len(group) * group[0].numel() for group in groups])
-    return [part.view(len(group), *group[0].shape) for part, group in zip(parts, groups)]
+    return _Stacks.apply([len(group) for group in groups], *itertools.chain(*groups))
+
+
+class _Stacks(torch.autograd.Function):
+    """Stacks of the first tensors, of the next ones, ...: a step and its gradient where PyTorch's would be one for each
+    tensor."""
+
+    @staticmethod
+    def forward(ctx, sizes, *tensors):
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        flat, ends = torch.cat([tensor.flatten() for tensor in tensors]), list(itertools.accumulate(sizes))
+        firsts = [tensors[end - size] for size, end in zip(sizes, ends)]
+        parts = flat.split([size * first.numel() for size, first in zip(sizes, firsts)])
+        return tuple(part.view(size, *first.shape) for part, size, first in zip(parts, sizes, firsts))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *itertools.chain(*[[None] * n if g is None else g.unbind() for n, g in zip(ctx.sizes, grads)])
 
 
 class _Inputs:
@@ -673,12 +665,12 @@ _SETTINGS = {
 
 def _signature(module):
     """What a module computes but for its weights: equal for two modules that may run as one. Hooks keep it alone."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    kind, own = type(module), vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return object()
-    if module._modules:
-        return (type(module), *[_signature(child) for child in module._modules.values()])
-    own = vars(module)
-    return (type(module), *[own.get(name) for name in _SETTINGS.get(type(module), ())])
+    if own["_modules"]:
+        return (kind, *map(_signature, own["_modules"].values()))
+    return (kind, *map(own.get, _SETTINGS.get(kind, ())))
 
 
 _KINDS = {}

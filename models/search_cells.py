@@ -32,7 +32,6 @@ class SearchCell(nn.Module):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {execution!r}")
         self.execution = execution
-        self.C = C
         self.preproc0, self.preproc1 = cell_inputs(C_pp, C_p, C, reduction_p, affine=False)
         self.dag = nn.ModuleList(
             nn.ModuleList(MixedOp(C, 2 if reduction and source < 2 else 1) for source in range(i + 2))

@@ -78,7 +78,7 @@ class SearchCNN(nn.Module):
     def _run(self, cell, *inputs):
         if not (self.recompute and torch.is_grad_enabled()):
             return cell(*inputs)
-        if cell.execution == "fused" and fused_cell.remakes(inputs[1], cell.C):
+        if cell.execution == "fused" and fused_cell.remakes(inputs[1]):
             return cell(*inputs, recompute=True)
 
         def contexts():

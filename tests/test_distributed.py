@@ -32,7 +32,7 @@ from utils import cosine_lr, load_checkpoint
 
 # global batches: divisible, odd, and too small to give each of two, or of four, ranks two rows
 SIZES = (8, 7, 9, 5, 3, 2)
-PATHS = {"plain": None, "EDGE_BY_EDGE": "fused", "BATCHED": "fused", "BATCHED_DENSE": "fused"}
+PATHS = {"plain": None, "EDGE_BY_EDGE": "fused", "BATCHED": "fused"}
 
 
 # What ranks do. Each function returns name -> tensor.
@@ -129,7 +129,7 @@ PER_RANK = {
     "own augment": functools.partial(augmented, sync_bn=False),
 }
 # to be left out where four ranks share two cores
-SLOW = ("plain", "BATCHED", "BATCHED_DENSE", "recompute", "own search", "own augment")
+SLOW = ("plain", "BATCHED", "recompute", "own search", "own augment")
 
 
 def everything(n):

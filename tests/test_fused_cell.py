@@ -25,7 +25,6 @@ TOLERANCE = 1e-10
 PATHS = {
     "as chosen": None,
     "edge by edge": fused_cell.EDGE_BY_EDGE,
-    "batched, with matrices": fused_cell.BATCHED_DENSE,
     "batched, as on CUDA": fused_cell.BATCHED,
 }
 

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch(weight):
         with pytest.raises(RuntimeError):
             native.depthwise(x, False, convolutions)
     for wrong in (([x], torch.randn(1, 4, 3)), ([x, x], torch.randn(1, 9, 3)), ([x, x[:1]], torch.randn(2, 9, 3))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="must be"):
             native.mix([wrong])
 
 
