@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 import distributed
-from models.search_cnn import frozen_statistics
+from models.search_cnn import frozen_statistics, tracking
 
 
 class Architect:
@@ -25,7 +25,8 @@ class Architect:
         self.w_momentum = w_momentum
         self.w_weight_decay = w_weight_decay
         self.eps_scale = eps_scale
-        self.weights, self.alphas = list(net.weights()), list(net.alphas())  # finding them takes a while
+        # finding these takes a while
+        self.weights, self.alphas, self.tracking = list(net.weights()), list(net.alphas()), tracking(net)
 
     def virtual_step(self, trn_X, trn_y, xi, w_optim):
         """w' = w - xi * (momentum * buf + grad_w L_T(w, a) + weight_decay * w), a tensor per weight.
@@ -88,7 +89,7 @@ class Architect:
         Other parameters are set not to need any meanwhile, so that nothing is computed or kept for them. All are this
         rank's parts: see `distributed.mean`.
         """
-        with frozen_statistics(self.net), _only_requiring_grad(self.alphas + self.weights, wrt):
+        with frozen_statistics(self.tracking), _only_requiring_grad(self.alphas + self.weights, wrt):
             loss = distributed.part(self.net.loss(X, y), y)
             return loss.detach(), *torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
 

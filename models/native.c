@@ -13,6 +13,7 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 #ifdef __AVX512F__ /* a vector's bytes; how many sums of products are kept in registers */
+#include <immintrin.h>
 enum { BYTES = 64, MANY = 16 };
 #else
 enum { BYTES = 32, MANY = 12 };
@@ -36,14 +37,24 @@ static vector *zeros(size_t vectors) {
 INLINE vector get(const REAL *from, long lanes) {
     vector v = {0};
     if (lanes == LANES) memcpy(&v, from, sizeof v);
+#ifdef __AVX512F__
+    else if (sizeof(REAL) == 4) v = (vector)_mm512_maskz_loadu_ps((1u << lanes) - 1, from);
+    else v = (vector)_mm512_maskz_loadu_pd((1u << lanes) - 1, from);
+#else
     else if (lanes == LANES / 2) memcpy(&v, from, sizeof v / 2);
     else for (long l = 0; l < lanes; l++) v[l] = from[l];
+#endif
     return v;
 }
 INLINE void put(REAL *to, vector v, long lanes) {
     if (lanes == LANES) memcpy(to, &v, sizeof v);
+#ifdef __AVX512F__
+    else if (sizeof(REAL) == 4) _mm512_mask_storeu_ps(to, (1u << lanes) - 1, (__m512)v);
+    else _mm512_mask_storeu_pd(to, (1u << lanes) - 1, (__m512d)v);
+#else
     else if (lanes == LANES / 2) memcpy(to, &v, sizeof v / 2);
     else for (long l = 0; l < lanes; l++) to[l] = v[l];
+#endif
 }
 INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 
@@ -118,12 +129,14 @@ INLINE void convolve_some(REAL *out, long step, long lanes, int add, const vecto
 INLINE void convolve(REAL *out, long step, long lanes, int add, const vector *in, long width, const vector *kernel,
                      long k, long stride, long dilation, long n) {
     long x = 0;
-#define SOME(lanes, stride, n) \
-    convolve_some(out + x * step, step, lanes, add, in + x * stride, width, kernel, k, stride, dilation, n)
-    if (lanes == LANES && stride == 1) for (; x + 8 <= n; x += 8) SOME(LANES, 1, 8);
-    if (lanes == LANES) for (; x + 4 <= n; x += 4) SOME(LANES, stride, 4);
-    else for (; x + 4 <= n; x += 4) SOME(lanes, stride, 4);
-    for (; x < n; x++) SOME(lanes, stride, 1);
+#define SOME(lanes, stride, pixels) \
+    for (; x + pixels <= n; x += pixels) \
+        convolve_some(out + x * step, step, lanes, add, in + x * stride, width, kernel, k, stride, dilation, pixels)
+    if (lanes == LANES && stride == 1) SOME(LANES, 1, 8);
+    if (lanes == LANES) SOME(LANES, stride, 4);
+    if (stride == 1) SOME(lanes, 1, 8);
+    SOME(lanes, stride, 4);
+    SOME(lanes, stride, 1);
 #undef SOME
 }
 

@@ -107,34 +107,34 @@ class SearchCNN(nn.Module):
         return Genotype(normal, concat, reduce, concat)
 
 
-def _tracking(net):
+def tracking(net):
+    """The normalisation layers that record running statistics."""
     return [module for module in net.modules() if vars(module).get("track_running_stats")]
 
 
 @contextlib.contextmanager
-def frozen_statistics(net):
-    """Let normalisation layers use the batch's statistics as they do in training, without recording them."""
-    tracking = _tracking(net)
+def frozen_statistics(modules):
+    """Let normalisation layers, see `tracking`, use the batch's statistics as they do in training, and record none."""
     try:
-        for module in tracking:
+        for module in modules:
             module.track_running_stats = False
         yield
     finally:
-        for module in tracking:
+        for module in modules:
             module.track_running_stats = True
 
 
 @contextlib.contextmanager
 def _unmoved_statistics(net):
     """Record running statistics with momentum 0: the same computation again, which moves none."""
-    tracking = _tracking(net)
-    before = [(module.momentum, module.num_batches_tracked.clone()) for module in tracking]
+    modules = tracking(net)
+    before = [(module.momentum, module.num_batches_tracked.clone()) for module in modules]
     try:
-        for module in tracking:
+        for module in modules:
             module.momentum = 0.0
         yield
     finally:
-        for module, (momentum, count) in zip(tracking, before):
+        for module, (momentum, count) in zip(modules, before):
             module.momentum = momentum
             module.num_batches_tracked.copy_(count)
 
