@@ -114,8 +114,11 @@ class _Path:
                 base = _plus(base, self._one_by_one(ops, x) * column[:, None, None, None, None])
         return _plus(base, self._mix(torch.stack(columns, 1), terms)) if terms else base
 
-    def _chains(self, inputs, bases, chains, statistics):
-        """bases plus the chains of E edges. chains: (the edges' weights (E,), their operations)."""
+    def _chains(self, inputs, bases, kinds, candidates, w_columns, statistics):
+        """bases plus the candidates that are chains, weighted; see `_weightless`."""
+        chains = [(column, ops) for column, ops, kind in zip(w_columns, candidates, kinds) if kind == "chain"]
+        if not chains:
+            return bases
         going = [(column, list(zip(*map(_links, ops)))) for column, ops in chains]  # [step][edge]: a _Link
         matrices = iter(_stacked([weights for _, steps in going for links in steps for weights in _weights(links)]))
         going = [(column, [(links, [next(matrices) for _ in _weights(links)]) for links in steps],
@@ -162,8 +165,7 @@ class _EdgeByEdge(_Path):
             base = self._weightless(source, kinds, zip(*of_state), own, statistics)
             if base is not None:  # apart as it lies in memory, so that gradients are joined in that order
                 bases += [part.permute(0, 3, 1, 2) for part in base.permute(1, 0, 3, 4, 2).unbind(1)]
-        chains = [(column, ops) for column, ops, kind in zip(columns, candidates, kinds) if kind == "chain"]
-        outputs = self._chains(_Inputs(sources, n, self._spread), bases, chains, statistics) if chains else bases
+        outputs = self._chains(_Inputs(sources, n, self._spread), bases, kinds, candidates, columns, statistics)
         return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
 
     def _spread(self, sources, n):
@@ -249,8 +251,7 @@ class _Batched(_Path):
         n, kinds, candidates, columns = _table(edges, weights)
         source = torch.stack([state.transpose(0, 1) for state in states])
         bases = self._weightless(source, kinds, candidates, columns, statistics)
-        chains = [(column, ops) for column, ops, kind in zip(columns, candidates, kinds) if kind == "chain"]
-        outputs = self._chains(_Inputs([source], n, self._spread), bases, chains, statistics) if chains else bases
+        outputs = self._chains(_Inputs([source], n, self._spread), bases, kinds, candidates, columns, statistics)
         outputs = outputs.unflatten(0, (len(states), n))
         return [output.transpose(0, 1) for output in (outputs.sum(0) if len(states) > 1 else outputs[0]).unbind()]
 
