@@ -280,6 +280,10 @@ def torchrun(cwd, n, script, *words, options=(), wait=True):
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def values(run, tag):
+    return [event.value for event in EventAccumulator(str(run / "tb")).Reload().Scalars(tag)]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same search on one rank and on two, with global statistics: the folder that it was started in."""
@@ -291,9 +295,13 @@ def runs(tmp_path_factory):
     return cwd
 
 
-def test_a_search_under_torchrun_finds_the_genotype_of_one_process(runs):
-    one, two = (json.loads((runs / "runs/search" / name / "history.json").read_text()) for name in ("one", "two"))
-    assert [epoch["string"] for epoch in one] == [epoch["string"] for epoch in two]
+def test_a_search_under_torchrun_goes_as_in_one_process(runs):
+    """As far as float32 goes: eq. 7 amplifies rounding. Above it is float64, to 1e-9."""
+    for tag in ("step/loss", "step/alpha_loss"):
+        one, two = (values(runs / "runs/search" / name, tag) for name in ("one", "two"))
+        assert len(one) == 12
+        assert one[:3] == pytest.approx(two[:3], rel=1e-4)
+        assert one == pytest.approx(two, rel=0.05)
     states = [load_checkpoint(runs / "runs/search" / name / "checkpoint.pt") for name in ("one", "two")]
     for name, tensor in states[0]["keeps"]["net"].items():
         if not name.endswith("running_mean"):  # of what is zero but for rounding
@@ -315,10 +323,7 @@ def test_augment_under_torchrun_trains_as_one_process(tmp_path):
     assert run_script("augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", cwd=tmp_path).returncode == 0
     process = torchrun(tmp_path, 2, "augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", "--name", "two")
     assert process.returncode == 0, process.stderr
-    losses = []
-    for name in ("digits", "two"):
-        events = EventAccumulator(str(tmp_path / "runs/augment" / name / "tb")).Reload()
-        losses.append([event.value for event in events.Scalars("step/loss")])
+    losses = [values(tmp_path / "runs/augment" / name, "step/loss") for name in ("digits", "two")]
     assert len(losses[0]) == 12
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)  # later, roundings have been amplified
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
