@@ -34,6 +34,8 @@ def is_channels_last_on_cpu(x):
 
 def channels_last_depthwise(x, weight, stride, padding, dilation):
     """The convolution of channels-last CPU images x, (N, C, H, W), with weight, (C, 1, k, k)."""
+    if stride == dilation == 2 and padding % 2 == 0:  # reads every second pixel alone
+        x, stride, padding, dilation = every_second(x), 1, padding // 2, 1
     return channels_last_depthwises(x, [(weight, (stride, padding, dilation))])[0]
 
 

@@ -5,8 +5,9 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 1. Edges whose sources are there run together: first all edges from both inputs, then those from each new node. They
    share relu(state_j), and both pools with their normalisation, which have no weights; `none` costs nothing. What has
    no weights is mixed by one matrix product.
-2. A chain of (activation, depthwise, pointwise, BN) runs on all its edges at once, as E images of C channels: the
-   pointwise convolutions of all edges are one batched matrix product, the depthwise ones one grouped convolution.
+2. A chain of (activation, depthwise, pointwise, BN) runs on all its edges at once, as E images of C channels. On CUDA
+   the pointwise convolutions of all edges are one batched matrix product, the depthwise ones one grouped convolution;
+   on the CPU all depthwise convolutions of an image are one step.
 3. The last BN of a chain and the weighting are one step. With z = depthwise(...) as a matrix (C, pixels), M the
    pointwise weights, and mean and variance over the pixels,
 
@@ -121,7 +122,8 @@ class _Path:
             return bases
         going = [(column, list(zip(*map(_links, ops)))) for column, ops in chains]  # [step][edge]: a _Link
         matrices = iter(_stacked([weights for _, steps in going for links in steps for weights in _weights(links)]))
-        going = [(column, [(links, [next(matrices) for _ in _weights(links)]) for links in steps],
+        going = [(column, [(links, [next(matrices) for _ in range(1 if links[0].spatial is None else 2)])
+                           for links in steps],
                   inputs(steps[0][0], self._activation(steps[0][0])))
                  for column, steps in going]  # fmt: skip
         ends = []
@@ -229,9 +231,11 @@ class _EdgeByEdge(_Path):
 
     def _mix(self, weights, terms):
         """Sums of the terms, each (N, C, H, W): weights (E, terms) -> (E, N, C, H, W)."""
-        stacked = torch.stack([dense_gradient(term.permute(0, 2, 3, 1)) for term in terms], 1)  # as they lie in memory
-        mixed = torch.bmm(weights.expand(len(stacked), -1, -1), stacked.flatten(2))  # matmul would copy
-        return mixed.unflatten(2, stacked.shape[2:]).permute(1, 0, 4, 2, 3)
+        stacked = _side_by_side(*[dense_gradient(term) for term in terms])
+        remake.can_be_made([stacked], lambda *terms: [_side_by_side(*terms)], terms)
+        mixed = torch.bmm(weights.expand(len(stacked), -1, -1), stacked)  # matmul would copy
+        _, C, H, W = terms[0].shape
+        return mixed.unflatten(2, (H, W, C)).permute(1, 0, 4, 2, 3)
 
     def _one_by_one(self, ops, x):
         return torch.stack([op(x) for op in ops])
@@ -240,6 +244,8 @@ class _EdgeByEdge(_Path):
         """PyTorch's BN of x by the statistics of the batch."""
         y, moments = _batch_norm(x, bns, None)
         statistics.add(bns, *moments.unsqueeze(1))
+        if not _is_synced(bns):
+            remake.can_be_made([y], lambda x: [_batch_norm(x, bns, None)[0]], [x])
         return y
 
 
@@ -389,7 +395,9 @@ class _Mixture(torch.autograd.Function):
         N, _, *size = images[0].shape
         gs = [images[0].new_zeros(N, M.shape[2], *size) if g is None else g for g in gs]
         has_bases = len(wants_z) > len(images)
-        if torch.is_grad_enabled() and not ctx.synced:
+        if torch.is_grad_enabled():
+            if ctx.synced:
+                raise RuntimeError("batch normalisation over several ranks cannot be differentiated twice")
             return None, None, *_differentiable_gradients(ctx, gs, w, M, images), *(gs if has_bases else [])
         n, m, MS, inverse, factor = ctx.small
         dtype, edges = M.dtype, M.shape[1]
@@ -505,6 +513,11 @@ def _each(small):
 def _rows(tensors, n):
     """A list cut into lists of n."""
     return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]
+
+
+def _side_by_side(*images):
+    """Images (N, C, H, W) as (N, images, H * W * C), as channels-last ones lie in memory."""
+    return torch.stack([image.permute(0, 2, 3, 1) for image in images], 1).flatten(2)
 
 
 def _grouped_depthwise(x, weight, stride, padding, dilation):
@@ -679,18 +692,16 @@ _KINDS = {}
 
 def _kind(ops):
     """How these operations, the same candidate on several edges, run: pool, skip, chain, zero, or alone."""
-    signatures = [_signature(op) for op in ops]
-    if signatures.count(signatures[0]) < len(ops):
+    signatures = [_signature(op) for op in (*ops, ops[0])]  # with a hook inside it is not even like itself
+    if signatures.count(signatures[0]) < len(signatures):
         return "alone"
     if signatures[0] not in _KINDS:
-        _KINDS[signatures[0]] = _classify(ops[0], signatures[0])
+        _KINDS[signatures[0]] = _classify(ops[0])
     return _KINDS[signatures[0]]
 
 
-def _classify(op, signature):
+def _classify(op):
     kind = type(op)
-    if type(signature) is object:
-        return "alone"
     if kind in (Identity, Zero):
         return "skip" if kind is Identity else "zero"
     if kind is PoolBN:

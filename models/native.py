@@ -78,11 +78,12 @@ def mix(terms, bases=None, shifts=None):
     (x, *_), A = terms[0]
     edges, _, C = A.shape
     for images, A in terms:
-        looks = (len(x), A.shape[1], *x.shape[2:]), x.dtype
-        if {(image.shape, image.dtype) for image in images} != {looks} or A.dtype != x.dtype:
-            raise ValueError(f"images must be of one size, and they and matrices of {x.dtype}")
-        if len(images) != edges or A.shape != (edges, A.shape[1], C):
-            raise ValueError(f"there must be {edges} images and matrices, (channels, {C}) each")
+        _check(images, edges, (len(x), A.shape[1], *x.shape[2:]), x.dtype)
+        _check([A], 1, (edges, A.shape[1], C), x.dtype)
+    if bases:
+        _check(bases, edges, (len(x), C, *x.shape[2:]), x.dtype)
+    if shifts is not None:
+        _check([shifts], 1, (edges, C), x.dtype)
     library = _library(x.dtype)
     if library is None:
         ys = [sum(_matrix(x) @ A for x, A in of_edge) for of_edge in zip(*[zip(*term) for term in terms])]
@@ -104,8 +105,10 @@ def mix(terms, bases=None, shifts=None):
 def products(a, b):
     """Of each pair of images, of K and C channels, the sums over their pixels of a, and of a b', in float64.
 
-    a, b: lists of images. Returns (pairs, K) and (pairs, K, C).
+    a, b: lists of images, all of one size. Returns (pairs, K) and (pairs, K, C).
     """
+    _check(a, len(a), a[0].shape, a[0].dtype)
+    _check(b, len(a), (len(a[0]), b[0].shape[1], *a[0].shape[2:]), a[0].dtype)
     library = _library(a[0].dtype)
     if library is None:
         a, b = map(_matrix, a), map(_matrix, b)
@@ -117,6 +120,12 @@ def products(a, b):
     table = _table((left.data_ptr(), right.data_ptr()) for left, right in zip(a, b))
     _run(library.products, table, len(a), sums.data_ptr(), found.data_ptr(), a[0][:, 0].numel(), K, C)
     return sums, found
+
+
+def _check(tensors, n, shape, dtype):
+    """native.c reads n tensors of this shape and type."""
+    if len(tensors) != n or any(tensor.shape != shape or tensor.dtype != dtype for tensor in tensors):
+        raise ValueError(f"there must be {n}, {tuple(shape)} each, of {dtype}")
 
 
 def _matrix(image):
@@ -159,6 +168,8 @@ def _run(function, *arguments):
 
 def _library_for(x, convolutions):
     """native.c for such images and convolutions; None for those that it doesn't know, or that PyTorch will refuse."""
+    if 0 in x.shape[1:]:
+        return None
     for weight, (_, padding, dilation) in convolutions:
         k = weight.shape[-1]
         if weight.shape != (x.shape[1], 1, k, k) or k % 2 == 0 or padding != dilation * (k // 2):

@@ -22,17 +22,12 @@ from utils import get_data
 # Sums in another order; a normalisation over few values of nearly no variance multiplies their rounding.
 TOLERANCE = 1e-10
 
-PATHS = {
-    "as chosen": None,
-    "edge by edge": fused_cell.EDGE_BY_EDGE,
-    "batched, as on CUDA": fused_cell.BATCHED,
-}
+PATHS = {"edge by edge": fused_cell.EDGE_BY_EDGE, "batched, as on CUDA": fused_cell.BATCHED}
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    if PATHS[request.param] is not None:
-        monkeypatch.setattr(fused_cell, "choose_path", lambda x: PATHS[request.param])
+    monkeypatch.setattr(fused_cell, "choose_path", lambda x: PATHS[request.param])
 
 
 def cells(n_nodes, C, reduction_p, reduction, training=True, C_pp=5, C_p=4):
@@ -93,7 +88,7 @@ def test_any_cell_is_the_plain_cell(size, N, **drawn):
 
 @settings(max_examples=12, deadline=None)
 @given(size=st.tuples(st.integers(3, 12), st.integers(3, 12)), **shapes)
-@pytest.mark.parametrize("which", [name for name in PATHS if name != "as chosen"])
+@pytest.mark.parametrize("which", PATHS)
 def test_any_cell_is_the_plain_cell_on_every_path(which, size, N, **drawn):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_cell, "choose_path", lambda x: PATHS[which])
@@ -133,13 +128,25 @@ def test_edges_that_differ_run_by_themselves(path):
     assert_same(results(fused, s0, s1, weights), results(plain, s0, s1, weights))
 
 
-def test_hooks_on_operations_are_called(path):
+@pytest.mark.parametrize("source", [0, 2])  # one of several edges from a source, and the only one
+@pytest.mark.parametrize("inside", [False, True])
+def test_hooks_on_operations_are_called(path, source, inside):
     _, cell = cells(2, 4, False, False)
-    seen = []
-    cell.dag[1][0]._ops[3].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    seen, op = [], cell.dag[1][source]._ops[3]
+    (op[0][1] if inside else op).register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     weights = [torch.rand(i + 2, 8, dtype=torch.float64) for i in range(2)]
     cell(*(torch.randn(3, c, 6, 6, dtype=torch.float64) for c in (5, 4)), weights)
     assert seen == [(3, 4, 6, 6)]
+
+
+def test_states_of_different_sizes_are_refused(path):
+    _, cell = cells(2, 4, False, False)
+    with pytest.raises((ValueError, RuntimeError)):
+        cell(
+            torch.randn(3, 5, 6, 6).double(),
+            torch.randn(3, 4, 5, 5).double(),
+            [torch.rand(i + 2, 8).double() for i in (0, 1)],
+        )
 
 
 def test_too_few_values_to_normalise_are_refused(path):
@@ -283,7 +290,6 @@ def kept_bytes(net, X, y, monkeypatch):
 
 
 def test_recomputing_keeps_less_and_can_be_done_twice(monkeypatch):
-    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.EDGE_BY_EDGE)
     X, y = batch(n=9)
     kept, recomputed = nets()[1], nets()[1]
     recomputed.recompute = True
@@ -298,7 +304,6 @@ def test_recomputing_keeps_less_and_can_be_done_twice(monkeypatch):
 
 
 def test_a_forward_pass_that_is_not_used_frees_its_memory(monkeypatch):
-    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.EDGE_BY_EDGE)
     net = small_net(C=3, n_layers=3, recompute=True)
     seen = []
 
@@ -315,8 +320,7 @@ def test_a_forward_pass_that_is_not_used_frees_its_memory(monkeypatch):
     assert not [reference for reference in seen if reference() is not None]
 
 
-def test_weights_changed_before_the_backward_pass_are_noticed(monkeypatch):
-    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.EDGE_BY_EDGE)
+def test_weights_changed_before_the_backward_pass_are_noticed():
     for recompute in (False, True):
         net = small_net(C=3, n_layers=3, recompute=recompute)
         loss = net.loss(*batch(n=4))

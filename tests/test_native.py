@@ -81,6 +81,18 @@ def test_products_are_sums_over_pixels(N, H, W, C, K, pairs, seed, dtype, thread
     close(products, torch.einsum("enkhw,enchw->ekc", torch.stack(a).double(), torch.stack(b).double()), dtype)
 
 
+@pytest.mark.parametrize("pixels", [1, 127, 128, 129, 1023, 1024, 1025, 1153, 2500])
+def test_products_of_many_pixels(pixels):
+    torch.manual_seed(0)
+    a, b = images(1, 3, 1, pixels), images(pixels, 5, 1, 1)
+    b = b.permute(2, 1, 3, 0)  # as a's, but not channels-last
+    sums, products = native.products([a], [b])
+    close(sums[0], a.sum((0, 2, 3)), torch.float64)
+    close(products[0], torch.einsum("nkhw,nchw->kc", a, b), torch.float64)
+    (y,) = native.mix([([a], products)], [b], sums.new_ones(1, 5))
+    close(y, torch.einsum("nkhw,kc->nchw", a, products[0]) + b + 1, torch.float64)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kernels=st.lists(
@@ -142,6 +154,12 @@ def test_the_number_of_threads_changes_nothing(way):
 def test_an_empty_batch_gives_an_empty_batch():
     (z,) = native.depthwise(images(0, 5, 6, 6), False, [(torch.randn(5, 1, 3, 3).double(), (2, 1, 1))])
     assert z.shape == (0, 5, 3, 3)
+    convolutions = [(torch.randn(5, 1, 3, 3).double(), (1, 1, 1))]
+    dx, (dweight,) = native.depthwise_gradients(
+        images(0, 5, 6, 6), False, convolutions, [images(0, 5, 6, 6)], True, [True]
+    )
+    assert dx.shape == (0, 5, 6, 6)
+    assert not dweight.any()
     empty = images(0, 5, 6, 6)
     assert native.mix([([empty], torch.randn(1, 5, 2).double())])[0].shape == (0, 2, 6, 6)
     assert not any(found.any() for found in native.products([empty], [empty]))
@@ -156,9 +174,21 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch(weight):
     else:
         with pytest.raises(RuntimeError):
             native.depthwise(x, False, convolutions)
-    for wrong in (([x], torch.randn(1, 4, 3)), ([x, x], torch.randn(1, 9, 3)), ([x, x[:1]], torch.randn(2, 9, 3))):
+
+
+def test_tensors_that_do_not_fit_together_are_refused():
+    x, A = images(2, 9, 6, 6, torch.float32), torch.randn(1, 9, 3)
+    y, shift = images(2, 3, 6, 6, torch.float32), torch.randn(1, 3)
+    native.mix([([x], A)], [y], shift)
+    for xs, matrices in (([x], A[:, :4]), ([x, x], A), ([x, x[:1]], torch.randn(2, 9, 3)), ([x], A.double())):
         with pytest.raises(ValueError, match="must be"):
-            native.mix([wrong])
+            native.mix([(xs, matrices)])
+    for bases, shifts in (([y[:1]], None), ([x], None), ([y.double()], None), ([y, y], None), (None, shift[:, :2])):
+        with pytest.raises(ValueError, match="must be"):
+            native.mix([([x], A)], bases, shifts)
+    for a, b in (([x, x], [x]), ([x], [x[:1]]), ([x, x[..., 1:]], [x, x]), ([x], [x.double()])):
+        with pytest.raises(ValueError, match="must be"):
+            native.products(a, b)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "'unbalanced"])
