@@ -23,7 +23,7 @@ from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from preproc import preprocessing
 from runs import Meters, one_line, open_run, seed_generators
-from utils import cosine_lr, exponential_lr, get_data, param_size
+from utils import cosine_lr, exponential_lr, get_data, objects_that_stay, param_size
 
 
 def main():
@@ -93,7 +93,7 @@ def main():
     )
     run.log(f"the network: {costs}; a forward pass takes {latency}")
 
-    with run.interruptible():
+    with run.interruptible(), objects_that_stay():
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
             if not run.trained:

@@ -23,7 +23,7 @@ from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN, softmax
 from models.sync_bn import synchronise
 from runs import HISTORY, Meters, alpha_tag, one_line, open_run, quote, seed_generators
-from utils import cosine_lr, get_data, param_size
+from utils import cosine_lr, get_data, objects_that_stay, param_size
 
 
 def main():
@@ -71,7 +71,7 @@ def main():
         f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
     )
 
-    with run.interruptible():
+    with run.interruptible(), objects_that_stay():
         for epoch in range(run.epoch + 1, config.epochs + 1):
             if not run.trained:
                 train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)

@@ -692,7 +692,8 @@ _KINDS = {}
 
 def _kind(ops):
     """How these operations, the same candidate on several edges, run: pool, skip, chain, zero, or alone."""
-    signatures = [_signature(op) for op in (*ops, ops[0])]  # with a hook inside it is not even like itself
+    # with a hook inside, an operation is not even like itself
+    signatures = [_signature(op) for op in (ops if len(ops) > 1 else ops * 2)]
     if signatures.count(signatures[0]) < len(signatures):
         return "alone"
     if signatures[0] not in _KINDS:
