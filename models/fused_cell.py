@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import native, remake, sync_bn
-from models.depthwise import DepthwiseConv2d, channels_last_depthwises, dense_gradient, every_second
+from models.depthwise import DepthwiseConv2d, channels_last_depthwises, every_second
 from models.ops import DilConv, FactorizedReduce, Identity, PoolBN, SepConv, Zero
 
 ELEMENTWISE = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # activations that work in any layout
@@ -93,10 +93,10 @@ class _Path:
     folded = ()  # activations that `_convolved` does
 
     def _weightless(self, x, kinds, candidates, w_columns, statistics):
-        """The candidates that are no chains, weighted, of all edges from x: edges first. None if all are chains.
+        """The candidates that are no chains, of all edges from x, as what is still to be weighted and what is not.
 
-        candidates: each on all edges; w_columns: the edges' weights of each. Pools and identity are mixed by one matrix
-        product.
+        candidates: each on all edges; w_columns: the edges' weights of each. Returns weights (E, terms) and terms, the
+        same for all edges, and a weighted sum, edges first; None for weights or sum where there is nothing.
         """
         columns, terms, base = [], [], None
         for column, ops, kind in zip(w_columns, candidates, kinds):
@@ -113,7 +113,7 @@ class _Path:
                     base = _plus(base, self._stack(pooled, *_recorded(bns, column)))
             elif kind == "alone" or (kind == "zero" and set(kinds) == {"zero"}):
                 base = _plus(base, self._one_by_one(ops, x) * column[:, None, None, None, None])
-        return _plus(base, self._mix(torch.stack(columns, 1), terms)) if terms else base
+        return torch.stack(columns, 1) if terms else None, terms, base
 
     def _chains(self, inputs, bases, kinds, candidates, w_columns, statistics):
         """bases plus the candidates that are chains, weighted; see `_weightless`."""
@@ -164,9 +164,10 @@ class _EdgeByEdge(_Path):
         bases = []
         for i, (source, of_state) in enumerate(zip(sources, edges)):
             own = [column[i * n : (i + 1) * n] for column in columns]
-            base = self._weightless(source, kinds, zip(*of_state), own, statistics)
-            if base is not None:  # apart as it lies in memory, so that gradients are joined in that order
-                bases += [part.permute(0, 3, 1, 2) for part in base.permute(1, 0, 3, 4, 2).unbind(1)]
+            w, terms, base = self._weightless(source, kinds, zip(*of_state), own, statistics)
+            mixed = _Blend.apply(w, *terms) if terms else [0] * n
+            if terms or base is not None:
+                bases += mixed if base is None else map(torch.add, base.unbind(), mixed)
         outputs = self._chains(_Inputs(sources, n, self._spread), bases, kinds, candidates, columns, statistics)
         return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
 
@@ -229,14 +230,6 @@ class _EdgeByEdge(_Path):
         """factor x + shift of each edge, factor and shift (E, C): (E, N, C, H, W)."""
         return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
 
-    def _mix(self, weights, terms):
-        """Sums of the terms, each (N, C, H, W): weights (E, terms) -> (E, N, C, H, W)."""
-        stacked = _side_by_side(*[dense_gradient(term) for term in terms])
-        remake.can_be_made([stacked], lambda *terms: [_side_by_side(*terms)], terms)
-        mixed = torch.bmm(weights.expand(len(stacked), -1, -1), stacked)  # matmul would copy
-        _, C, H, W = terms[0].shape
-        return mixed.unflatten(2, (H, W, C)).permute(1, 0, 4, 2, 3)
-
     def _one_by_one(self, ops, x):
         return torch.stack([op(x) for op in ops])
 
@@ -256,7 +249,8 @@ class _Batched(_Path):
         """See `_EdgeByEdge.mixed`."""
         n, kinds, candidates, columns = _table(edges, weights)
         source = torch.stack([state.transpose(0, 1) for state in states])
-        bases = self._weightless(source, kinds, candidates, columns, statistics)
+        w, terms, bases = self._weightless(source, kinds, candidates, columns, statistics)
+        bases = _plus(bases, self._mix(w, terms)) if terms else bases
         outputs = self._chains(_Inputs([source], n, self._spread), bases, kinds, candidates, columns, statistics)
         outputs = outputs.unflatten(0, (len(states), n))
         return [output.transpose(0, 1) for output in (outputs.sum(0) if len(states) > 1 else outputs[0]).unbind()]
@@ -453,6 +447,28 @@ def _differentiable_gradients(ctx, gs, w, M, images):
     return [grads.get(i) for i in range(len(inputs))]
 
 
+class _Blend(torch.autograd.Function):
+    """Weighted sums of images: weights (E, terms) and the terms, (N, C, h, w), give E images."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, weights, *images):
+        ctx.save_for_backward(weights, *images)
+        return tuple(native.blend(list(images), weights))
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, *gs):
+        weights, *images = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            of_weights = torch.stack([torch.stack([(g * image).sum() for image in images]) for g in gs])
+            of_images = torch.einsum("et,encij->tncij", weights, torch.stack(gs)).unbind()
+            return of_weights, *of_images
+        of_weights = native.dots(list(gs), images).to(weights.dtype) if ctx.needs_input_grad[0] else None
+        wanted = any(ctx.needs_input_grad[1:])
+        return of_weights, *(native.blend(list(gs), weights.T) if wanted else [None] * len(images))
+
+
 def _pooling(pool):
     """The pooling of a module, as a function that keeps less for the gradient."""
     if pool.ceil_mode:
@@ -513,11 +529,6 @@ def _each(small):
 def _rows(tensors, n):
     """A list cut into lists of n."""
     return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]
-
-
-def _side_by_side(*images):
-    """Images (N, C, H, W) as (N, images, H * W * C), as channels-last ones lie in memory."""
-    return torch.stack([image.permute(0, 2, 3, 1) for image in images], 1).flatten(2)
 
 
 def _grouped_depthwise(x, weight, stride, padding, dilation):

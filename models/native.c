@@ -1,5 +1,5 @@
-/* What search cells do on the CPU with channels-last images, in C: depthwise convolutions and products with small
-   matrices, each with what its gradient needs. native.py compiles this, with REAL as float or double, and calls it.
+/* What search cells do on the CPU with channels-last images, in C: depthwise convolutions, products with small
+   matrices and weighted sums, each with what its gradient needs. native.py compiles this, with REAL as float or double, and calls it.
 
    Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. Threads are PyTorch's own. */
 
@@ -388,4 +388,47 @@ int products(struct pair *all, long count, double *sums, double *products, long 
     free(totals);
     free(copies);
     return failed;
+}
+
+
+/* Weighted sums of images, here of `size` numbers each. */
+
+enum { AT_A_TIME = 1024 };
+
+/* outs[e] = sum over the n images of w[e, t] images[t], for `count` outs. */
+int blend(REAL **outs, long count, REAL **images, long n, const REAL *w, long size) {
+#pragma omp parallel for schedule(static) if (size > AT_A_TIME)
+    for (long from = 0; from < size; from += AT_A_TIME)
+        for (long e = 0; e < count; e++)
+            for (long i = from, until = min(size, from + AT_A_TIME); i < until; i += LANES) {
+                vector sum = {0};
+                for (long t = 0; t < n; t++) sum += w[e * n + t] * get(images[t] + i, min(LANES, until - i));
+                put(outs[e] + i, sum, min(LANES, until - i));
+            }
+    return 0;
+}
+
+/* w[e, t] = the sum of the products of a[e] and b[t], for `count` images a and n images b. Pieces are summed in REAL,
+   the pieces of a block, and the blocks, in double. */
+int dots(REAL **a, long count, REAL **b, long n, double *w, long size) {
+    enum { BLOCKS = 64 };
+    long pieces = up(size, AT_A_TIME), blocks = min(BLOCKS, pieces);
+    double *totals = calloc(max(1, blocks * count * n), sizeof(double));
+    if (!totals) return 1;
+#pragma omp parallel for schedule(static)
+    for (long block = 0; block < blocks; block++)
+        for (long piece = pieces * block / blocks; piece < pieces * (block + 1) / blocks; piece++)
+            for (long e = 0; e < count; e++)
+                for (long t = 0; t < n; t++) {
+                    vector sum = {0};
+                    for (long i = piece * AT_A_TIME, until = min(size, i + AT_A_TIME); i < until; i += LANES)
+                        sum += get(a[e] + i, min(LANES, until - i)) * get(b[t] + i, min(LANES, until - i));
+                    for (long l = 0; l < LANES; l++) totals[(block * count + e) * n + t] += sum[l];
+                }
+    for (long i = 0; i < count * n; i++) {
+        w[i] = 0;
+        for (long block = 0; block < blocks; block++) w[i] += totals[block * count * n + i];
+    }
+    free(totals);
+    return 0;
 }

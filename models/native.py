@@ -20,7 +20,14 @@ import torch.nn.functional as F
 
 REAL = {torch.float32: "float", torch.float64: "double"}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-ARGUMENTS = {"depthwise": "pnnnnnpn", "depthwise_gradients": "ppnnnnnpn", "mix": "pnpnnn", "products": "pnppnnn"}
+ARGUMENTS = {
+    "depthwise": "pnnnnnpn",
+    "depthwise_gradients": "ppnnnnnpn",
+    "mix": "pnpnnn",
+    "products": "pnppnnn",
+    "blend": "pnpnpn",
+    "dots": "pnpnpn",
+}
 
 
 def depthwise(x, relu, convolutions):
@@ -122,6 +129,32 @@ def products(a, b):
     return sums, found
 
 
+def blend(images, weights):
+    """Weighted sums of T images of one size: by weights (E, T), a list of E images."""
+    _check(images, weights.shape[1], images[0].shape, weights.dtype)
+    library = _library(weights.dtype)
+    N, C, H, W = images[0].shape
+    if library is None:
+        stacked = torch.stack([_matrix(image) for image in images])
+        return [y.view(N, H, W, C).permute(0, 3, 1, 2) for y in torch.einsum("et,tpc->epc", weights, stacked)]
+    images, weights = _channels_last(images), weights.contiguous()
+    ys = [_empty(images[0], C, H, W) for _ in weights.unbind()]
+    _run(library.blend, _pointers(ys), len(ys), _pointers(images), len(images), weights.data_ptr(), ys[0].numel())
+    return ys
+
+
+def dots(a, b):
+    """The sums of the products of each image of a with each of b, all of one size: (E, T), in float64."""
+    _check(a + b, len(a) + len(b), a[0].shape, a[0].dtype)
+    library = _library(a[0].dtype)
+    if library is None:
+        return torch.stack([torch.stack([(left * right).sum(dtype=torch.float64) for right in b]) for left in a])
+    a, b = _channels_last(a), _channels_last(b)
+    found = torch.empty(len(a), len(b), dtype=torch.float64)
+    _run(library.dots, _pointers(a), len(a), _pointers(b), len(b), found.data_ptr(), a[0].numel())
+    return found
+
+
 def _check(tensors, n, shape, dtype):
     """native.c reads n tensors of this shape and type."""
     if len(tensors) != n or any(tensor.shape != shape or tensor.dtype != dtype for tensor in tensors):
@@ -154,6 +187,10 @@ def _table(rows):
     """An array of one of native.c's structures, whose members are pointers and longs."""
     numbers = list(itertools.chain.from_iterable(rows))
     return (ctypes.c_long * len(numbers))(*numbers)
+
+
+def _pointers(tensors):
+    return _table([tensor.data_ptr()] for tensor in tensors)
 
 
 def _pointer(tensor, place=0):
