@@ -94,6 +94,23 @@ def test_products_of_many_pixels(pixels):
 
 
 @settings(max_examples=60, deadline=None)
+@given(T=st.integers(1, 4), edges=st.integers(1, 4), **sizes)
+def test_blends_and_dots_are_weighted_sums_and_their_gradient(N, H, W, C, T, edges, seed, dtype, threads):
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    xs, gs = ([images(N, C, H, W, dtype) for _ in range(n)] for n in (T, edges))
+    weights = torch.randn(T, edges, dtype=dtype).T  # not contiguous
+    ys = native.blend(xs, weights)
+    expected = torch.einsum("et,tnchw->enchw", weights.double(), torch.stack(xs).double())
+    assert len(ys) == edges
+    for y, exact in zip(ys, expected):
+        close(y, exact, dtype)
+    close(
+        native.dots(gs, xs), torch.einsum("enchw,tnchw->et", torch.stack(gs).double(), torch.stack(xs).double()), dtype
+    )
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     kernels=st.lists(
         st.tuples(st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4
@@ -147,7 +164,16 @@ def test_the_number_of_threads_changes_nothing(way):
         torch.set_num_threads(threads)
         (z,) = native.depthwise(x, True, [(weight, (1, 2, 1))])
         dx, (dweight,) = native.depthwise_gradients(x, True, [(weight, (1, 2, 1))], [z], True, [True])
-        found.append((z, dx, dweight, *native.products([x], [x]), *native.mix([([x], weight[None, :, 0, 0])])))
+        found.append(
+            (
+                z,
+                dx,
+                dweight,
+                *native.products([x], [x]),
+                *native.mix([([x], weight[None, :, 0, 0])]),
+                native.dots([x], [x]),
+            )
+        )
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others))
 
 
@@ -186,6 +212,13 @@ def test_tensors_that_do_not_fit_together_are_refused():
     for bases, shifts in (([y[:1]], None), ([x], None), ([y.double()], None), ([y, y], None), (None, shift[:, :2])):
         with pytest.raises(ValueError, match="must be"):
             native.mix([([x], A)], bases, shifts)
+    for wrong in (
+        lambda: native.blend([x], shift),
+        lambda: native.blend([x, y], shift[:, :2]),
+        lambda: native.dots([x], [y]),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            wrong()
     for a, b in (([x, x], [x]), ([x], [x[:1]]), ([x, x[..., 1:]], [x, x]), ([x], [x.double()])):
         with pytest.raises(ValueError, match="must be"):
             native.products(a, b)
