@@ -3,8 +3,8 @@
 Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(state_j). Here, in the paper's terms:
 
 1. Edges whose sources are there run together: first all edges from both inputs, then those from each new node. They
-   share relu(state_j), and both pools with their normalisation, which have no weights; `none` costs nothing. What has
-   no weights is mixed by one matrix product.
+   share relu(state_j), and both pools with their normalisation, which have no weights; `none` costs nothing. What they
+   share is mixed for all of them in one step.
 2. A chain of (activation, depthwise, pointwise, BN) runs on all its edges at once, as E images of C channels. On CUDA
    the pointwise convolutions of all edges are one batched matrix product, the depthwise ones one grouped convolution;
    on the CPU all depthwise convolutions of an image are one step.
