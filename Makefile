@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The demo's size: about ten minutes on two CPU cores. The search network is the default one.
+# The demo's size: three to ten minutes on two CPU cores. The search network is the default one.
 SEARCH ?= --epochs 8
 AUGMENT ?= --epochs 30 --layers 8 --init-channels 16 --batch-size 64
 
