@@ -80,20 +80,20 @@ def main():
     about = {"genotype": config.genotype, "input_size": size, "input_channels": channels}
     about["preprocessing"] = preprocessing(config.dataset, size, config.stem == "imagenet")
     about |= {"classes": val_data.class_names(n_classes)} | dict(zip(("mean", "std"), val_data.normalisation()))
-    run.start(keeps, top1=0.0, best_top1=0.0, **about)
-    results = run.results
-    if config.lr_decay:
-        scheduler = exponential_lr(optim, config.lr_decay, run.epoch)
-    else:
-        scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
-    run.log(
-        f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
-        f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
-        f"{one_line(trn_data.transform)}"
-    )
-    run.log(f"the network: {costs}; a forward pass takes {latency}")
-
     with run.interruptible(), objects_that_stay():
+        run.start(keeps, top1=0.0, best_top1=0.0, **about)
+        results = run.results
+        if config.lr_decay:
+            scheduler = exponential_lr(optim, config.lr_decay, run.epoch)
+        else:
+            scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
+        run.log(
+            f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
+            f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
+            f"{one_line(trn_data.transform)}"
+        )
+        run.log(f"the network: {costs}; a forward pass takes {latency}")
+
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
             if not run.trained:

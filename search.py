@@ -62,16 +62,16 @@ def main():
     architect = Architect(net, config.w_momentum, config.w_weight_decay)
 
     keeps = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
-    run.start(keeps, found={}, history=[])
-    found, history = run.results["found"], run.results["history"]
-    scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, run.epoch)
-    chart_edges(run, config.nodes)
-    run.log(
-        f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
-        f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
-    )
-
     with run.interruptible(), objects_that_stay():
+        run.start(keeps, found={}, history=[])
+        found, history = run.results["found"], run.results["history"]
+        scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, run.epoch)
+        chart_edges(run, config.nodes)
+        run.log(
+            f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
+            f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
+        )
+
         for epoch in range(run.epoch + 1, config.epochs + 1):
             if not run.trained:
                 train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
