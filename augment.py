@@ -74,7 +74,9 @@ def main():
         synchronise(net)
     trained = distributed.data_parallel(net, device)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    optim = torch.optim.SGD(net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optim = torch.optim.SGD(
+        net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
 
     keeps = {"net": net, "optim": optim}
     about = {"genotype": config.genotype, "input_size": size, "input_channels": channels}

@@ -54,7 +54,7 @@ def main():
     if config.sync_bn:
         synchronise(net)
     w_optim = torch.optim.SGD(
-        net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay
+        net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay, fused=True
     )
     alpha_optim = torch.optim.Adam(
         net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay

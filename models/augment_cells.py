@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from genotypes import to_dag
+from models import chains
 from models.depthwise import dense_gradient
 from models.search_cells import cell_inputs
 
@@ -25,5 +26,5 @@ class AugmentCell(nn.Module):
     def forward(self, s0, s1):
         states = [self.preproc0(s0), self.preproc1(s1)]
         for edges in self.dag:
-            states.append(dense_gradient(sum(op(states[op.s_idx]) for op in edges)))
+            states.append(dense_gradient(sum(chains.run(op, states[op.s_idx]) for op in edges)))
         return torch.cat([states[i] for i in self.concat], dim=1)

@@ -32,11 +32,11 @@ def is_channels_last_on_cpu(x):
     return x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def channels_last_depthwise(x, weight, stride, padding, dilation):
-    """The convolution of channels-last CPU images x, (N, C, H, W), with weight, (C, 1, k, k)."""
+def channels_last_depthwise(x, weight, stride, padding, dilation, relu=False):
+    """The convolution of channels-last CPU images x, (N, C, H, W), or of relu(x), with weight, (C, 1, k, k)."""
     if stride == dilation == 2 and padding % 2 == 0:  # reads every second pixel alone
         x, stride, padding, dilation = every_second(x), 1, padding // 2, 1
-    return channels_last_depthwises(x, [(weight, (stride, padding, dilation))])[0]
+    return channels_last_depthwises(x, [(weight, (stride, padding, dilation))], relu)[0]
 
 
 def channels_last_depthwises(x, convolutions, relu=False):

@@ -8,21 +8,9 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 2. A chain of (activation, depthwise, pointwise, BN) runs on all its edges at once, as E images of C channels. On CUDA
    the pointwise convolutions of all edges are one batched matrix product, the depthwise ones one grouped convolution;
    on the CPU all depthwise convolutions of an image are one step.
-3. The last BN of a chain and the weighting are one step. With z = depthwise(...) as a matrix (C, pixels), M the
-   pointwise weights, and mean and variance over the pixels,
-
-       y = sum_k w_k (M_k z_k - mean_k) / sqrt(var_k + eps)                                    (BN has no affine part)
-
-   On the CPU (`_Mixture`) M_k z_k is never formed: with the mean m and the covariance S of z,
-   mean = M m and var = diag(M S M'), so y is one matrix product more, sum_k A_k z_k + const with
-   A_k = w_k diag(var_k + eps)^-1/2 M_k, and only z has to be kept. For the gradient let g = dL/dy, R = sum over pixels
-   of g (z - m)' and v = diag(M R'):
-
-       dL/dw  = sum over channels of v / sqrt(var + eps)
-       dL/dM  = diag(w) diag(var + eps)^-1/2 R - n diag(c) M S      with c = w v (var + eps)^-3/2 / n, for n pixels
-       dL/dz  = A' g - M' diag(c) M (z - m) - (mean over the pixels of A' g)
-
-   Elsewhere, where a launch costs more than another pass over the data, it is PyTorch's BN, with w as its scale.
+3. The last BN of a chain, the weighting and the sum over candidates are one step. On the CPU it is `Mixture`, which
+   keeps what the depthwise convolutions gave alone (models/folded_bn.py has the mathematics); elsewhere, where a launch
+   costs more than another pass over the data, it is PyTorch's BN, with w as its scale.
 
 There are two ways of laying the tensors out, see `choose_path`. A candidate that does not have one of these
 forms, or has a hook, runs by itself on each edge, so a new primitive works before it is fast. Every result can be
@@ -30,17 +18,17 @@ differentiated twice, but for BN over several ranks.
 """
 
 import itertools
-from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models import native, remake, sync_bn
-from models.depthwise import DepthwiseConv2d, channels_last_depthwises, every_second
+from models.chains import is_plain, is_plain_bn, links_of, signature
+from models.depthwise import channels_last_depthwises, every_second
+from models.folded_bn import Mixture
 from models.ops import DilConv, FactorizedReduce, Identity, PoolBN, SepConv, Zero
 
-ELEMENTWISE = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # activations that work in any layout
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -120,7 +108,7 @@ class _Path:
         chains = [(column, ops) for column, ops, kind in zip(w_columns, candidates, kinds) if kind == "chain"]
         if not chains:
             return bases
-        going = [(column, list(zip(*map(_links, ops)))) for column, ops in chains]  # [step][edge]: a _Link
+        going = [(column, list(zip(*map(links_of, ops)))) for column, ops in chains]  # [step][edge]: a Link
         matrices = iter(_stacked([weights for _, steps in going for links in steps for weights in _weights(links)]))
         going = [(column, [(links, [next(matrices) for _ in range(1 if links[0].spatial is None else 2)])
                            for links in steps],
@@ -150,7 +138,7 @@ class _Path:
 
 class _EdgeByEdge(_Path):
     """An edge after the other: what lies in the cache is used again. An edge's images are a channels-last tensor
-    (N, C, H, W), E edges a list of those. BN and pointwise convolutions are done by `_Mixture`."""
+    (N, C, H, W), E edges a list of those. BN and pointwise convolutions are done by `Mixture`."""
 
     folded = (nn.ReLU,)
 
@@ -202,24 +190,24 @@ class _EdgeByEdge(_Path):
         for zs, M, bns in _alike(steps):
             images = list(itertools.chain(*zs))
             if bns[0].training:
-                mean, var, *ys = _Mixture.apply(bns[0].eps, _is_synced(bns), None, M, *images)
+                mean, var, *ys = Mixture.apply(bns[0].eps, _is_synced(bns), len(images), None, None, M, *images)
                 statistics.add(bns, mean, var)
             else:
                 ys = _affine(M, images, *_recorded(bns))
-            outputs += _rows(ys, M.shape[1])
+            outputs += _rows(ys, len(zs[0]))
         return outputs
 
     def _mixture(self, bases, steps, statistics):
         """bases + sum of w BN(M z) over the steps, the last of their chains."""
         columns = iter([step[0] for step in steps])
         for zs, M, bns in _alike(steps):
-            w = torch.stack([next(columns) for _ in zs])
-            images = list(itertools.chain(*zs))
+            w = torch.cat([next(columns) for _ in zs])
+            images, edges = list(itertools.chain(*zs)), len(zs[0])
             if bns[0].training:
-                mean, var, *bases = _Mixture.apply(bns[0].eps, _is_synced(bns), w, M, *images, *bases)
+                mean, var, *bases = Mixture.apply(bns[0].eps, _is_synced(bns), edges, w, None, M, *images, *bases)
                 statistics.add(bns, mean, var)
             else:
-                for ys in _rows(_affine(M, images, *_recorded(bns, w.flatten())), M.shape[1]):
+                for ys in _rows(_affine(M, images, *_recorded(bns, w)), edges):
                     bases = [base + y for base, y in zip(bases, ys)] if bases else ys
         return bases
 
@@ -268,10 +256,9 @@ class _Batched(_Path):
         """BN(M z) of each step, (E, C, N, H, W), as the one of a list."""
         outputs = []
         for zs, M, bns in _alike(steps):
-            y = M.flatten(0, 1) @ torch.cat(zs).flatten(2)
-            y = y.unflatten(2, zs[0].shape[2:])
+            y = (M @ torch.cat(zs).flatten(2)).unflatten(2, zs[0].shape[2:])
             y = self._batch_norm(y, bns, statistics) if bns[0].training else self._affine(y, *_recorded(bns))
-            outputs += [[part] for part in y.split(M.shape[1])]
+            outputs += [[part] for part in y.split(len(zs[0]))]
         return outputs
 
     def _mixture(self, bases, steps, statistics):
@@ -279,14 +266,13 @@ class _Batched(_Path):
         columns = iter([step[0] for step in steps])
         for zs, M, bns in _alike(steps):
             w = torch.cat([next(columns) for _ in zs])
-            y = M.flatten(0, 1) @ torch.cat(zs).flatten(2)
-            y = y.unflatten(2, zs[0].shape[2:])
+            y = (M @ torch.cat(zs).flatten(2)).unflatten(2, zs[0].shape[2:])
             if bns[0].training:
-                scale = w.unsqueeze(1).expand(-1, M.shape[2]).flatten()
+                scale = w.unsqueeze(1).expand(-1, M.shape[1]).flatten()
                 y = self._batch_norm(y, bns, statistics, scale)
             else:
                 y = self._affine(y, *_recorded(bns, w))
-            bases = _plus(bases, y.unflatten(0, M.shape[:2]).sum(0))
+            bases = _plus(bases, y.unflatten(0, (-1, len(zs[0]))).sum(0))
         return bases
 
     def _outside(self, function, x):
@@ -333,118 +319,6 @@ def _batch_norm(images, bns, scale):
     y, *found = sync_bn.batch_norm(images, scale, None, bns[0].eps)
     torch._foreach_copy_(list(moments), found)
     return y, moments
-
-
-class _Mixture(torch.autograd.Function):
-    """y = base + sum_k w_k BN(M_k z_k) on each of E edges, keeping the z_k alone; see the module's docstring, item 3.
-
-    w: (terms, E); M: (terms, E, C, K); then the images z, (N, K, h, w), term by term, and each edge's base,
-    (N, C, h, w), if any. Returns the means and unbiased variances of M_k z_k, each (terms, E, C), and each edge's y.
-    Without w and base, the y of each term instead of their sum. The sums over pixels are put together in float64:
-    variances are differences of such sums. synced: over the pixels of all ranks; what w and M get is this rank's part.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, eps, synced, w, M, *tensors):
-        terms, edges = M.shape[:2]
-        images, bases = tensors[: terms * edges], tensors[terms * edges :]
-        ctx.save_for_backward(w, M, *images)
-        ctx.set_materialize_grads(False)
-        dtype, n = M.dtype, images[0].numel() // images[0].shape[1]
-        if n < 2:
-            raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
-        sums, grams = _products(images, images, edges)
-        M, m, covariance = M.double(), sums.unsqueeze(-1), grams
-        if synced:
-            m, covariance, n = _over_ranks(m, covariance, m.new_tensor(float(n)))
-        m = m / n
-        covariance = covariance / n - m * m.mT
-        MS = M @ covariance
-        mean, var = (M @ m).squeeze(-1), (MS * M).sum(-1).clamp_(min=0)
-        inverse = (var + eps).rsqrt()
-        factor = inverse if w is None else inverse * w.unsqueeze(-1)
-        ctx.eps, ctx.synced, ctx.small = eps, synced, (n, m, MS, inverse, factor)
-        shift = -factor * mean
-        A = (factor.unsqueeze(-1) * M).mT.to(dtype, memory_format=torch.contiguous_format)
-        if w is None:
-            A, shift = A.flatten(0, 1), shift.flatten(0, 1).to(dtype)
-
-            def ys_of(*images):
-                return native.mix([(images, A)], shifts=shift)
-
-            ys = ys_of(*images)
-            remake.can_be_made(ys, ys_of, images)
-        else:
-            ys = native.mix(list(zip(_rows(images, edges), A)), list(bases), shift.sum(0).to(dtype))
-        mean, var = mean.to(dtype), (var * (n / (n - 1))).to(dtype)
-        ctx.mark_non_differentiable(mean, var)
-        return mean, var, *ys
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, _, __, *gs):
-        w, M, *images = ctx.saved_tensors
-        _, _, wants_w, wants_M, *wants_z = ctx.needs_input_grad
-        N, _, *size = images[0].shape
-        gs = [images[0].new_zeros(N, M.shape[2], *size) if g is None else g for g in gs]
-        has_bases = len(wants_z) > len(images)
-        if torch.is_grad_enabled():
-            if ctx.synced:
-                raise RuntimeError("batch normalisation over several ranks cannot be differentiated twice")
-            return None, None, *_differentiable_gradients(ctx, gs, w, M, images), *(gs if has_bases else [])
-        n, m, MS, inverse, factor = ctx.small
-        dtype, edges = M.dtype, M.shape[1]
-        M = M.double()
-        of_terms = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // len(gs))
-        sums, R = _products(of_terms, images, edges)
-        sums = sums.unsqueeze(-1)
-        R = R - sums * m.mT
-        v = (M * R).sum(-1)
-        dw = (v * inverse).sum(-1).to(dtype) if wants_w else None
-        c = (factor * inverse.square() * v / n).unsqueeze(-1)
-        dM = (factor.unsqueeze(-1) * R - n * c * MS).to(dtype) if wants_M else None
-        dzs = [None] * len(images)
-        if any(wants_z[: len(images)]):
-            if ctx.synced:
-                v, sums = _over_ranks(v, sums)
-                c = (factor * inverse.square() * v / n).unsqueeze(-1)
-            A = factor.unsqueeze(-1) * M
-            D = -M.mT @ (c * M)
-            shift = -(D @ m + A.mT @ (sums / n)).squeeze(-1)
-            A, D, shift = (small.flatten(0, 1).to(dtype) for small in (A, D, shift))
-            dzs = native.mix([(of_terms, A), (images, D)], shifts=shift)
-        return None, None, dw, dM, *dzs, *(gs if has_bases else [])
-
-
-def _products(left, right, edges):
-    """`native.products` of each pair of images, term by term of E edges, as two tensors (terms, E, ...)."""
-    return [found.unflatten(0, (-1, edges)) for found in native.products(left, right)]
-
-
-def _over_ranks(*tensors):
-    """The sums over the ranks, by one message."""
-    flat = sync_bn.sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
-
-
-def _differentiable_gradients(ctx, gs, w, M, images):
-    """`_Mixture`'s gradients of w, M and images as functions that can be differentiated: those of its definition."""
-    with torch.enable_grad():
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (w, M, *images)]  # apart
-        w, M, *images = inputs
-        ys = []
-        for z, M_k in zip(images, _each(M)):
-            u = F.conv2d(z, M_k[:, :, None, None])
-            u = u - u.mean((0, 2, 3), keepdim=True)
-            ys.append(u * (u.square().mean((0, 2, 3), keepdim=True) + ctx.eps).rsqrt())
-        if w is not None:
-            ys = [sum(of_edge) for of_edge in zip(*_rows([y * w_k for y, w_k in zip(ys, _each(w))], w.shape[1]))]
-        wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[2 + i]]
-        found = torch.autograd.grad(ys, [inputs[i] for i in wanted], gs, create_graph=True)
-    grads = dict(zip(wanted, found))
-    return [grads.get(i) for i in range(len(inputs))]
 
 
 class _Blend(torch.autograd.Function):
@@ -516,14 +390,9 @@ class _AvgPool(torch.autograd.Function):
 
 
 def _affine(M, images, factor, shift):
-    """factor M z + shift on each of E edges, term by term: M (terms, E, C, K), factor and shift (terms * E, C)."""
-    A = factor.unsqueeze(-1) * M.flatten(0, 1)
+    """factor M z + shift of each product: M (products, C, K), factor and shift (products, C)."""
+    A = factor.unsqueeze(-1) * M
     return [F.conv2d(z, A_k[:, :, None, None], shift_k) for z, A_k, shift_k in zip(images, A, shift)]
-
-
-def _each(small):
-    """(terms, E, ...) as a list, term by term."""
-    return small.flatten(0, 1).unbind()
 
 
 def _rows(tensors, n):
@@ -544,19 +413,6 @@ EDGE_BY_EDGE = _EdgeByEdge()
 
 
 # What the modules are.
-
-# a step of a chain: activation, depthwise convolution (None: FactorizedReduce's two views), pointwise ones, BN
-_Link = namedtuple("_Link", "activation spatial pointwise bn")
-
-
-def _links(op):
-    """The steps that an operation chains."""
-    if isinstance(op, SepConv):
-        return [link for half in op for link in _links(half)]
-    if isinstance(op, DilConv):
-        activation, spatial, pointwise, bn = op
-        return [_Link(activation, spatial, [pointwise], bn)]
-    return [_Link(op.relu, None, [op.conv1, op.conv2], op.bn)]
 
 
 def _weights(links):
@@ -602,7 +458,7 @@ class _Inputs:
     def __call__(self, link, activation):
         """What a chain with this first link convolves: all pixels, or those that it reads."""
         reads = _halves if link.spatial is None else every_second if _is_subsampling(link.spatial) else None
-        kind = _signature(activation), reads
+        kind = signature(activation), reads
         if kind not in self.made:
             activated = [activation(source) for source in self.sources]
             self.made[kind] = self.spread([reads(x) for x in activated] if reads else activated, self.n)
@@ -630,7 +486,7 @@ def _halves(x):
 
 
 def _alike(steps):
-    """Runs of steps whose matrices have one shape and BN of one kind: (zs, stacked matrices, all BN) of each."""
+    """Runs of steps whose matrices have one shape and BN of one kind: (zs, all matrices, all BN) of each."""
 
     def kind(step):
         bn = step[-1][0]
@@ -638,7 +494,7 @@ def _alike(steps):
 
     for _, run in itertools.groupby(steps, kind):
         *_, zs, Ms, bns = zip(*run)
-        yield zs, torch.stack(Ms), list(itertools.chain(*bns))
+        yield zs, torch.cat(Ms), list(itertools.chain(*bns))
 
 
 def _recorded(bns, w=None):
@@ -678,33 +534,13 @@ class _Statistics:
             torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
 
 
-_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override")
-_BN = ("eps", "momentum", "training", "track_running_stats")
-_SETTINGS = {
-    nn.Conv2d: _CONV, DepthwiseConv2d: _CONV, nn.MaxPool2d: _POOL, nn.AvgPool2d: _POOL, Zero: ("stride",),
-    nn.BatchNorm2d: _BN, sync_bn.SyncBatchNorm2d: _BN, nn.Softplus: ("beta", "threshold"), nn.ELU: ("alpha",),
-    nn.GELU: ("approximate",),
-}  # fmt: skip
-
-
-def _signature(module):
-    """What a module computes but for its weights: equal for two modules that may run as one. Hooks keep it alone."""
-    kind, own = type(module), vars(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return object()
-    if own["_modules"]:
-        return (kind, *map(_signature, own["_modules"].values()))
-    return (kind, *map(own.get, _SETTINGS.get(kind, ())))
-
-
 _KINDS = {}
 
 
 def _kind(ops):
     """How these operations, the same candidate on several edges, run: pool, skip, chain, zero, or alone."""
     # with a hook inside, an operation is not even like itself
-    signatures = [_signature(op) for op in (ops if len(ops) > 1 else ops * 2)]
+    signatures = [signature(op) for op in (ops if len(ops) > 1 else ops * 2)]
     if signatures.count(signatures[0]) < len(signatures):
         return "alone"
     if signatures[0] not in _KINDS:
@@ -717,26 +553,15 @@ def _classify(op):
     if kind in (Identity, Zero):
         return "skip" if kind is Identity else "zero"
     if kind is PoolBN:
-        return "pool" if type(op[0]) in POOLS and _is_plain_bn(op[1]) else "alone"
-    if kind in (SepConv, DilConv, FactorizedReduce) and all(map(_is_plain, _links(op))):
-        return "chain"
+        return "pool" if type(op[0]) in POOLS and _is_bare(op[1]) else "alone"
+    if kind in (SepConv, DilConv, FactorizedReduce):
+        return "chain" if all(is_plain(link) and _is_bare(link.bn) for link in links_of(op)) else "alone"
     return "alone"
 
 
-def _is_plain(link):
-    """Whether a link is as `models.ops` makes it, but for the activation."""
-    convs = [*link.pointwise, *([] if link.spatial is None else [link.spatial])]
-    return (
-        type(link.activation) in ELEMENTWISE
-        and all(isinstance(conv, nn.Conv2d) and conv.bias is None and conv.padding_mode == "zeros" for conv in convs)
-        and (link.spatial is None or link.spatial.groups == link.spatial.in_channels == link.spatial.out_channels)
-        and _is_plain_bn(link.bn)
-    )
-
-
-def _is_plain_bn(bn):
-    kind = type(bn) is nn.BatchNorm2d or _is_synced([bn])
-    return kind and bn.weight is None and bn.momentum is not None and bn.running_mean is not None
+def _is_bare(bn):
+    """Whether this is BN as a search cell has it, without weights of its own."""
+    return is_plain_bn(bn) and bn.weight is None
 
 
 def _is_synced(bns):

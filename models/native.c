@@ -3,6 +3,7 @@
 
    Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. Threads are PyTorch's own. */
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -61,14 +62,16 @@ INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 
 /* Depthwise convolutions. Kernels are square with an odd side k; the padding is 'same', dilation * (k / 2).
 
-   Work is done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
+   Of a kernel only the middle is used that meets pixels: of a large one on few pixels the rest reads zeros alone. Work is
+   done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
    border of zeros. All convolutions of an image read the same planes, so that it comes from memory once. */
 
 struct convolution {
-    const REAL *weight; /* (C, k, k) */
+    const REAL *weight; /* (C, side, side) */
     REAL *z;            /* the output, or its gradient: (N, up(H, stride), up(W, stride), C) */
-    REAL *dweight;      /* (C, k, k), or null where it is not wanted */
-    long k, stride, dilation;
+    REAL *dweight;      /* (C, side, side), or null where it is not wanted */
+    long side, stride, dilation;
+    long k; /* the side of the kernel's middle, beyond which it meets no pixels */
 };
 
 struct sizes {
@@ -104,13 +107,20 @@ static void fill(vector *inside, long width, const REAL *image, long C, long lan
     }
 }
 
+/* Where tap t of a kernel's middle is in the weight, for a channel. */
+static long place(const struct convolution *f, long c, long t) {
+    long skipped = (f->side - f->k) / 2;
+    return (c * f->side + skipped + t / f->k) * f->side + skipped + t % f->k;
+}
+
 /* The kernels of all convolutions, block by block, as vectors; turned by 180 degrees for the gradient of x. */
 static void pack_kernels(vector *to, const struct convolution *all, long count, long C, int turned) {
     for (const struct convolution *f = all; f < all + count; f++)
         for (long c = 0, taps = f->k * f->k; c < C; c += LANES)
-            for (long t = 0; t < taps; t++, to++)
-                for (long l = 0; l < min(LANES, C - c); l++)
-                    (*to)[l] = f->weight[(c + l) * taps + (turned ? taps - 1 - t : t)];
+            for (long t = 0; t < taps; t++, to++) {
+                long at = place(f, c, turned ? taps - 1 - t : t);
+                for (long l = 0; l < min(LANES, C - c); l++) (*to)[l] = f->weight[at + l * f->side * f->side];
+            }
 }
 
 /* out (+)= sum over taps of kernel * in[x * stride + tap], for n pixels x in a row. `in` is at the first tap of the
@@ -195,9 +205,13 @@ int depthwise(const REAL *x, long N, long H, long W, long C, long relu, struct c
 int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C, long relu, struct convolution *all,
                         long count) {
     const struct sizes s = sizes_of(all, count, N, H, W, C);
+    enum { AT_A_TIME = 64, DOUBLES = sizeof(double) / sizeof(REAL) };
     long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_image = s.blocks * s.taps;
-    vector *kernels = zeros(of_image * (1 + N) + omp_get_max_threads() * each);
-    vector *dweights = kernels + of_image, *threads = dweights + of_image * N;
+    long summed = 0; /* of dweights, vectors of all images */
+    for (const struct convolution *f = all; f < all + count; f++)
+        if (f->dweight) summed = of_image;
+    vector *kernels = zeros(of_image + summed * (N + DOUBLES) + omp_get_max_threads() * each);
+    vector *dweights = kernels + of_image, *threads = dweights + summed * N;
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 1);
 #pragma omp parallel for schedule(static)
@@ -233,13 +247,16 @@ int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C,
                 put(dx + at, relu ? where(v, ~(get(x + at, lanes) <= 0)) : v, lanes);
             }
     }
-    for (const struct convolution *f = all; f < all + count; dweights += s.blocks * f->k * f->k, f++)
+    double *totals = (double *)(threads + omp_get_max_threads() * each); /* of all images, tap by tap */
+#pragma omp parallel for schedule(static)
+    for (long from = 0; from < summed; from += AT_A_TIME)
+        for (long n = 0; n < N; n++)
+            for (long i = from; i < min(summed, from + AT_A_TIME); i++)
+                for (long l = 0; l < LANES; l++) totals[i * LANES + l] += dweights[n * of_image + i][l];
+    for (const struct convolution *f = all; f < all + count; totals += s.blocks * f->k * f->k * LANES, f++)
         for (long c = 0, taps = f->k * f->k; c < C && f->dweight; c++)
-            for (long t = 0; t < taps; t++) {
-                double sum = 0;
-                for (long n = 0; n < N; n++) sum += dweights[n * of_image + c / LANES * taps + t][c % LANES];
-                f->dweight[c * taps + t] = sum;
-            }
+            for (long t = 0; t < taps; t++)
+                f->dweight[place(f, c, t)] = totals[(c / LANES * taps + t) * LANES + c % LANES];
     free(kernels);
     return 0;
 }
@@ -388,6 +405,119 @@ int products(struct pair *all, long count, double *sums, double *products, long 
     free(totals);
     free(copies);
     return failed;
+}
+
+
+/* BN of products u = M z, with z of K and u of C channels, times a scale, as one more product: folded_bn.py has the
+   mathematics. All of it is in double, for `count` products of the same sizes. */
+
+/* to[.] += sum over rows of a[k * step] X[k, .], of n numbers each */
+INLINE void add_rows(double *restrict to, const double *restrict a, long step, const double *restrict X, long rows,
+                     long n) {
+    long k = 0;
+    for (; k + 4 <= rows; k += 4, X += 4 * n) {
+        const double a0 = a[k * step], a1 = a[(k + 1) * step], a2 = a[(k + 2) * step], a3 = a[(k + 3) * step];
+        for (long j = 0; j < n; j++) to[j] += a0 * X[j] + a1 * X[n + j] + a2 * X[2 * n + j] + a3 * X[3 * n + j];
+    }
+    for (; k < rows; k++, X += n)
+        for (long j = 0; j < n; j++) to[j] += a[k * step] * X[j];
+}
+INLINE double dot(const double *restrict a, const double *restrict b, long n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+struct moments { /* of a product, what its gradient needs */
+    double *mean, *MS, *inverse; /* of z (K); M times its covariance (C, K); 1 / the standard deviation of u (C) */
+};
+INLINE struct moments moments_of(double *kept, long product, long K, long C) {
+    kept += product * (K + C * K + C);
+    return (struct moments){kept, kept + K, kept + K + C * K};
+}
+
+/* From the sums of z (K) and of z z' (K, K) over n pixels: y = A' z + shift is BN(M z) times a scale, one or one for
+   each channel (`scales` numbers), or alone. A: (K, C). shifts: (edges, C), the sums over products e, e + edges, ... and
+   of the bias, alike or null. mean, var: of u, unbiased, (C). kept: what fold_gradients reads. */
+int fold(const double *sums, const double *grams, double n, const REAL *M, const REAL *scale, long scales,
+         const REAL *bias, double eps, REAL *A, REAL *shifts, long edges, REAL *mean, REAL *var, double *kept,
+         long count, long K, long C) {
+    long room = K * K + K;
+    double *rooms = malloc(max(1, omp_get_max_threads() * room + count * C) * sizeof(double));
+    double *shift = rooms + omp_get_max_threads() * room;
+    if (!rooms) return 1;
+#pragma omp parallel for schedule(static) if (count > 1)
+    for (long p = 0; p < count; p++) {
+        const struct moments z = moments_of(kept, p, K, C);
+        double *S = rooms + omp_get_thread_num() * room, *row = S + K * K;
+        for (long k = 0; k < K; k++) z.mean[k] = sums[p * K + k] / n;
+        for (long k = 0; k < K; k++)
+            for (long j = 0; j < K; j++) S[k * K + j] = grams[(p * K + k) * K + j] / n - z.mean[k] * z.mean[j];
+        for (long i = 0; i < C; i++) {
+            double *MS = z.MS + i * K;
+            for (long k = 0; k < K; k++) row[k] = M[(p * C + i) * K + k], MS[k] = 0;
+            add_rows(MS, row, 1, S, K, K);
+            double mean_u = dot(row, z.mean, K), var_u = dot(MS, row, K);
+            var_u = var_u < 0 ? 0 : var_u; /* nan stays */
+            z.inverse[i] = 1 / sqrt(var_u + eps);
+            double factor = z.inverse[i] * (scale ? scale[p * scales + i % scales] : 1);
+            for (long k = 0; k < K; k++) A[(p * K + k) * C + i] = factor * row[k];
+            shift[p * C + i] = -factor * mean_u;
+            mean[p * C + i] = mean_u;
+            var[p * C + i] = var_u * n / (n - 1);
+        }
+    }
+    for (long e = 0; e < edges * C; e++) {
+        double sum = bias ? bias[e] : 0;
+        for (long at = e; at < count * C; at += edges * C) sum += shift[at];
+        shifts[e] = sum;
+    }
+    free(rooms);
+    return 0;
+}
+
+/* From g = dL/dy, its sums (C) and those of g z' (C, K): the gradients of M and of the scale, and that of z as
+   A' g + D' z + shift, with A (C, K), D (K, K), shift (K). Null for what is not wanted; A, D and shift go together. */
+int fold_gradients(const double *sums, const double *products, double n, const REAL *M, const REAL *scale, long scales,
+                   double *kept, REAL *dscale, REAL *dM, REAL *A, REAL *D, REAL *shift, long count, long K, long C) {
+    long room = 2 * C * K + 2 * K + 2 * C;
+    double *rooms = malloc(max(1, omp_get_max_threads() * room) * sizeof(double));
+    if (!rooms) return 1;
+#pragma omp parallel for schedule(static) if (count > 1)
+    for (long p = 0; p < count; p++) {
+        const struct moments z = moments_of(kept, p, K, C);
+        double *matrix = rooms + omp_get_thread_num() * room, *cM = matrix + C * K, *R = cM + C * K, *row = R + K;
+        double *means = row + K /* of the gradient of u */, *of_scale = means + C;
+        for (long i = 0; i < C; i++) {
+            double *m = matrix + i * K, sum = sums[p * C + i];
+            for (long k = 0; k < K; k++) {
+                m[k] = M[(p * C + i) * K + k];
+                R[k] = products[(p * C + i) * K + k] - sum * z.mean[k];
+            }
+            double v = dot(m, R, K), factor = z.inverse[i] * (scale ? scale[p * scales + i % scales] : 1);
+            double c = factor * z.inverse[i] * z.inverse[i] * v / n;
+            for (long k = 0; dM && k < K; k++) dM[(p * C + i) * K + k] = factor * R[k] - n * c * z.MS[i * K + k];
+            for (long k = 0; A && k < K; k++) A[(p * C + i) * K + k] = factor * m[k], cM[i * K + k] = -c * m[k];
+            means[i] = factor * sum / n;
+            of_scale[i] = v * z.inverse[i];
+        }
+        for (long s = 0; dscale && s < scales; s++) {
+            double sum = 0;
+            for (long i = s; i < C; i += scales) sum += of_scale[i];
+            dscale[p * scales + s] = sum;
+        }
+        for (long k = 0; A && k < K; k++) {
+            double sum = 0;
+            for (long j = 0; j < K; j++) row[j] = 0;
+            add_rows(row, cM + k, K, matrix, C, K);
+            for (long j = 0; j < K; j++) D[(p * K + k) * K + j] = row[j];
+            for (long i = 0; i < C; i++) sum += means[i] * matrix[i * K + k];
+            shift[p * K + k] = -dot(row, z.mean, K) - sum;
+        }
+    }
+    free(rooms);
+    return 0;
 }
 
 

@@ -27,6 +27,8 @@ ARGUMENTS = {
     "depthwise_gradients": "ppnnnnnpn",
     "mix": "pnpnnn",
     "products": "pnppnnn",
+    "fold": "ppdppnpdppnpppnnn",
+    "fold_gradients": "ppdppnppppppnnn",
     "blend": "pnpnpn",
     "dots": "pnpnpn",
 }
@@ -44,7 +46,7 @@ def depthwise(x, relu, convolutions):
     (x,) = _channels_last([x])
     N, C, H, W = x.shape
     zs = [_empty(x, C, -(-H // stride), -(-W // stride)) for _, (stride, _, _) in convolutions]
-    table = _convolutions(convolutions, zs, [None] * len(zs))
+    table = _convolutions(convolutions, zs, [None] * len(zs), max(H, W))
     _run(library.depthwise, x.data_ptr(), N, H, W, C, relu, table, len(zs))
     return zs
 
@@ -58,9 +60,9 @@ def depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights):
     N, C, H, W = x.shape
     dx = _empty(x, C, H, W) if wants_x else None
     dweights = [
-        torch.empty_like(weight) if wanted else None for (weight, _), wanted in zip(convolutions, wants_weights)
+        torch.zeros_like(weight) if wanted else None for (weight, _), wanted in zip(convolutions, wants_weights)
     ]
-    table = _convolutions(convolutions, dzs, dweights)
+    table = _convolutions(convolutions, dzs, dweights, max(H, W))
     _run(library.depthwise_gradients, x.data_ptr(), _pointer(dx), N, H, W, C, relu, table, len(dzs))
     return dx, dweights
 
@@ -131,6 +133,81 @@ def products(a, b):
     return sums, found
 
 
+def fold(sums, grams, n, M, scale, bias, eps, edges):
+    """BN(M z), times a scale, as y = A' z + shift, of some products of K with C channels; see folded_bn.py.
+
+    sums, grams: (products, K) and (products, K, K), those of z and z z' over n pixels, in float64; M: (products, C, K);
+    scale: (products, 1) or (products, C), or None; bias: (edges, C), or None. Returns A, (products, K, C); shifts,
+    (edges, C), with the bias the sums over products e, e + edges, ...; mean and unbiased variance of M z, each
+    (products, C); and what `fold_gradients` needs.
+    """
+    count, C, K = M.shape
+    _check([sums], 1, (count, K), torch.float64)
+    _check([grams], 1, (count, K, K), torch.float64)
+    library = _library(M.dtype)
+    if library is None:
+        return _plain_fold(sums, grams, n, M, scale, bias, eps, edges)
+    M, scale, bias = _contiguous(M, scale, bias)
+    A, shifts, mean, var = (M.new_empty(shape) for shape in ((count, K, C), (edges, C), (count, C), (count, C)))
+    kept = M.new_empty(count, K + C * K + C, dtype=torch.float64)
+    _run(
+        library.fold, sums.data_ptr(), grams.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale),
+        _pointer(bias), eps, A.data_ptr(), shifts.data_ptr(), edges, mean.data_ptr(), var.data_ptr(), kept.data_ptr(),
+        count, K, C,
+    )  # fmt: skip
+    return A, shifts, mean, var, kept
+
+
+def fold_gradients(sums, products, n, M, scale, kept, wants_scale, wants_M, wants_z):
+    """Of `fold` the gradients of scale and M, and A, D and shift of z's, which is A' g + D' z + shift, None for what is
+    not wanted.
+
+    sums, products: (products, C) and (products, C, K), those of g = dL/dy and g z' over the pixels, in float64. A:
+    (products, C, K); D: (products, K, K); shift: (products, K).
+    """
+    count, C, K = M.shape
+    _check([sums], 1, (count, C), torch.float64)
+    _check([products], 1, (count, C, K), torch.float64)
+    library = _library(M.dtype)
+    if library is None:
+        return _plain_fold_gradients(sums, products, n, M, scale, kept)
+    M, scale = _contiguous(M, scale)
+    dscale = torch.empty_like(scale) if wants_scale else None
+    dM = torch.empty_like(M) if wants_M else None
+    A, D, shift = (M.new_empty(shape) if wants_z else None for shape in ((count, C, K), (count, K, K), (count, K)))
+    _run(
+        library.fold_gradients, sums.data_ptr(), products.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale),
+        kept.data_ptr(), *map(_pointer, (dscale, dM, A, D, shift)), count, K, C,
+    )  # fmt: skip
+    return dscale, dM, A, D, shift
+
+
+def _plain_fold(sums, grams, n, M, scale, bias, eps, edges):
+    dtype, M, m = M.dtype, M.double(), (sums / n).unsqueeze(-1)
+    MS = M @ (grams / n - m * m.mT)
+    mean, var = (M @ m).squeeze(-1), (MS * M).sum(-1).clamp(min=0)
+    inverse = (var + eps).rsqrt()
+    factor = inverse if scale is None else inverse * scale
+    shifts = (-factor * mean).unflatten(0, (-1, edges)).sum(0)
+    shifts = shifts if bias is None else shifts + bias
+    A, unbiased = (factor.unsqueeze(-1) * M).mT, var * (n / (n - 1))
+    return *(small.to(dtype) for small in (A, shifts, mean, unbiased)), (m, MS, inverse)
+
+
+def _plain_fold_gradients(sums, products, n, M, scale, kept):
+    dtype, M, (m, MS, inverse) = M.dtype, M.double(), kept
+    factor = inverse if scale is None else inverse * scale
+    R = products - sums.unsqueeze(-1) * m.mT
+    v = (M * R).sum(-1)
+    dscale = v * inverse if scale is None else (v * inverse).unflatten(1, (-1, scale.shape[1])).sum(1)
+    c = (factor * inverse.square() * v / n).unsqueeze(-1)
+    dM = factor.unsqueeze(-1) * R - n * c * MS
+    A = factor.unsqueeze(-1) * M
+    D = -M.mT @ (c * M)
+    shift = -(D @ m + A.mT @ (sums.unsqueeze(-1) / n)).squeeze(-1)
+    return [small.to(dtype) for small in (dscale, dM, A, D, shift)]
+
+
 def blend(images, weights):
     """Weighted sums of T images of one size: by weights (E, T), a list of E images."""
     _check(images, weights.shape[1], images[0].shape, weights.dtype)
@@ -175,14 +252,24 @@ def _channels_last(images):
 def _empty(x, C, H, W):
     """Images, channels-last. NumPy's memory lies at 16 bytes, which glibc's allocator finds again once it is free; of
     PyTorch's, at 64, it loses much to holes that are just too small."""
-    return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype]).transpose(0, 3, 1, 2))
 
 
-def _convolutions(convolutions, zs, dweights):
+def _convolutions(convolutions, zs, dweights, pixels):
     return _table(
-        (weight.data_ptr(), z.data_ptr(), _pointer(dweight), weight.shape[-1], stride, dilation)
+        (weight.data_ptr(), z.data_ptr(), _pointer(dweight), side, stride, dilation, middle)
         for (weight, (stride, _, dilation)), z, dweight in zip(convolutions, zs, dweights)
+        for side in weight.shape[-1:]
+        for middle in [min(side, 2 * ((pixels - 1) // dilation) + 1)]
     )
+
+
+def _contiguous(*tensors):
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _scales(scale):
+    return 1 if scale is None else scale.shape[1]
 
 
 def _table(rows):
@@ -228,8 +315,8 @@ def _keep_freed_memory():
 
 
 def _declared(library):
-    """The library, its functions' arguments declared: p for a pointer, n for a long."""
-    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long}
+    """The library, its functions' arguments declared: p for a pointer, n for a long, d for a double."""
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double}
     for function, arguments in ARGUMENTS.items():
         getattr(library, function).argtypes = [kinds[kind] for kind in arguments]
     return library
@@ -243,7 +330,7 @@ def _library(dtype):
     _keep_freed_memory()
     compiler = os.environ.get("CC") or "cc"
     source = Path(__file__).with_name("native.c")
-    options = ["-O3", "-march=native", "-fopenmp", "-fPIC", f"-DREAL={REAL[dtype]}"]
+    options = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", f"-DREAL={REAL[dtype]}"]
     try:
         with tempfile.TemporaryDirectory() as folder:
             compiled, library = Path(folder) / "native.o", Path(folder) / "native.so"
