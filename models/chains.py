@@ -35,7 +35,7 @@ def run(op, x):
     In training on channels-last CPU images, a chain's ReLU and depthwise convolution are one step and its pointwise
     convolution and BN another; the numbers are the same.
     """
-    if type(op) is nn.Sequential and not _has_hooks(op):
+    if type(op) is nn.Sequential and not _has_hooks(vars(op)):
         for part in op:
             x = run(part, x)
         return x
@@ -63,10 +63,9 @@ _RELU_CHAINS = {}
 def _is_relu_chain(op):
     known = signature(op)
     if known not in _RELU_CHAINS:
-        plain = all(is_plain(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links_of(op))
-        if known.__class__ is object:  # has hooks
-            return False
-        _RELU_CHAINS[known] = plain
+        _RELU_CHAINS[known] = known is not None and all(
+            is_plain(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links_of(op)
+        )
     return _RELU_CHAINS[known]
 
 
@@ -81,17 +80,18 @@ _SETTINGS = {
 
 
 def signature(module):
-    """What a module computes but for its weights: equal for two modules that may run as one. Hooks keep it alone."""
+    """What a module computes but for its weights: equal for two modules that may run as one. None if it has a hook
+    inside, which only its own forward calls."""
     kind, own = type(module), vars(module)
-    if _has_hooks(module):
-        return object()
+    if _has_hooks(own):
+        return None
     if own["_modules"]:
-        return (kind, *map(signature, own["_modules"].values()))
+        parts = [signature(part) for part in own["_modules"].values()]
+        return None if None in parts else (kind, *parts)
     return (kind, *map(own.get, _SETTINGS.get(kind, ())))
 
 
-def _has_hooks(module):
-    own = vars(module)
+def _has_hooks(own):
     return own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
 
 

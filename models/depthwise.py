@@ -36,16 +36,12 @@ def channels_last_depthwise(x, weight, stride, padding, dilation, relu=False):
     """The convolution of channels-last CPU images x, (N, C, H, W), or of relu(x), with weight, (C, 1, k, k)."""
     if stride == dilation == 2 and padding % 2 == 0:  # reads every second pixel alone
         x, stride, padding, dilation = every_second(x), 1, padding // 2, 1
-    return channels_last_depthwises(x, [(weight, (stride, padding, dilation))], relu)[0]
+    return channels_last_depthwises([x], [relu], [weight], [(0, 0, 0, (stride, padding, dilation))])[0]
 
 
-def channels_last_depthwises(x, convolutions, relu=False):
-    """Several convolutions of x, or with `relu` of relu(x): a tuple of their outputs.
-
-    convolutions: pairs of a weight and its (stride, padding, dilation).
-    """
-    weights, geometries = zip(*convolutions)
-    return _ChannelsLast.apply(x, relu, geometries, *weights)
+def channels_last_depthwises(images, relus, kernels, convolutions):
+    """Several convolutions as one step, a tuple of their outputs: `native.depthwise` of channels-last CPU images."""
+    return _ChannelsLast.apply(relus, convolutions, len(images), *images, *kernels)
 
 
 def dense_gradient(x):
@@ -86,27 +82,27 @@ class _EverySecond(torch.autograd.Function):
 class _ChannelsLast(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, relu, geometries, *weights):
-        ctx.save_for_backward(x, *weights)
-        ctx.relu, ctx.geometries = relu, geometries
+    def forward(ctx, relus, convolutions, n, *images_and_kernels):
+        ctx.save_for_backward(*images_and_kernels)
+        ctx.about = relus, convolutions, n
         ctx.set_materialize_grads(False)
 
-        def make(x, *weights):
-            return native.depthwise(x, relu, list(zip(weights, geometries)))
+        def make(*tensors):
+            return native.depthwise(tensors[:n], relus, tensors[n:], convolutions)
 
-        zs = make(x, *weights)
-        remake.can_be_made(zs, make, [x, *weights])
+        zs = make(*images_and_kernels)
+        remake.can_be_made(zs, make, images_and_kernels)
         return tuple(zs)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, *dzs):
-        x, *weights = ctx.saved_tensors
-        wants_x, _, _, *wants_weights = ctx.needs_input_grad
+        relus, convolutions, n = ctx.about
+        tensors, (_, _, _, *wanted) = ctx.saved_tensors, ctx.needs_input_grad
         given = [i for i, dz in enumerate(dzs) if dz is not None]
         gradients = native.plain_depthwise_gradients if torch.is_grad_enabled() else native.depthwise_gradients
-        convolutions = [(weights[i], ctx.geometries[i]) for i in given]
-        wanted = wants_x, [wants_weights[i] for i in given]
-        dx, found = gradients(x, ctx.relu, convolutions, [dzs[i] for i in given], *wanted)
-        dweights = dict(zip(given, found))
-        return dx, None, None, *map(dweights.get, range(len(weights)))
+        dimages, dkernels = gradients(
+            tensors[:n], relus, tensors[n:], [convolutions[i] for i in given], [dzs[i] for i in given],
+            wanted[:n], wanted[n:],
+        )  # fmt: skip
+        return None, None, None, *dimages, *dkernels

@@ -165,21 +165,23 @@ class _EdgeByEdge(_Path):
     def _convolved(self, jobs):
         """Of each job (links, images, kernels (E, C, 1, k, k)) the depthwise convolutions, a list of E images.
 
-        All of an image are one operation.
+        All of images of one size are one operation.
         """
-        of_image = {}
-        for links, images, kernels in jobs:
+        of_size = {}
+        for j, (links, images, kernels) in enumerate(jobs):
             geometry, relu = _geometry(links[0].spatial), type(links[0].activation) in self.folded
-            for image, kernel in zip(images, kernels.unbind()):
-                of_image.setdefault((id(image), relu), (image, []))[1].append((kernel, geometry))
-        outputs = {
-            key: iter(channels_last_depthwises(image, convolutions, relu=key[1]))
-            for key, (image, convolutions) in of_image.items()
-        }
-        return [
-            [next(outputs[id(image), type(links[0].activation) in self.folded]) for image in images]
-            for links, images, _ in jobs
-        ]
+            found, convolutions, stacks, places = of_size.setdefault(images[0].shape, ({}, [], [], []))
+            for row, image in enumerate(images):
+                place, *_ = found.setdefault((id(image), relu), (len(found), image, relu))
+                convolutions.append((place, len(stacks), row, geometry))
+                places.append(j)
+            stacks.append(kernels)
+        outputs = [[] for _ in jobs]
+        for found, convolutions, stacks, places in of_size.values():
+            _, images, relus = zip(*found.values())
+            for j, z in zip(places, channels_last_depthwises(images, relus, stacks, convolutions)):
+                outputs[j].append(z)
+        return outputs
 
     def _unconvolved(self, images):
         return images
@@ -539,9 +541,8 @@ _KINDS = {}
 
 def _kind(ops):
     """How these operations, the same candidate on several edges, run: pool, skip, chain, zero, or alone."""
-    # with a hook inside, an operation is not even like itself
-    signatures = [signature(op) for op in (ops if len(ops) > 1 else ops * 2)]
-    if signatures.count(signatures[0]) < len(signatures):
+    signatures = [signature(op) for op in ops]
+    if signatures[0] is None or signatures.count(signatures[0]) < len(signatures):
         return "alone"
     if signatures[0] not in _KINDS:
         _KINDS[signatures[0]] = _classify(ops[0])

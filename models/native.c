@@ -64,7 +64,15 @@ INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 
    Of a kernel only the middle is used that meets pixels: of a large one on few pixels the rest reads zeros alone. Work is
    done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
-   border of zeros. All convolutions of an image read the same planes, so that it comes from memory once. */
+   border of zeros. All convolutions of an image read the same planes, so that it comes from memory once.
+
+   Images here are batches, `images` of them, (N, H, W, C) each. */
+
+struct image {
+    const REAL *x;
+    REAL *dx; /* or null where it is not wanted */
+    long relu; /* whether relu(x) is convolved */
+};
 
 struct convolution {
     const REAL *weight; /* (C, side, side) */
@@ -72,6 +80,7 @@ struct convolution {
     REAL *dweight;      /* (C, side, side), or null where it is not wanted */
     long side, stride, dilation;
     long k; /* the side of the kernel's middle, beyond which it meets no pixels */
+    long image, at; /* which it convolves; where its kernel is packed, set here */
 };
 
 struct sizes {
@@ -80,10 +89,11 @@ struct sizes {
     long blocks, taps;  /* in an image; of all kernels */
     long groups;        /* of blocks: an image is one thread's work, unless there are more threads than images */
 };
-static struct sizes sizes_of(const struct convolution *all, long count, long N, long H, long W, long C) {
+static struct sizes sizes_of(struct convolution *all, long count, long N, long H, long W, long C) {
     struct sizes s = {0};
-    for (const struct convolution *f = all; f < all + count; f++) {
+    for (struct convolution *f = all; f < all + count; f++) {
         s.border = max(s.border, f->dilation * (f->k / 2));
+        f->at = s.taps * up(C, LANES);
         s.taps += f->k * f->k;
     }
     s.width = W + 2 * s.border;
@@ -146,6 +156,7 @@ INLINE void convolve(REAL *out, long step, long lanes, int add, const vector *in
     if (lanes == LANES) SOME(LANES, stride, 4);
     if (stride == 1) SOME(lanes, 1, 8);
     SOME(lanes, stride, 4);
+    if (lanes == LANES && stride == 1) SOME(LANES, 1, 2);
     SOME(lanes, stride, 1);
 #undef SOME
 }
@@ -174,37 +185,39 @@ static void correlate(vector *out, const vector *in, const vector *dz, long widt
 #undef SOME
 }
 
-/* Every z from x, or relu(x). */
-int depthwise(const REAL *x, long N, long H, long W, long C, long relu, struct convolution *all, long count) {
-    const struct sizes s = sizes_of(all, count, N, H, W, C);
+/* Every z. */
+int depthwise(const struct image *images, long batches, long N, long H, long W, long C, struct convolution *all,
+              long count) {
+    const struct sizes s = sizes_of(all, count, batches * N, H, W, C);
     vector *kernels = zeros(s.blocks * s.taps + omp_get_max_threads() * s.blocks * s.plane);
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 0);
 #pragma omp parallel for schedule(static)
-    for (long unit = 0; unit < N * s.groups; unit++) {
-        long n = unit / s.groups, group = unit % s.groups;
+    for (long unit = 0; unit < batches * N * s.groups; unit++) {
+        long group = unit % s.groups, n = unit / s.groups % N, image = unit / s.groups / N;
         long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
-        vector *planes = kernels + s.blocks * (s.taps + omp_get_thread_num() * s.plane), *kernel = kernels;
+        vector *planes = kernels + s.blocks * (s.taps + omp_get_thread_num() * s.plane);
         for (long b = from; b < until; b++)
-            fill(planes + b * s.plane + s.inside, s.width, x + n * H * W * C + b * LANES, C,
-                 min(LANES, C - b * LANES), H, W, 1, relu);
-        for (const struct convolution *f = all; f < all + count; kernel += s.blocks * f->k * f->k, f++) {
+            fill(planes + b * s.plane + s.inside, s.width, images[image].x + n * H * W * C + b * LANES, C,
+                 min(LANES, C - b * LANES), H, W, 1, images[image].relu);
+        for (const struct convolution *f = all; f < all + count; f++) {
+            if (f->image != image) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
             for (long y = 0; y < rows; y++)
                 for (long b = from; b < until; b++)
                     convolve(f->z + (n * rows + y) * columns * C + b * LANES, C, min(LANES, C - b * LANES), 0,
                              planes + b * s.plane + (first + y * f->stride) * s.width + first, s.width,
-                             kernel + b * f->k * f->k, f->k, f->stride, f->dilation, columns);
+                             kernels + f->at + b * f->k * f->k, f->k, f->stride, f->dilation, columns);
         }
     }
     free(kernels);
     return 0;
 }
 
-/* From the gradients z every dweight that is wanted and, if dx is not null, the gradient of x. */
-int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C, long relu, struct convolution *all,
-                        long count) {
-    const struct sizes s = sizes_of(all, count, N, H, W, C);
+/* From the gradients z every dweight and dx that is wanted. */
+int depthwise_gradients(const struct image *images, long batches, long N, long H, long W, long C,
+                        struct convolution *all, long count) {
+    const struct sizes s = sizes_of(all, count, batches * N, H, W, C);
     enum { AT_A_TIME = 64, DOUBLES = sizeof(double) / sizeof(REAL) };
     long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_image = s.blocks * s.taps;
     long summed = 0; /* of dweights, vectors of all images */
@@ -215,19 +228,21 @@ int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C,
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 1);
 #pragma omp parallel for schedule(static)
-    for (long unit = 0; unit < N * s.groups; unit++) {
-        long n = unit / s.groups, group = unit % s.groups, done = 0;
+    for (long unit = 0; unit < batches * N * s.groups; unit++) {
+        long group = unit % s.groups, n = unit / s.groups % N;
+        const struct image *image = images + unit / s.groups / N;
         long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
         vector *planes = threads + each * omp_get_thread_num(), *dz = planes + s.blocks * s.plane, *sums = dz + s.plane;
         for (long b = from; b < until; b++)
-            fill(planes + b * s.plane + s.inside, s.width, x + n * H * W * C + b * LANES, C,
-                 min(LANES, C - b * LANES), H, W, 1, relu);
+            fill(planes + b * s.plane + s.inside, s.width, image->x + n * H * W * C + b * LANES, C,
+                 min(LANES, C - b * LANES), H, W, 1, image->relu);
         memset(sums, 0, s.blocks * H * W * sizeof(vector));
-        for (const struct convolution *f = all; f < all + count; done += s.blocks * f->k * f->k, f++) {
+        for (const struct convolution *f = all; f < all + count; f++) {
+            if (f->image != image - images) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
             long at_once = max(1, 64 / columns); /* rows: few enough to be summed without loss */
             for (long b = from; b < until; b++) {
-                long kernel = done + b * f->k * f->k;
+                long kernel = f->at + b * f->k * f->k;
                 fill(dz + s.inside, s.width, f->z + n * rows * columns * C + b * LANES, C, min(LANES, C - b * LANES), H,
                      W, f->stride, 0);
                 for (long y = 0; y < rows && f->dweight; y += at_once)
@@ -235,16 +250,16 @@ int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C,
                               planes + b * s.plane + (first + y * f->stride) * s.width + first,
                               dz + s.inside + y * f->stride * s.width, s.width, f->k, f->stride, f->dilation,
                               min(at_once, rows - y), columns);
-                for (long y = 0; y < H && dx; y++) /* dz convolved with the turned kernel, see depthwise.py */
+                for (long y = 0; y < H && image->dx; y++) /* dz convolved with the turned kernel, see depthwise.py */
                     convolve((REAL *)(sums + (b * H + y) * W), LANES, LANES, 1, dz + (first + y) * s.width + first,
                              s.width, kernels + kernel, f->k, 1, f->dilation, W);
             }
         }
-        for (long i = 0; i < H * W && dx; i++)
+        for (long i = 0; i < H * W && image->dx; i++)
             for (long b = from; b < until; b++) {
                 long at = (n * H * W + i) * C + b * LANES, lanes = min(LANES, C - b * LANES);
                 vector v = sums[b * H * W + i];
-                put(dx + at, relu ? where(v, ~(get(x + at, lanes) <= 0)) : v, lanes);
+                put(image->dx + at, image->relu ? where(v, ~(get(image->x + at, lanes) <= 0)) : v, lanes);
             }
     }
     double *totals = (double *)(threads + omp_get_max_threads() * each); /* of all images, tap by tap */
@@ -253,10 +268,10 @@ int depthwise_gradients(const REAL *x, REAL *dx, long N, long H, long W, long C,
         for (long n = 0; n < N; n++)
             for (long i = from; i < min(summed, from + AT_A_TIME); i++)
                 for (long l = 0; l < LANES; l++) totals[i * LANES + l] += dweights[n * of_image + i][l];
-    for (const struct convolution *f = all; f < all + count; totals += s.blocks * f->k * f->k * LANES, f++)
+    for (const struct convolution *f = all; f < all + count; f++)
         for (long c = 0, taps = f->k * f->k; c < C && f->dweight; c++)
             for (long t = 0; t < taps; t++)
-                f->dweight[place(f, c, t)] = totals[(c / LANES * taps + t) * LANES + c % LANES];
+                f->dweight[place(f, c, t)] = totals[(f->at + c / LANES * taps + t) * LANES + c % LANES];
     free(kernels);
     return 0;
 }

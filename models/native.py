@@ -24,7 +24,7 @@ NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 MALLOPT = {-3: 2**25, -1: 2**31 - 1}  # M_MMAP_THRESHOLD, at most so large, and M_TRIM_THRESHOLD
 ARGUMENTS = {
     "depthwise": "pnnnnnpn",
-    "depthwise_gradients": "ppnnnnnpn",
+    "depthwise_gradients": "pnnnnnpn",
     "mix": "pnpnnn",
     "products": "pnppnnn",
     "fold": "ppdppnpdppnpppnnn",
@@ -34,50 +34,61 @@ ARGUMENTS = {
 }
 
 
-def depthwise(x, relu, convolutions):
-    """Depthwise convolutions of x, or with `relu` of relu(x): a list.
+def depthwise(images, relus, kernels, convolutions):
+    """Depthwise convolutions of images, (N, C, H, W) of one size: a list.
 
-    convolutions: pairs of a weight, (C, 1, k, k), and its (stride, padding, dilation).
+    relus: whether relu(image) is convolved, for each; kernels: tensors (C, 1, k, k), or (rows, C, 1, k, k), several;
+    convolutions: tuples of the place of an image, that of kernels, their row and (stride, padding, dilation).
     """
-    library = _library_for(x, convolutions)
+    library = _library_for(images, kernels, convolutions)
     if library is None:
-        x = x.relu() if relu else x
-        return [F.conv2d(x, weight, None, *geometry, len(weight)) for weight, geometry in convolutions]
-    (x,) = _channels_last([x])
-    N, C, H, W = x.shape
-    zs = [_empty(x, C, -(-H // stride), -(-W // stride)) for _, (stride, _, _) in convolutions]
-    table = _convolutions(convolutions, zs, [None] * len(zs), max(H, W))
-    _run(library.depthwise, x.data_ptr(), N, H, W, C, relu, table, len(zs))
+        return plain_depthwise(images, relus, kernels, convolutions)
+    images = _channels_last(images)
+    N, C, H, W = images[0].shape
+    zs = [_empty(images[0], C, -(-H // stride), -(-W // stride)) for *_, (stride, _, _) in convolutions]
+    table = _convolutions(convolutions, kernels, zs, [None] * len(kernels), max(H, W))
+    of_images = _table((x.data_ptr(), 0, relu) for x, relu in zip(images, relus))
+    _run(library.depthwise, of_images, len(images), N, H, W, C, table, len(zs))
     return zs
 
 
-def depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights):
-    """Of `depthwise` (dx, [dweight]) from the gradients of its outputs; None for what is not wanted."""
-    library = _library_for(x, convolutions)
+def depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
+    """Of `depthwise` [dimage], [dkernels] from the gradients of its outputs; None for what is not wanted."""
+    library = _library_for(images, kernels, convolutions)
     if library is None:
-        return plain_depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights)
-    x, *dzs = _channels_last([x, *dzs])
-    N, C, H, W = x.shape
-    dx = _empty(x, C, H, W) if wants_x else None
-    dweights = [
-        torch.zeros_like(weight) if wanted else None for (weight, _), wanted in zip(convolutions, wants_weights)
+        return plain_depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels)
+    images, dzs = _channels_last(images), _channels_last(dzs)
+    N, C, H, W = images[0].shape
+    dimages = [_empty(x, C, H, W) if wanted else None for x, wanted in zip(images, wants_images)]
+    dkernels = [torch.zeros_like(weight) if wanted else None for weight, wanted in zip(kernels, wants_kernels)]
+    table = _convolutions(convolutions, kernels, dzs, dkernels, max(H, W))
+    of_images = _table((x.data_ptr(), _pointer(dx), relu) for x, dx, relu in zip(images, dimages, relus))
+    _run(library.depthwise_gradients, of_images, len(images), N, H, W, C, table, len(dzs))
+    return dimages, dkernels
+
+
+def plain_depthwise(images, relus, kernels, convolutions):
+    """`depthwise` by PyTorch, which can be differentiated."""
+    activated = [x.relu() if relu else x for x, relu in zip(images, relus)]
+    weights = [_row(kernels[place], row) for _, place, row, _ in convolutions]
+    return [
+        F.conv2d(activated[image], weight, None, *geometry, len(weight))
+        for weight, (image, _, _, geometry) in zip(weights, convolutions)
     ]
-    table = _convolutions(convolutions, dzs, dweights, max(H, W))
-    _run(library.depthwise_gradients, x.data_ptr(), _pointer(dx), N, H, W, C, relu, table, len(dzs))
-    return dx, dweights
 
 
-def plain_depthwise_gradients(x, relu, convolutions, dzs, wants_x, wants_weights):
+def plain_depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
     """`depthwise_gradients` by PyTorch, which can be differentiated."""
-    activated, dx, dweights = x.relu() if relu else x, None, []
-    for (weight, (stride, padding, dilation)), dz, wants_weight in zip(convolutions, dzs, wants_weights):
-        part, dweight, _ = torch.ops.aten.convolution_backward(
-            dz, activated, weight, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], len(weight),
-            [wants_x, wants_weight, False],
-        )  # fmt: skip
-        dx = part if dx is None else dx + part
-        dweights.append(dweight)
-    return torch.ops.aten.threshold_backward(dx, x, 0) if relu and wants_x else dx, dweights
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [tensor.view_as(tensor).requires_grad_() for tensor in (*images, *kernels)]  # apart
+        zs = plain_depthwise(inputs[: len(images)], relus, inputs[len(images) :], convolutions)
+        wanted = [i for i, wants in enumerate((*wants_images, *wants_kernels)) if wants]
+        found = torch.autograd.grad(
+            zs, [inputs[i] for i in wanted], dzs, create_graph=create_graph, materialize_grads=True
+        )
+    grads = dict(zip(wanted, found))
+    return [grads.get(i) for i in range(len(images))], [grads.get(len(images) + i) for i in range(len(kernels))]
 
 
 def mix(terms, bases=None, shifts=None):
@@ -170,7 +181,9 @@ def fold_gradients(sums, products, n, M, scale, kept, wants_scale, wants_M, want
     _check([products], 1, (count, C, K), torch.float64)
     library = _library(M.dtype)
     if library is None:
-        return _plain_fold_gradients(sums, products, n, M, scale, kept)
+        found = _plain_fold_gradients(sums, products, n, M, scale, kept)
+        wanted = (wants_scale, wants_M, wants_z, wants_z, wants_z)
+        return [small.to(M.dtype) if wants else None for small, wants in zip(found, wanted)]
     M, scale = _contiguous(M, scale)
     dscale = torch.empty_like(scale) if wants_scale else None
     dM = torch.empty_like(M) if wants_M else None
@@ -195,7 +208,7 @@ def _plain_fold(sums, grams, n, M, scale, bias, eps, edges):
 
 
 def _plain_fold_gradients(sums, products, n, M, scale, kept):
-    dtype, M, (m, MS, inverse) = M.dtype, M.double(), kept
+    M, (m, MS, inverse) = M.double(), kept
     factor = inverse if scale is None else inverse * scale
     R = products - sums.unsqueeze(-1) * m.mT
     v = (M * R).sum(-1)
@@ -205,7 +218,7 @@ def _plain_fold_gradients(sums, products, n, M, scale, kept):
     A = factor.unsqueeze(-1) * M
     D = -M.mT @ (c * M)
     shift = -(D @ m + A.mT @ (sums.unsqueeze(-1) / n)).squeeze(-1)
-    return [small.to(dtype) for small in (dscale, dM, A, D, shift)]
+    return dscale, dM, A, D, shift
 
 
 def blend(images, weights):
@@ -255,13 +268,22 @@ def _empty(x, C, H, W):
     return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype]).transpose(0, 3, 1, 2))
 
 
-def _convolutions(convolutions, zs, dweights, pixels):
-    return _table(
-        (weight.data_ptr(), z.data_ptr(), _pointer(dweight), side, stride, dilation, middle)
-        for (weight, (stride, _, dilation)), z, dweight in zip(convolutions, zs, dweights)
-        for side in weight.shape[-1:]
-        for middle in [min(side, 2 * ((pixels - 1) // dilation) + 1)]
-    )
+def _row(kernels, row):
+    """Of kernels (C, 1, k, k), or (rows, C, 1, k, k), a row, (C, 1, k, k)."""
+    return kernels.view(-1, *kernels.shape[-4:])[row]
+
+
+def _convolutions(convolutions, kernels, zs, dkernels, pixels):
+    """native.c's structures of these; pixels: the longer side of the images."""
+    rows = []
+    for (image, place, row, (stride, _, dilation)), z in zip(convolutions, zs):
+        weight, dweight = kernels[place], dkernels[place]
+        side = weight.shape[-1]
+        skipped = row * weight.shape[-4] * side * side * weight.element_size()
+        middle = min(side, 2 * ((pixels - 1) // dilation) + 1)
+        to_gradient = 0 if dweight is None else dweight.data_ptr() + skipped
+        rows.append((weight.data_ptr() + skipped, z.data_ptr(), to_gradient, side, stride, dilation, middle, image, 0))
+    return _table(rows)
 
 
 def _contiguous(*tensors):
@@ -292,16 +314,19 @@ def _run(function, *arguments):
         raise MemoryError(f"no memory for {function.__name__}")
 
 
-def _library_for(x, convolutions):
+def _library_for(images, kernels, convolutions):
     """native.c for such images and convolutions; None for those that it doesn't know, or that PyTorch will refuse."""
+    x = images[0]
     if 0 in x.shape[1:]:
         return None
-    for weight, (_, padding, dilation) in convolutions:
-        k = weight.shape[-1]
-        if weight.shape != (x.shape[1], 1, k, k) or k % 2 == 0 or padding != dilation * (k // 2):
+    for _, place, _, (_, padding, dilation) in convolutions:
+        weight = kernels[place]
+        C, one, k, width = weight.shape[-4:]
+        if (C, one, k) != (x.shape[1], 1, width) or k % 2 == 0 or padding != dilation * (k // 2):
             return None
         if not weight.is_contiguous() or (weight.dtype, weight.device) != (x.dtype, x.device):
             return None
+    _check(images, len(images), x.shape, x.dtype)
     return _library(x.dtype)
 
 

@@ -112,46 +112,103 @@ def test_blends_and_dots_are_weighted_sums_and_their_gradient(N, H, W, C, T, edg
 
 @settings(max_examples=60, deadline=None)
 @given(
+    n=st.integers(2, 60), C=st.integers(1, 18), K=st.integers(1, 18), edges=st.integers(1, 3), terms=st.integers(1, 3),
+    scales=st.sampled_from(["none", "one", "each"]), with_bias=st.booleans(), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_fold_is_batch_normalisation_of_products_and_its_gradient(
+    n, C, K, edges, terms, scales, with_bias, seed, dtype
+):
+    """z are numbers of float32, so that both types see the same, and of a mean apart from 0."""
+    torch.manual_seed(seed)
+    count = edges * terms
+    z, M, g = (torch.randn(count, *shape).to(dtype) for shape in ((n, K), (C, K), (n, C)))
+    z = z + torch.randn(count, 1, K).to(dtype)
+    scale = None if scales == "none" else torch.randn(count, 1 if scales == "one" else C).to(dtype)
+    bias = torch.randn(edges, C).to(dtype) if with_bias else None
+    exact_z, exact_M = z.double().requires_grad_(), M.double().requires_grad_()
+    exact_scale = (torch.ones(count, 1) if scale is None else scale).double().requires_grad_()
+    u = exact_z @ exact_M.mT
+    y = (u - u.mean(1, keepdim=True)) * (u.var(1, keepdim=True, correction=0) + 1e-2).rsqrt() * exact_scale[:, None]
+
+    sums, grams = z.double().sum(1), z.double().mT @ z.double()
+    A, shifts, mean, var, kept = native.fold(sums, grams, float(n), M, scale, bias, 1e-2, edges)
+    close(mean, u.mean(1), dtype)
+    close(var, u.var(1), dtype)
+    found = (z.double() @ A.double()).unflatten(0, (terms, edges)).sum(0) + shifts.double()[:, None]
+    expected = y.unflatten(0, (terms, edges)).sum(0)
+    close(found, expected if bias is None else expected + bias[:, None], dtype)
+
+    dz, dM, dscale = torch.autograd.grad(y, (exact_z, exact_M, exact_scale), g.double())
+    of_g = g.double().sum(1), g.double().mT @ z.double()
+    wants_scale = scale is not None
+    found_dscale, found_dM, A, D, shift = native.fold_gradients(
+        *of_g, float(n), M, scale, kept, wants_scale, True, True
+    )
+    close(found_dM, dM, dtype)
+    if wants_scale:
+        close(found_dscale, dscale, dtype)
+    close(g.double() @ A.double() + z.double() @ D.double() + shift.double()[:, None], dz, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
     kernels=st.lists(
-        st.tuples(st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4
+        st.tuples(
+            st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(0, 2), min_size=1)
+        ),
+        min_size=1,
+        max_size=4,
     ),
-    relu=st.booleans(),
+    relus=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     **sizes,
 )
-def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relu, seed, dtype, threads):
+def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relus, seed, dtype, threads):
+    """Three images; each of the kernels' rows convolves one of them."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    x = images(N, C, H, W, dtype)
+    xs = [images(N, C, H, W, dtype) for _ in relus]
+    weights = [torch.randn(len(rows), C, 1, k, k, dtype=dtype) for k, _, _, rows in kernels]
     convolutions = [
-        (torch.randn(C, 1, k, k, dtype=dtype), (stride, dilation * (k // 2), dilation))
-        for k, stride, dilation in kernels
+        (image, place, row, (stride, dilation * (k // 2), dilation))
+        for place, (k, stride, dilation, rows) in enumerate(kernels)
+        for row, image in enumerate(rows)
     ]
-    exact = [tensor.double().requires_grad_() for tensor in (x, *(weight for weight, _ in convolutions))]
-    activated = exact[0].relu() if relu else exact[0]
-    zs = [F.conv2d(activated, weight, None, *geometry, C) for weight, (_, geometry) in zip(exact[1:], convolutions)]
-    for found, z in zip(native.depthwise(x, relu, convolutions), zs):
+    exact = [tensor.double().requires_grad_() for tensor in (*xs, *weights)]
+    activated = [x.relu() if relu else x for x, relu in zip(exact, relus)]
+    zs = [
+        F.conv2d(activated[image], exact[3 + place][row], None, *geometry, C)
+        for image, place, row, geometry in convolutions
+    ]
+    for found, z in zip(native.depthwise(xs, relus, weights, convolutions), zs):
         close(found, z, dtype)
     dzs = [torch.randn_like(z) for z in zs]
-    dx, *dweights = torch.autograd.grad(zs, exact, dzs)
-    given_dzs = [dz.to(dtype) for dz in dzs]
-    for wants_x, wants_weights in ((True, [True] * len(zs)), (True, [False] * len(zs)), (False, [True] * len(zs))):
-        found_dx, found = native.depthwise_gradients(x, relu, convolutions, given_dzs, wants_x, wants_weights)
-        for one, gradient, wanted in zip([found_dx, *found], [dx, *dweights], [wants_x, *wants_weights]):
+    expected = torch.autograd.grad(zs, exact, dzs, materialize_grads=True)
+    given_dzs, some = [dz.to(dtype) for dz in dzs], [seed % 2 == 0, True, False]
+    for wants_xs, wants_weights in ((some, [True] * len(weights)), ([True] * 3, [False] * len(weights))):
+        found = native.depthwise_gradients(xs, relus, weights, convolutions, given_dzs, wants_xs, wants_weights)
+        for one, gradient, wanted in zip([*found[0], *found[1]], expected, [*wants_xs, *wants_weights]):
             if wanted:
                 close(one, gradient, dtype)
             else:
                 assert one is None
 
 
+def only(weight, geometry):
+    """For `native.depthwise` the convolution of one image with a weight."""
+    return [weight], [(0, 0, 0, geometry)]
+
+
 def test_relu_lets_nan_pass_and_its_gradient_too():
     x = images(2, 9, 5, 5, torch.float32)
     x[1, 3, 2, 2] = float("nan")
-    convolutions = [(torch.ones(9, 1, 3, 3), (1, 1, 1))]
-    (z,) = native.depthwise(x, True, convolutions)
+    convolution = only(torch.ones(9, 1, 3, 3), (1, 1, 1))
+    (z,) = native.depthwise([x], [True], *convolution)
     assert z.isnan().sum() == 9
-    dx, _ = native.depthwise_gradients(x, True, convolutions, [torch.ones_like(z)], True, [False])
+    (dx,), _ = native.depthwise_gradients([x], [True], *convolution, [torch.ones_like(z)], [True], [False])
     assert torch.equal(dx != 0, (x > 0) | x.isnan())
-    dx, _ = native.depthwise_gradients(x, True, convolutions, [torch.full_like(z, float("inf"))], True, [False])
+    infinite = torch.full_like(z, float("inf"))
+    (dx,), _ = native.depthwise_gradients([x], [True], *convolution, [infinite], [True], [False])
     assert torch.equal(dx == 0, x <= 0)
 
 
@@ -162,8 +219,9 @@ def test_the_number_of_threads_changes_nothing(way):
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        (z,) = native.depthwise(x, True, [(weight, (1, 2, 1))])
-        dx, (dweight,) = native.depthwise_gradients(x, True, [(weight, (1, 2, 1))], [z], True, [True])
+        convolution = only(weight, (1, 2, 1))
+        (z,) = native.depthwise([x], [True], *convolution)
+        (dx,), (dweight,) = native.depthwise_gradients([x], [True], *convolution, [z], [True], [True])
         found.append(
             (
                 z,
@@ -178,15 +236,13 @@ def test_the_number_of_threads_changes_nothing(way):
 
 
 def test_an_empty_batch_gives_an_empty_batch():
-    (z,) = native.depthwise(images(0, 5, 6, 6), False, [(torch.randn(5, 1, 3, 3).double(), (2, 1, 1))])
+    empty = images(0, 5, 6, 6)
+    (z,) = native.depthwise([empty], [False], *only(torch.randn(5, 1, 3, 3).double(), (2, 1, 1)))
     assert z.shape == (0, 5, 3, 3)
-    convolutions = [(torch.randn(5, 1, 3, 3).double(), (1, 1, 1))]
-    dx, (dweight,) = native.depthwise_gradients(
-        images(0, 5, 6, 6), False, convolutions, [images(0, 5, 6, 6)], True, [True]
-    )
+    convolution = only(torch.randn(5, 1, 3, 3).double(), (1, 1, 1))
+    (dx,), (dweight,) = native.depthwise_gradients([empty], [False], *convolution, [empty], [True], [True])
     assert dx.shape == (0, 5, 6, 6)
     assert not dweight.any()
-    empty = images(0, 5, 6, 6)
     assert native.mix([([empty], torch.randn(1, 5, 2).double())])[0].shape == (0, 2, 6, 6)
     assert not any(found.any() for found in native.products([empty], [empty]))
 
@@ -194,12 +250,12 @@ def test_an_empty_batch_gives_an_empty_batch():
 @pytest.mark.parametrize("weight", [torch.randn(4, 1, 3, 3), torch.randn(9, 1, 3, 3).double(), torch.randn(9, 1, 3, 5)])
 def test_what_does_not_fit_is_refused_or_done_by_pytorch(weight):
     x = images(2, 9, 6, 6, torch.float32)
-    convolutions = [(weight, (1, 1, 1))]
+    convolution = only(weight, (1, 1, 1))
     if weight.shape[-1] == 5:
-        assert native.depthwise(x, False, convolutions)[0].shape == (2, 9, 6, 4)
+        assert native.depthwise([x], [False], *convolution)[0].shape == (2, 9, 6, 4)
     else:
         with pytest.raises(RuntimeError):
-            native.depthwise(x, False, convolutions)
+            native.depthwise([x], [False], *convolution)
 
 
 def test_tensors_that_do_not_fit_together_are_refused():
@@ -222,6 +278,9 @@ def test_tensors_that_do_not_fit_together_are_refused():
     for a, b in (([x, x], [x]), ([x], [x[:1]]), ([x, x[..., 1:]], [x, x]), ([x], [x.double()])):
         with pytest.raises(ValueError, match="must be"):
             native.products(a, b)
+    kernels, convolutions = only(torch.randn(9, 1, 3, 3), (1, 1, 1))
+    with pytest.raises(ValueError, match="must be"):
+        native.depthwise([x, x[..., 1:]], [False, False], kernels, convolutions)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "'unbalanced"])
