@@ -99,16 +99,23 @@ class Architect:
 
         Autocast keeps the bf16 casts of weights until its outermost context ends, so they are dropped at each change.
         """
-        weights = [w.detach() for w in self.weights]
-        saved = [w.clone() for w in weights]
+        with torch.no_grad():
+            saved = [w.clone() for w in self.weights]
         try:
-            torch._foreach_copy_(weights, values)
+            self._set_weights(values)
             del values  # not to be kept through the passes
-            torch.clear_autocast_cache()
             yield
         finally:
-            torch._foreach_copy_(weights, saved)
-            torch.clear_autocast_cache()
+            self._set_weights(saved)
+
+    @torch.no_grad()
+    def _weights_plus(self, steps, factor):
+        return torch._foreach_add(self.weights, steps, alpha=factor)
+
+    @torch.no_grad()
+    def _set_weights(self, values):
+        torch._foreach_copy_(self.weights, values)
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ augment network in fewer steps than their modules would.
 """
 
 from collections import namedtuple
+from operator import itemgetter
 
 from torch import nn
 
@@ -69,13 +70,14 @@ def _is_relu_chain(op):
     return _RELU_CHAINS[known]
 
 
-_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override")
-_BN = ("eps", "momentum", "training", "track_running_stats")
+_CONV = itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_BN = itemgetter("eps", "momentum", "training", "track_running_stats")
 _SETTINGS = {
-    nn.Conv2d: _CONV, DepthwiseConv2d: _CONV, nn.MaxPool2d: _POOL, nn.AvgPool2d: _POOL, Zero: ("stride",),
-    nn.BatchNorm2d: _BN, SyncBatchNorm2d: _BN, nn.Softplus: ("beta", "threshold"), nn.ELU: ("alpha",),
-    nn.GELU: ("approximate",),
+    nn.Conv2d: _CONV, DepthwiseConv2d: _CONV, nn.BatchNorm2d: _BN, SyncBatchNorm2d: _BN,
+    nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    Zero: itemgetter("stride"), nn.Softplus: itemgetter("beta", "threshold"),
+    nn.ELU: itemgetter("alpha"), nn.GELU: itemgetter("approximate"),
 }  # fmt: skip
 
 
@@ -88,7 +90,8 @@ def signature(module):
     if own["_modules"]:
         parts = [signature(part) for part in own["_modules"].values()]
         return None if None in parts else (kind, *parts)
-    return (kind, *map(own.get, _SETTINGS.get(kind, ())))
+    settings = _SETTINGS.get(kind)
+    return (kind, settings and settings(own))
 
 
 def _has_hooks(own):

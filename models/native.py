@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -296,8 +297,7 @@ def _scales(scale):
 
 def _table(rows):
     """An array of one of native.c's structures, whose members are pointers and longs."""
-    numbers = list(itertools.chain.from_iterable(rows))
-    return (ctypes.c_long * len(numbers))(*numbers)
+    return array("l", itertools.chain.from_iterable(rows))
 
 
 def _pointers(tensors):
@@ -310,7 +310,7 @@ def _pointer(tensor, place=0):
 
 
 def _run(function, *arguments):
-    if function(*arguments):
+    if function(*[given.buffer_info()[0] if type(given) is array else given for given in arguments]):
         raise MemoryError(f"no memory for {function.__name__}")
 
 
