@@ -129,6 +129,7 @@ def train(epoch, run, trained, net, criterion, loader, optim):
     meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", training=True)
 
     net.train()
+    parameters = list(net.parameters())
     for X, y, n in meters.watch(loader.epoch(epoch, meters.first), len(loader)):
         net.global_batch(n)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
@@ -140,7 +141,7 @@ def train(epoch, run, trained, net, criterion, loader, optim):
         (objective * distributed.ddp_weight(n)).backward()
         if not config.sync_bn:
             distributed.average_statistics(net, y)
-        norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         (objective,) = distributed.mean([distributed.part(objective.detach(), y)], y)
         run.stop_unless_finite("w", objective, norm, optim.param_groups[0]["lr"], epoch, {"w": loader.samples})
         optim.step()

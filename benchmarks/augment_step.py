@@ -52,7 +52,7 @@ def step_of(args):
     X = torch.randn(args.batch_size, 3, args.size, args.size).to(device, memory_format=memory_format)
     y = torch.randint(10, (args.batch_size,)).to(device)
     criterion = nn.CrossEntropyLoss()
-    optim = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    optim = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
 
     def step():
         logits, aux_logits = net(X)

@@ -80,7 +80,7 @@ def step_of(way, size, order, args):
     """A function that takes one step of the search, as search.py does: alpha's gradient, then w."""
     net, trn, val = network(way, size, args, "cuda" if args.cuda else "cpu")
     weights, xi = list(net.weights()), 0.025 if order == "second" else 0.0
-    w_optim = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
+    w_optim = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
     alpha_optim = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
     architect = Architect(net, 0.9, 3e-4)
 

@@ -458,37 +458,38 @@ INLINE struct moments moments_of(double *kept, long product, long K, long C) {
 int fold(const double *sums, const double *grams, double n, const REAL *M, const REAL *scale, long scales,
          const REAL *bias, double eps, REAL *A, REAL *shifts, long edges, REAL *mean, REAL *var, double *kept,
          long count, long K, long C) {
-    long room = K * K + K;
-    double *rooms = malloc(max(1, omp_get_max_threads() * room + count * C) * sizeof(double));
-    double *shift = rooms + omp_get_max_threads() * room;
-    if (!rooms) return 1;
-#pragma omp parallel for schedule(static) if (count > 1)
-    for (long p = 0; p < count; p++) {
+    double *covariances = malloc(max(1, count * (K * K + C) + omp_get_max_threads() * K) * sizeof(double));
+    double *shift = covariances + count * K * K, *rows = shift + count * C;
+    if (!covariances) return 1;
+#pragma omp parallel for schedule(static) if (count * K > 64)
+    for (long u = 0; u < count * K; u++) {
+        const struct moments z = moments_of(kept, u / K, K, C);
+        const double *of_product = sums + u / K * K, mean_k = sums[u] / n;
+        z.mean[u % K] = mean_k;
+        for (long j = 0; j < K; j++) covariances[u * K + j] = grams[u * K + j] / n - mean_k * (of_product[j] / n);
+    }
+#pragma omp parallel for schedule(static) if (count * C > 64)
+    for (long u = 0; u < count * C; u++) {
+        long p = u / C, i = u % C;
         const struct moments z = moments_of(kept, p, K, C);
-        double *S = rooms + omp_get_thread_num() * room, *row = S + K * K;
-        for (long k = 0; k < K; k++) z.mean[k] = sums[p * K + k] / n;
-        for (long k = 0; k < K; k++)
-            for (long j = 0; j < K; j++) S[k * K + j] = grams[(p * K + k) * K + j] / n - z.mean[k] * z.mean[j];
-        for (long i = 0; i < C; i++) {
-            double *MS = z.MS + i * K;
-            for (long k = 0; k < K; k++) row[k] = M[(p * C + i) * K + k], MS[k] = 0;
-            add_rows(MS, row, 1, S, K, K);
-            double mean_u = dot(row, z.mean, K), var_u = dot(MS, row, K);
-            var_u = var_u < 0 ? 0 : var_u; /* nan stays */
-            z.inverse[i] = 1 / sqrt(var_u + eps);
-            double factor = z.inverse[i] * (scale ? scale[p * scales + i % scales] : 1);
-            for (long k = 0; k < K; k++) A[(p * K + k) * C + i] = factor * row[k];
-            shift[p * C + i] = -factor * mean_u;
-            mean[p * C + i] = mean_u;
-            var[p * C + i] = var_u * n / (n - 1);
-        }
+        double *row = rows + omp_get_thread_num() * K, *MS = z.MS + i * K;
+        for (long k = 0; k < K; k++) row[k] = M[u * K + k], MS[k] = 0;
+        add_rows(MS, row, 1, covariances + p * K * K, K, K);
+        double mean_u = dot(row, z.mean, K), var_u = dot(MS, row, K);
+        var_u = var_u < 0 ? 0 : var_u; /* nan stays */
+        z.inverse[i] = 1 / sqrt(var_u + eps);
+        double factor = z.inverse[i] * (scale ? scale[p * scales + i % scales] : 1);
+        for (long k = 0; k < K; k++) A[(p * K + k) * C + i] = factor * row[k];
+        shift[u] = -factor * mean_u;
+        mean[u] = mean_u;
+        var[u] = var_u * n / (n - 1);
     }
     for (long e = 0; e < edges * C; e++) {
         double sum = bias ? bias[e] : 0;
         for (long at = e; at < count * C; at += edges * C) sum += shift[at];
         shifts[e] = sum;
     }
-    free(rooms);
+    free(covariances);
     return 0;
 }
 
