@@ -34,15 +34,13 @@ class Architect:
         xi: the weights' learning rate; buf: the momentum buffers of `w_optim`, none before its first step.
         """
         _, *grads = distributed.mean(self._grad(trn_X, trn_y, self.weights), trn_y)
-        weights = [w.detach() for w in self.weights]
-        steps = torch._foreach_add(grads, weights, alpha=self.w_weight_decay)
-        moving = [(step, w_optim.state[w]) for step, w in zip(steps, self.weights) if w in w_optim.state]
-        moving = [
-            (step, state["momentum_buffer"]) for step, state in moving if state.get("momentum_buffer") is not None
-        ]
+        with torch.no_grad():
+            steps = torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay)
+        buffers = [w_optim.state.get(w, {}).get("momentum_buffer") for w in self.weights]
+        moving = [(step, buffer) for step, buffer in zip(steps, buffers) if buffer is not None]
         if moving:
             torch._foreach_add_(*map(list, zip(*moving)), alpha=self.w_momentum)
-        return torch._foreach_add(weights, steps, alpha=-xi)
+        return self._weights_plus(steps, -xi)
 
     def unrolled_backward(self, trn_X, trn_y, val_X, val_y, xi, w_optim):
         """Eq. 6: set every alpha.grad to grad_a L_V(w', a) - xi * H. Returns L_V(w', a), a scalar.
@@ -74,12 +72,11 @@ class Architect:
         if norm == 0:
             return [torch.zeros_like(alpha) for alpha in alphas]
         eps = self.eps_scale / norm
-        weights = [w.detach() for w in self.weights]
         shifts = torch._foreach_mul(dw, eps)
         with torch.autocast(trn_X.device.type, enabled=False):
-            with self._weights_at(torch._foreach_add(weights, shifts)):
+            with self._weights_at(self._weights_plus(shifts, 1)):
                 _, *dalpha_pos = self._grad(trn_X, trn_y, alphas)
-            with self._weights_at(torch._foreach_sub(weights, shifts)):
+            with self._weights_at(self._weights_plus(shifts, -1)):
                 _, *dalpha_neg = self._grad(trn_X, trn_y, alphas)
         return distributed.mean([(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)], trn_y)
 

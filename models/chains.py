@@ -7,11 +7,13 @@ augment network in fewer steps than their modules would.
 from collections import namedtuple
 from operator import itemgetter
 
+import torch
 from torch import nn
 
+from models import native
 from models.depthwise import DepthwiseConv2d, channels_last_depthwise, is_channels_last_on_cpu
 from models.folded_bn import normalised_product
-from models.ops import DilConv, SepConv, Zero
+from models.ops import DilConv, FactorizedReduce, SepConv, Zero
 from models.sync_bn import SyncBatchNorm2d
 
 ELEMENTWISE = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # activations that work in any layout
@@ -21,31 +23,28 @@ Link = namedtuple("Link", "activation spatial pointwise bn")
 
 
 def links_of(op):
-    """The steps that a SepConv, DilConv or FactorizedReduce chains."""
-    if isinstance(op, SepConv):
-        return [link for half in op for link in links_of(half)]
-    if isinstance(op, DilConv):
-        activation, spatial, pointwise, bn = op
+    """The steps that a SepConv, DilConv or FactorizedReduce chains; none of one that has been made into another."""
+    kind, parts = type(op), list(op.children())
+    if kind is SepConv and [type(half) for half in parts] == [DilConv, DilConv]:
+        halves = [links_of(half) for half in parts]
+        return halves[0] + halves[1] if all(halves) else []
+    if kind is DilConv and len(parts) == 4:
+        activation, spatial, pointwise, bn = parts
         return [Link(activation, spatial, [pointwise], bn)]
-    return [Link(op.relu, None, [op.conv1, op.conv2], op.bn)]
+    return [Link(op.relu, None, [op.conv1, op.conv2], op.bn)] if kind is FactorizedReduce else []
 
 
 def run(op, x):
     """op(x), a `nn.Sequential`'s modules one after the other.
 
-    In training on channels-last CPU images, a chain's ReLU and depthwise convolution are one step and its pointwise
-    convolution and BN another; the numbers are the same.
+    In training on channels-last CPU images, a chain's ReLU and depthwise convolution are one step in C and its
+    pointwise convolution and BN another; the numbers are the same.
     """
-    if type(op) is nn.Sequential and not _has_hooks(vars(op)):
+    if type(op) is nn.Sequential and not _is_special(vars(op)):
         for part in op:
             x = run(part, x)
         return x
-    if (
-        type(op) not in (SepConv, DilConv)
-        or not op.training
-        or not is_channels_last_on_cpu(x)
-        or not _is_relu_chain(op)
-    ):
+    if type(op) not in (SepConv, DilConv) or not op.training or not _is_for_c(x) or not _is_relu_chain(op, x.dtype):
         return op(x)
     for _, spatial, (pointwise,), bn in links_of(op):
         z = channels_last_depthwise(x, spatial.weight, *geometry(spatial), relu=True)
@@ -58,22 +57,39 @@ def geometry(conv):
     return conv.stride[0], conv.padding[0], conv.dilation[0]
 
 
-_RELU_CHAINS = {}
+def _is_for_c(x):
+    return is_channels_last_on_cpu(x) and native.knows(x.dtype) and not torch.is_autocast_enabled("cpu")
 
 
-def _is_relu_chain(op):
+def _is_relu_chain(op, dtype):
+    if any(parameter.dtype != dtype or not parameter.is_cpu for parameter in op.parameters()):
+        return False
     known = signature(op)
     if known not in _RELU_CHAINS:
-        _RELU_CHAINS[known] = known is not None and all(
-            is_plain(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links_of(op)
+        links = links_of(op)
+        _RELU_CHAINS[known] = bool(known and links) and all(
+            is_plain(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links
         )
     return _RELU_CHAINS[known]
 
 
-_CONV = itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_BN = itemgetter("eps", "momentum", "training", "track_running_stats")
-_SETTINGS = {
-    nn.Conv2d: _CONV, DepthwiseConv2d: _CONV, nn.BatchNorm2d: _BN, SyncBatchNorm2d: _BN,
+_RELU_CHAINS = {}  # signature -> whether it is one
+
+
+def _conv(own):
+    return (*_OF_CONV(own), own["_parameters"]["bias"] is None)
+
+
+def _bn(own):
+    return (*_OF_BN(own), own["_parameters"]["weight"] is None, own["_buffers"]["running_mean"] is None)
+
+
+_OF_CONV = itemgetter(
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+)
+_OF_BN = itemgetter("num_features", "eps", "momentum", "training", "track_running_stats")
+_SETTINGS = {  # what a signature has of a module, and all that `is_plain` asks
+    nn.Conv2d: _conv, DepthwiseConv2d: _conv, nn.BatchNorm2d: _bn, SyncBatchNorm2d: _bn,
     nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     Zero: itemgetter("stride"), nn.Softplus: itemgetter("beta", "threshold"),
@@ -82,10 +98,10 @@ _SETTINGS = {
 
 
 def signature(module):
-    """What a module computes but for its weights: equal for two modules that may run as one. None if it has a hook
-    inside, which only its own forward calls."""
+    """What a module computes but for its weights: equal for two modules that may run as one. None if there is a hook or
+    another forward inside, which only a call of the module itself does."""
     kind, own = type(module), vars(module)
-    if _has_hooks(own):
+    if _is_special(own):
         return None
     if own["_modules"]:
         parts = [signature(part) for part in own["_modules"].values()]
@@ -94,19 +110,37 @@ def signature(module):
     return (kind, settings and settings(own))
 
 
-def _has_hooks(own):
-    return own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+def _is_special(own):
+    return (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own
+    )  # fmt: skip
 
 
 def is_plain(link):
     """Whether a link is as `models.ops` makes it, but for the activation."""
-    convs = [*link.pointwise, *([] if link.spatial is None else [link.spatial])]
+    stride = (1, 1) if link.spatial else (2, 2)
     return (
         type(link.activation) in ELEMENTWISE
-        and all(isinstance(conv, nn.Conv2d) and conv.bias is None and conv.padding_mode == "zeros" for conv in convs)
-        and (link.spatial is None or link.spatial.groups == link.spatial.in_channels == link.spatial.out_channels)
+        and (link.spatial is None or _is_plain_depthwise(link.spatial))
+        and all(
+            type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1
+            and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), stride, (0, 0))
+            for conv in link.pointwise
+        )
         and is_plain_bn(link.bn)
-    )
+    )  # fmt: skip
+
+
+def _is_plain_depthwise(conv):
+    return (
+        type(conv) in (nn.Conv2d, DepthwiseConv2d)
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and conv.groups == conv.in_channels == conv.out_channels
+        and all(type(size) is tuple and size[0] == size[1]
+                for size in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
+    )  # fmt: skip
 
 
 def is_plain_bn(bn):

@@ -1,9 +1,9 @@
 """Depthwise convolution with a backward pass that is fast on the CPU.
 
 PyTorch's own (oneDNN's) is fast there for channels-last images, forward and, at dilation 1, for the gradient of x; the
-rest takes 5 to 100 times longer than the same arithmetic needs. native.c has all of it, for all convolutions of an
-image at once. The gradient of x is, at stride 1, the convolution of dz with the kernel turned by 180 degrees, dilated
-alike; at a larger stride dz has zeros between its pixels first.
+rest takes 5 to 100 times longer than the same arithmetic needs. native.c has all of it, for many images and
+convolutions at once. The gradient of x is, at stride 1, the convolution of dz with the kernel turned by 180 degrees,
+dilated alike; at a larger stride dz has zeros between its pixels first.
 """
 
 import torch
@@ -34,9 +34,14 @@ def is_channels_last_on_cpu(x):
 
 def channels_last_depthwise(x, weight, stride, padding, dilation, relu=False):
     """The convolution of channels-last CPU images x, (N, C, H, W), or of relu(x), with weight, (C, 1, k, k)."""
-    if stride == dilation == 2 and padding % 2 == 0:  # reads every second pixel alone
+    if is_subsampling(stride, padding, dilation):
         x, stride, padding, dilation = every_second(x), 1, padding // 2, 1
     return channels_last_depthwises([x], [relu], [weight], [(0, 0, 0, (stride, padding, dilation))])[0]
+
+
+def is_subsampling(stride, padding, dilation):
+    """Whether a convolution reads every second pixel alone, so that on those it has stride 1 and dilation 1."""
+    return stride == dilation == 2 and padding % 2 == 0
 
 
 def channels_last_depthwises(images, relus, kernels, convolutions):

@@ -13,7 +13,7 @@ the gradient let g = dL/dy, R = sum over pixels of g (z - m)' and v = diag(M R')
     dL/dz  = A' g - M' diag(c) M (z - m) - (mean over the pixels of A' g)
 
 w is an operation's weight in a search cell, and BN's own weight in the augment network. The sums over pixels are put
-together in float64: variances are differences of such sums.
+together in float64 (by native.c): variances are differences of such sums.
 """
 
 import torch
@@ -56,7 +56,7 @@ class Mixture(torch.autograd.Function):
         sums, grams = native.products(images, images)
         if synced:
             sums, grams, n = _over_ranks(sums, grams, sums.new_tensor(float(n)))
-        A, shifts, mean, var, kept = native.fold(sums, grams, float(n), *_rows(M, w, bias, edges), eps, edges)
+        A, shifts, mean, var, kept = native.fold(sums, grams, float(n), *_by_product(M, w, bias, edges), eps, edges)
 
         def make(*images):
             terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, len(images), edges)]
@@ -84,7 +84,7 @@ class Mixture(torch.autograd.Function):
             return None, None, None, *_differentiable_gradients(ctx, gs, w, bias, M, images), *to_bases
         of_products = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // edges)
         sums, products = native.products(of_products, images)
-        rows, wants_z = _rows(M, w, bias, edges)[:2], any(wants_z[: len(images)])
+        rows, wants_z = _by_product(M, w, bias, edges)[:2], any(wants_z[: len(images)])
         dw, dM, *of_z = native.fold_gradients(sums, products, n, *rows, kept, wants_w, wants_M, wants_z and not synced)
         dbias = sums[:edges].to(M.dtype).view_as(bias) if wants_bias else None
         dzs = [None] * len(images)
@@ -102,7 +102,7 @@ def _products(M):
     return len(M) if M.dim() == 3 else 1
 
 
-def _rows(M, w, bias, edges):
+def _by_product(M, w, bias, edges):
     """M, w and bias with a row for each product or edge, as `native.fold` takes them."""
     M = M if M.dim() == 3 else M.view(1, *M.shape[:2])
     return M, w if w is None else w.view(len(M), -1), bias if bias is None else bias.view(edges, -1)
@@ -121,7 +121,7 @@ def _differentiable_gradients(ctx, gs, w, bias, M, images):
     with torch.enable_grad():
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (w, bias, M, *images)]  # apart
         w, bias, M, *images = inputs
-        M, w, bias = _rows(M, w, bias, edges)
+        M, w, bias = _by_product(M, w, bias, edges)
         ys = []
         for z, M_k, w_k in zip(images, M, [None] * len(M) if w is None else w):
             u = F.conv2d(z, M_k[:, :, None, None])
@@ -131,6 +131,9 @@ def _differentiable_gradients(ctx, gs, w, bias, M, images):
         ys = [sum(ys[e + edges :: edges], start=ys[e]) for e in range(edges)]
         ys = ys if bias is None else [y + bias_e[:, None, None] for y, bias_e in zip(ys, bias)]
         wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[3 + i]]
+        if not wanted:
+            return [None] * len(inputs)
+        ys, gs = zip(*[(y, g) for y, g in zip(ys, gs) if y.requires_grad])
         found = torch.autograd.grad(ys, [inputs[i] for i in wanted], gs, create_graph=True)
     grads = dict(zip(wanted, found))
     return [grads.get(i) for i in range(len(inputs))]

@@ -7,7 +7,7 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
    share is mixed for all of them in one step.
 2. A chain of (activation, depthwise, pointwise, BN) runs on all its edges at once, as E images of C channels. On CUDA
    the pointwise convolutions of all edges are one batched matrix product, the depthwise ones one grouped convolution;
-   on the CPU all depthwise convolutions of an image are one step.
+   on the CPU all depthwise convolutions of a step are one operation.
 3. The last BN of a chain, the weighting and the sum over candidates are one step. On the CPU it is `Mixture`, which
    keeps what the depthwise convolutions gave alone (models/folded_bn.py has the mathematics); elsewhere, where a launch
    costs more than another pass over the data, it is PyTorch's BN, with w as its scale.
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import native, remake, sync_bn
-from models.chains import is_plain, is_plain_bn, links_of, signature
-from models.depthwise import channels_last_depthwises, every_second
+from models.chains import geometry, is_plain, is_plain_bn, links_of, signature
+from models.depthwise import channels_last_depthwises, every_second, is_subsampling
 from models.folded_bn import Mixture
-from models.ops import DilConv, FactorizedReduce, Identity, PoolBN, SepConv, Zero
+from models.ops import Identity, PoolBN, Zero
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -165,15 +165,15 @@ class _EdgeByEdge(_Path):
     def _convolved(self, jobs):
         """Of each job (links, images, kernels (E, C, 1, k, k)) the depthwise convolutions, a list of E images.
 
-        All of images of one size are one operation.
+        All convolutions of images of one size are one operation.
         """
         of_size = {}
         for j, (links, images, kernels) in enumerate(jobs):
-            geometry, relu = _geometry(links[0].spatial), type(links[0].activation) in self.folded
+            how, relu = _geometry(links[0].spatial), type(links[0].activation) in self.folded
             found, convolutions, stacks, places = of_size.setdefault(images[0].shape, ({}, [], [], []))
             for row, image in enumerate(images):
                 place, *_ = found.setdefault((id(image), relu), (len(found), image, relu))
-                convolutions.append((place, len(stacks), row, geometry))
+                convolutions.append((place, len(stacks), row, how))
                 places.append(j)
             stacks.append(kernels)
         outputs = [[] for _ in jobs]
@@ -468,14 +468,13 @@ class _Inputs:
 
 
 def _is_subsampling(conv):
-    """Whether a convolution reads every second pixel alone, so that on those it has stride 1 and dilation 1."""
-    return conv.stride[0] == conv.dilation[0] == 2 and conv.padding[0] % 2 == 0
+    return is_subsampling(*geometry(conv))
 
 
 def _geometry(conv):
-    if _is_subsampling(conv):
-        return 1, conv.padding[0] // 2, 1
-    return conv.stride[0], conv.padding[0], conv.dilation[0]
+    """(stride, padding, dilation) on the pixels that are read."""
+    stride, padding, dilation = geometry(conv)
+    return (1, padding // 2, 1) if _is_subsampling(conv) else (stride, padding, dilation)
 
 
 def _halves(x):
@@ -555,9 +554,8 @@ def _classify(op):
         return "skip" if kind is Identity else "zero"
     if kind is PoolBN:
         return "pool" if type(op[0]) in POOLS and _is_bare(op[1]) else "alone"
-    if kind in (SepConv, DilConv, FactorizedReduce):
-        return "chain" if all(is_plain(link) and _is_bare(link.bn) for link in links_of(op)) else "alone"
-    return "alone"
+    links = links_of(op)
+    return "chain" if links and all(is_plain(link) and _is_bare(link.bn) for link in links) else "alone"
 
 
 def _is_bare(bn):

@@ -1,5 +1,6 @@
-/* What search cells do on the CPU with channels-last images, in C: depthwise convolutions, products with small
-   matrices and weighted sums, each with what its gradient needs. native.py compiles this, with REAL as float or double, and calls it.
+/* What cells do on the CPU with channels-last images, in C: depthwise convolutions, products with small matrices and
+   their BN, and weighted sums, each with what its gradient needs. native.py compiles this, with REAL as float or
+   double, and calls it.
 
    Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. Threads are PyTorch's own. */
 
@@ -62,13 +63,13 @@ INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 
 /* Depthwise convolutions. Kernels are square with an odd side k; the padding is 'same', dilation * (k / 2).
 
-   Of a kernel only the middle is used that meets pixels: of a large one on few pixels the rest reads zeros alone. Work is
-   done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
+   Of a kernel only the middle is used that meets pixels: of a large one on few pixels the rest reads zeros alone. Work
+   is done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
    border of zeros. All convolutions of an image read the same planes, so that it comes from memory once.
 
-   Images here are batches, `images` of them, (N, H, W, C) each. */
+   A function takes several batches of images, (N, H, W, C) each. */
 
-struct image {
+struct batch {
     const REAL *x;
     REAL *dx; /* or null where it is not wanted */
     long relu; /* whether relu(x) is convolved */
@@ -80,7 +81,7 @@ struct convolution {
     REAL *dweight;      /* (C, side, side), or null where it is not wanted */
     long side, stride, dilation;
     long k; /* the side of the kernel's middle, beyond which it meets no pixels */
-    long image, at; /* which it convolves; where its kernel is packed, set here */
+    long batch, at; /* which it convolves; where its kernel is packed, set here */
 };
 
 struct sizes {
@@ -186,22 +187,23 @@ static void correlate(vector *out, const vector *in, const vector *dz, long widt
 }
 
 /* Every z. */
-int depthwise(const struct image *images, long batches, long N, long H, long W, long C, struct convolution *all,
+int depthwise(const struct batch *batches, long n_batches, long N, long H, long W, long C, struct convolution *all,
               long count) {
-    const struct sizes s = sizes_of(all, count, batches * N, H, W, C);
+    const struct sizes s = sizes_of(all, count, n_batches * N, H, W, C);
     vector *kernels = zeros(s.blocks * s.taps + omp_get_max_threads() * s.blocks * s.plane);
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 0);
 #pragma omp parallel for schedule(static)
-    for (long unit = 0; unit < batches * N * s.groups; unit++) {
-        long group = unit % s.groups, n = unit / s.groups % N, image = unit / s.groups / N;
+    for (long unit = 0; unit < n_batches * N * s.groups; unit++) {
+        long group = unit % s.groups, n = unit / s.groups % N;
+        const struct batch *batch = batches + unit / s.groups / N;
         long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
         vector *planes = kernels + s.blocks * (s.taps + omp_get_thread_num() * s.plane);
         for (long b = from; b < until; b++)
-            fill(planes + b * s.plane + s.inside, s.width, images[image].x + n * H * W * C + b * LANES, C,
-                 min(LANES, C - b * LANES), H, W, 1, images[image].relu);
+            fill(planes + b * s.plane + s.inside, s.width, batch->x + n * H * W * C + b * LANES, C,
+                 min(LANES, C - b * LANES), H, W, 1, batch->relu);
         for (const struct convolution *f = all; f < all + count; f++) {
-            if (f->image != image) continue;
+            if (f->batch != batch - batches) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
             for (long y = 0; y < rows; y++)
                 for (long b = from; b < until; b++)
@@ -214,31 +216,31 @@ int depthwise(const struct image *images, long batches, long N, long H, long W, 
     return 0;
 }
 
-/* From the gradients z every dweight and dx that is wanted. */
-int depthwise_gradients(const struct image *images, long batches, long N, long H, long W, long C,
+/* From the gradients z every dx, and what every dweight, zeros before, gets in addition. */
+int depthwise_gradients(const struct batch *batches, long n_batches, long N, long H, long W, long C,
                         struct convolution *all, long count) {
-    const struct sizes s = sizes_of(all, count, batches * N, H, W, C);
-    enum { AT_A_TIME = 64, DOUBLES = sizeof(double) / sizeof(REAL) };
-    long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_image = s.blocks * s.taps;
-    long summed = 0; /* of dweights, vectors of all images */
+    const struct sizes s = sizes_of(all, count, n_batches * N, H, W, C);
+    enum { TAPS = 64, DOUBLES = sizeof(double) / sizeof(REAL) };
+    long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_all = s.blocks * s.taps;
+    long summed = 0; /* vectors of dweights that are wanted, of an image */
     for (const struct convolution *f = all; f < all + count; f++)
-        if (f->dweight) summed = of_image;
-    vector *kernels = zeros(of_image + summed * (N + DOUBLES) + omp_get_max_threads() * each);
-    vector *dweights = kernels + of_image, *threads = dweights + summed * N;
+        if (f->dweight) summed = of_all;
+    vector *kernels = zeros(of_all + summed * (N + DOUBLES) + omp_get_max_threads() * each);
+    vector *dweights = kernels + of_all, *threads = dweights + summed * N;
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 1);
 #pragma omp parallel for schedule(static)
-    for (long unit = 0; unit < batches * N * s.groups; unit++) {
+    for (long unit = 0; unit < n_batches * N * s.groups; unit++) {
         long group = unit % s.groups, n = unit / s.groups % N;
-        const struct image *image = images + unit / s.groups / N;
+        const struct batch *batch = batches + unit / s.groups / N;
         long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
         vector *planes = threads + each * omp_get_thread_num(), *dz = planes + s.blocks * s.plane, *sums = dz + s.plane;
         for (long b = from; b < until; b++)
-            fill(planes + b * s.plane + s.inside, s.width, image->x + n * H * W * C + b * LANES, C,
-                 min(LANES, C - b * LANES), H, W, 1, image->relu);
+            fill(planes + b * s.plane + s.inside, s.width, batch->x + n * H * W * C + b * LANES, C,
+                 min(LANES, C - b * LANES), H, W, 1, batch->relu);
         memset(sums, 0, s.blocks * H * W * sizeof(vector));
         for (const struct convolution *f = all; f < all + count; f++) {
-            if (f->image != image - images) continue;
+            if (f->batch != batch - batches) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
             long at_once = max(1, 64 / columns); /* rows: few enough to be summed without loss */
             for (long b = from; b < until; b++) {
@@ -246,32 +248,32 @@ int depthwise_gradients(const struct image *images, long batches, long N, long H
                 fill(dz + s.inside, s.width, f->z + n * rows * columns * C + b * LANES, C, min(LANES, C - b * LANES), H,
                      W, f->stride, 0);
                 for (long y = 0; y < rows && f->dweight; y += at_once)
-                    correlate(dweights + n * of_image + kernel,
+                    correlate(dweights + n * of_all + kernel,
                               planes + b * s.plane + (first + y * f->stride) * s.width + first,
                               dz + s.inside + y * f->stride * s.width, s.width, f->k, f->stride, f->dilation,
                               min(at_once, rows - y), columns);
-                for (long y = 0; y < H && image->dx; y++) /* dz convolved with the turned kernel, see depthwise.py */
+                for (long y = 0; y < H && batch->dx; y++) /* dz convolved with the turned kernel, see depthwise.py */
                     convolve((REAL *)(sums + (b * H + y) * W), LANES, LANES, 1, dz + (first + y) * s.width + first,
                              s.width, kernels + kernel, f->k, 1, f->dilation, W);
             }
         }
-        for (long i = 0; i < H * W && image->dx; i++)
+        for (long i = 0; i < H * W && batch->dx; i++)
             for (long b = from; b < until; b++) {
                 long at = (n * H * W + i) * C + b * LANES, lanes = min(LANES, C - b * LANES);
                 vector v = sums[b * H * W + i];
-                put(image->dx + at, image->relu ? where(v, ~(get(image->x + at, lanes) <= 0)) : v, lanes);
+                put(batch->dx + at, batch->relu ? where(v, ~(get(batch->x + at, lanes) <= 0)) : v, lanes);
             }
     }
     double *totals = (double *)(threads + omp_get_max_threads() * each); /* of all images, tap by tap */
 #pragma omp parallel for schedule(static)
-    for (long from = 0; from < summed; from += AT_A_TIME)
+    for (long from = 0; from < summed; from += TAPS)
         for (long n = 0; n < N; n++)
-            for (long i = from; i < min(summed, from + AT_A_TIME); i++)
-                for (long l = 0; l < LANES; l++) totals[i * LANES + l] += dweights[n * of_image + i][l];
+            for (long i = from; i < min(summed, from + TAPS); i++)
+                for (long l = 0; l < LANES; l++) totals[i * LANES + l] += dweights[n * of_all + i][l];
     for (const struct convolution *f = all; f < all + count; f++)
         for (long c = 0, taps = f->k * f->k; c < C && f->dweight; c++)
             for (long t = 0; t < taps; t++)
-                f->dweight[place(f, c, t)] = totals[(f->at + c / LANES * taps + t) * LANES + c % LANES];
+                f->dweight[place(f, c, t)] += totals[(f->at + c / LANES * taps + t) * LANES + c % LANES];
     free(kernels);
     return 0;
 }
@@ -388,13 +390,13 @@ static void add_products(double *total, const REAL *a, const REAL *b, long n, lo
     }
 }
 
-/* Of `count` pairs the sums, (K), of the pixels of a, and products, (K, C), = a' b. Chunks of pixels are summed in REAL,
-   the chunks of a block, and the blocks, in double. */
+/* Of `count` pairs the sums, (K), of the pixels of a, and products, (K, C), = a' b. Chunks of pixels are summed in
+   REAL, the chunks of a block, and the blocks, in double. */
 int products(struct pair *all, long count, double *sums, double *products, long P, long K, long C) {
     enum { CHUNK = 128, BLOCKS = 8 };
     long wide = up(C, LANES) * LANES, size = K * (C + 1), blocks = min(BLOCKS, up(P, CHUNK));
     double *totals = calloc(max(1, count * blocks * size), sizeof(double));
-    vector *copies = zeros(wide == C ? 0 : omp_get_max_threads() * CHUNK * wide / LANES); /* of b, to make vectors whole */
+    vector *copies = zeros(wide == C ? 0 : omp_get_max_threads() * CHUNK * wide / LANES); /* of b: whole vectors */
     int failed = !totals || !copies;
 #pragma omp parallel for schedule(static) if (!failed)
     for (long unit = 0; unit < (failed ? 0 : count * blocks); unit++) {
@@ -453,8 +455,8 @@ INLINE struct moments moments_of(double *kept, long product, long K, long C) {
 }
 
 /* From the sums of z (K) and of z z' (K, K) over n pixels: y = A' z + shift is BN(M z) times a scale, one or one for
-   each channel (`scales` numbers), or alone. A: (K, C). shifts: (edges, C), the sums over products e, e + edges, ... and
-   of the bias, alike or null. mean, var: of u, unbiased, (C). kept: what fold_gradients reads. */
+   each channel (`scales` numbers), or alone. A: (K, C). shifts: (edges, C), the sums over products e, e + edges, ...
+   and of the bias, alike or null. mean, var: of u, unbiased, (C). kept: what fold_gradients reads. */
 int fold(const double *sums, const double *grams, double n, const REAL *M, const REAL *scale, long scales,
          const REAL *bias, double eps, REAL *A, REAL *shifts, long edges, REAL *mean, REAL *var, double *kept,
          long count, long K, long C) {

@@ -35,6 +35,11 @@ ARGUMENTS = {
 }
 
 
+def knows(dtype):
+    """Whether native.c does the work for numbers of this type."""
+    return _library(dtype) is not None
+
+
 def depthwise(images, relus, kernels, convolutions):
     """Depthwise convolutions of images, (N, C, H, W) of one size: a list.
 
@@ -128,7 +133,8 @@ def mix(terms, bases=None, shifts=None):
 def products(a, b):
     """Of each pair of images, of K and C channels, the sums over their pixels of a, and of a b', in float64.
 
-    a, b: lists of images, all of one size. Returns (pairs, K) and (pairs, K, C).
+    a, b: lists of images, all of one size. Returns (pairs, K) and (pairs, K, C). Without native.c products are summed
+    as numbers of the images' type.
     """
     _check(a, len(a), a[0].shape, a[0].dtype)
     _check(b, len(a), (len(a[0]), b[0].shape[1], *a[0].shape[2:]), a[0].dtype)
@@ -154,12 +160,13 @@ def fold(sums, grams, n, M, scale, bias, eps, edges):
     (products, C); and what `fold_gradients` needs.
     """
     count, C, K = M.shape
-    _check([sums], 1, (count, K), torch.float64)
-    _check([grams], 1, (count, K, K), torch.float64)
+    _check_fold(sums, (count, K), grams, (count, K, K), M, scale)
+    if bias is not None:
+        _check([bias], 1, (edges, C), M.dtype)
     library = _library(M.dtype)
     if library is None:
         return _plain_fold(sums, grams, n, M, scale, bias, eps, edges)
-    M, scale, bias = _contiguous(M, scale, bias)
+    sums, grams, M, scale, bias = _contiguous(sums, grams, M, scale, bias)
     A, shifts, mean, var = (M.new_empty(shape) for shape in ((count, K, C), (edges, C), (count, C), (count, C)))
     kept = M.new_empty(count, K + C * K + C, dtype=torch.float64)
     _run(
@@ -178,14 +185,13 @@ def fold_gradients(sums, products, n, M, scale, kept, wants_scale, wants_M, want
     (products, C, K); D: (products, K, K); shift: (products, K).
     """
     count, C, K = M.shape
-    _check([sums], 1, (count, C), torch.float64)
-    _check([products], 1, (count, C, K), torch.float64)
+    _check_fold(sums, (count, C), products, (count, C, K), M, scale)
     library = _library(M.dtype)
     if library is None:
         found = _plain_fold_gradients(sums, products, n, M, scale, kept)
         wanted = (wants_scale, wants_M, wants_z, wants_z, wants_z)
         return [small.to(M.dtype) if wants else None for small, wants in zip(found, wanted)]
-    M, scale = _contiguous(M, scale)
+    sums, products, M, scale = _contiguous(sums, products, M, scale)
     dscale = torch.empty_like(scale) if wants_scale else None
     dM = torch.empty_like(M) if wants_M else None
     A, D, shift = (M.new_empty(shape) if wants_z else None for shape in ((count, C, K), (count, K, K), (count, K)))
@@ -194,6 +200,14 @@ def fold_gradients(sums, products, n, M, scale, kept, wants_scale, wants_M, want
         kept.data_ptr(), *map(_pointer, (dscale, dM, A, D, shift)), count, K, C,
     )  # fmt: skip
     return dscale, dM, A, D, shift
+
+
+def _check_fold(sums, of_sums, products, of_products, M, scale):
+    _check([sums], 1, of_sums, torch.float64)
+    _check([products], 1, of_products, torch.float64)
+    _check([M], 1, M.shape, M.dtype)
+    if scale is not None:
+        _check([scale], 1, (len(M), 1 if scale.shape[1:] == (1,) else M.shape[1]), M.dtype)
 
 
 def _plain_fold(sums, grams, n, M, scale, bias, eps, edges):
@@ -249,9 +263,11 @@ def dots(a, b):
 
 
 def _check(tensors, n, shape, dtype):
-    """native.c reads n tensors of this shape and type."""
-    if len(tensors) != n or any(tensor.shape != shape or tensor.dtype != dtype for tensor in tensors):
-        raise ValueError(f"there must be {n}, {tuple(shape)} each, of {dtype}")
+    """native.c reads n tensors of this shape and type, in the CPU's memory."""
+    if len(tensors) != n or any(
+        tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu for tensor in tensors
+    ):
+        raise ValueError(f"there must be {n}, {tuple(shape)} each, of {dtype}, on the CPU")
 
 
 def _matrix(image):

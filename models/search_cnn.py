@@ -115,13 +115,14 @@ def tracking(net):
 @contextlib.contextmanager
 def frozen_statistics(modules):
     """Let normalisation layers, see `tracking`, use the batch's statistics as they do in training, and record none."""
+    attributes = list(map(vars, modules))  # assigned to here, since nn.Module takes a while to see what is assigned
     try:
-        for module in modules:
-            module.track_running_stats = False
+        for own in attributes:
+            own["track_running_stats"] = False
         yield
     finally:
-        for module in modules:
-            module.track_running_stats = True
+        for own in attributes:
+            own["track_running_stats"] = True
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from genotypes import DARTS_V2
 from models import chains
+from models.augment_cells import AugmentCell
 from models.ops import DilConv, DropPath_, PoolBN, SepConv
 from models.sync_bn import synchronise
 
@@ -95,20 +97,84 @@ def test_hooks_inside_an_operation_are_called(place, kind):
     assert called == [place]
 
 
-@pytest.mark.parametrize("change", ["bias", "padding_mode", "activation", "norm", "frozen"])
-def test_what_is_no_longer_such_a_chain_runs_by_itself(change):
-    op, x = DilConv(4, 4, 3, 1, 1, 1).double(), channels_last(2, 4, 5, 5)
-    if change == "bias":
-        op[2] = nn.Conv2d(4, 4, 1, bias=True).double()
-    elif change == "padding_mode":
-        op[1] = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False, padding_mode="reflect").double()
-    elif change == "activation":
-        op[0] = nn.GELU()
-    elif change == "norm":
-        op[3] = nn.GroupNorm(2, 4).double()
-    else:
-        op[3].eval()
-    assert_same(results(chains.run, copy.deepcopy(op), x), results(modules, op, x))
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(DilConv):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def conv(*sizes, **options):
+    return nn.Conv2d(4, 4, *sizes, **{"bias": False} | options).double()
+
+
+CHANGES = {
+    "bias": lambda op: op[0].register_module("2", conv(1, bias=True)),
+    "stride": lambda op: op[0].register_module("2", conv(1, stride=2)),
+    "groups": lambda op: op[0].register_module("2", conv(1, groups=2)),
+    "kernel": lambda op: op[0].register_module("2", conv(3, padding=1)),
+    "own forward": lambda op: op[0].register_module("2", Doubled(4, 4, 1, bias=False).double()),
+    "reflecting": lambda op: op[0].register_module("1", conv(3, padding=1, groups=4, padding_mode="reflect")),
+    "same": lambda op: op[0].register_module("1", conv(3, padding="same", groups=4)),
+    "oblong": lambda op: op[0].register_module("1", conv((3, 5), padding=(1, 2), groups=4)),
+    "dense": lambda op: op[0].register_module("1", conv(3, padding=1)),
+    "activation": lambda op: op[0].register_module("0", nn.GELU()),
+    "group norm": lambda op: op[0].register_module("3", nn.GroupNorm(2, 4).double()),
+    "frozen": lambda op: op[0][3].eval(),
+    "no momentum": lambda op: op[0].register_module("3", nn.BatchNorm2d(4, momentum=None).double()),
+    "longer": lambda op: op[0].append(nn.Tanh()),
+    "a half gone": lambda op: op.register_module("1", nn.Identity()),
+    "a half of its own": lambda op: op.register_module("0", Halved(4, 4, 3, 1, 1, 1).double()),
+    "patched": lambda op: setattr(op[0][2], "forward", lambda x: x * op[0][2].weight.mean()),
+    "normed weights": lambda op: nn.utils.parametrizations.weight_norm(op[0][2]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_been_changed_runs_by_itself(change):
+    """After an unchanged one has run, whose way it must not take."""
+    op, x = SepConv(4, 4, 3, 1, 1).double(), channels_last(2, 4, 6, 6)
+    chains.run(op, x)
+    CHANGES[change](op)
+    state = copy.deepcopy(op.state_dict())
+    found = results(chains.run, op, x)
+    found = [tensor.clone() for tensor in found]
+    op.load_state_dict(state)
+    assert_same(found, results(modules, op, x))
+
+
+@pytest.mark.parametrize("frozen", ["depthwise", "pointwise", "bn", "all but x"])
+def test_frozen_parameters_get_no_gradient(frozen):
+    op, x = DilConv(4, 4, 3, 1, 1, 1).double(), channels_last(2, 4, 6, 6)
+    for place, part in enumerate(op):
+        part.requires_grad_(frozen != "all but x" and place != ["relu", "depthwise", "pointwise", "bn"].index(frozen))
+    x_alone = torch.autograd.grad(chains.run(op, x).pow(3).sum(), x)
+    assert_same(x_alone, torch.autograd.grad(modules(op, x).pow(3).sum(), x))
+    chains.run(op, x).sum().backward()
+    assert [p.grad is None for p in op.parameters()] == [not p.requires_grad for p in op.parameters()]
+
+
+def test_other_types_run_as_they_are():
+    """Mixed precision keeps its type; networks of mixed types, which PyTorch allows, run."""
+    op, x = DilConv(4, 4, 3, 1, 1, 1), channels_last(2, 4, 6, 6).detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chains.run(op, x).dtype == op(x).dtype
+    op[1].bfloat16()
+    op[2].bfloat16()
+    assert torch.equal(chains.run(copy.deepcopy(op), x.bfloat16()), op(x.bfloat16()))
+
+
+@pytest.mark.parametrize(("reduction_p", "reduction"), [(False, False), (True, False), (False, True)])
+def test_a_cell_gives_what_its_modules_give(reduction_p, reduction, monkeypatch):
+    cell = AugmentCell(DARTS_V2, 6, 8, 4, reduction_p, reduction).double()
+    s0, s1 = channels_last(3, 6, *[13 if reduction_p else 7] * 2), channels_last(3, 8, 7, 7)
+    whole = copy.deepcopy(cell)
+    found = results(lambda cell, s0: cell(s0, s1), whole, s0)
+    monkeypatch.setattr(chains, "run", lambda op, x: op(x))
+    assert_same(found, results(lambda cell, s0: cell(s0.contiguous(), s1.contiguous()), cell, s0))
 
 
 def test_drop_path_may_change_its_output_in_place():

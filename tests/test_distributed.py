@@ -62,7 +62,7 @@ def augmented(sync_bn=True):
     config = AugmentConfig(["--genotype", "DARTS_V2", "--lr", "0.1", "--device", "cpu"])
     config.sync_bn = sync_bn
     torch.manual_seed(0)
-    net = AugmentCNN(8, 1, 4, 3, 3, True, DARTS_V2).double().train()
+    net = AugmentCNN(8, 1, 4, 3, 3, True, DARTS_V2).double().to(memory_format=torch.channels_last).train()
     net.drop_path_prob(0.3)
     if sync_bn:
         synchronise(net)

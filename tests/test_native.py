@@ -221,6 +221,7 @@ def test_the_number_of_threads_changes_nothing(way):
     if way != "compiled":
         pytest.skip("PyTorch's own may depend on it")
     x, weight = images(9, 17, 11, 7, torch.float32), torch.randn(17, 1, 5, 5)
+    sums, M = (torch.rand(12, 17).double(), 9 * torch.eye(17).double().repeat(12, 1, 1)), torch.randn(12, 17, 17)
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -234,6 +235,8 @@ def test_the_number_of_threads_changes_nothing(way):
                 dweight,
                 *native.products([x], [x]),
                 *native.mix([([x], weight[None, :, 0, 0])]),
+                *(fold := native.fold(*sums, 9.0, M, None, None, 0.1, 12)),
+                *native.fold_gradients(*sums, 9.0, M, None, fold[-1], False, True, True)[1:],
                 native.dots([x], [x]),
             )
         )
@@ -263,6 +266,18 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch(weight):
             native.depthwise([x], [False], *convolution)
 
 
+def test_a_kernel_may_convolve_several_images():
+    xs, kernel = [images(2, 9, 6, 6), images(2, 9, 6, 6)], torch.randn(9, 1, 3, 3).double()
+    both = [(0, 0, 0, (1, 1, 1)), (1, 0, 0, (1, 1, 1))]
+    dzs = [torch.randn_like(x) for x in xs]
+    _, (found,) = native.depthwise_gradients(xs, [False] * 2, [kernel], both, dzs, [False] * 2, [True])
+    each = [
+        native.depthwise_gradients([x], [False], *only(kernel, (1, 1, 1)), [dz], [False], [True])[1][0]
+        for x, dz in zip(xs, dzs)
+    ]
+    close(found, sum(each), torch.float64)
+
+
 def test_tensors_that_do_not_fit_together_are_refused():
     x, A = images(2, 9, 6, 6, torch.float32), torch.randn(1, 9, 3)
     y, shift = images(2, 3, 6, 6, torch.float32), torch.randn(1, 3)
@@ -286,6 +301,24 @@ def test_tensors_that_do_not_fit_together_are_refused():
     kernels, convolutions = only(torch.randn(9, 1, 3, 3), (1, 1, 1))
     with pytest.raises(ValueError, match="must be"):
         native.depthwise([x, x[..., 1:]], [False, False], kernels, convolutions)
+    sums, grams, M = torch.rand(1, 9).double(), torch.rand(1, 9, 9).double(), torch.randn(1, 3, 9)
+    scale, bias = torch.rand(1, 3), torch.rand(1, 3)
+    *_, kept = native.fold(sums, grams, 9.0, M, scale, bias, 0.1, 1)
+    for wrong in (
+        (sums[:, :8], grams, M, scale, bias),
+        (sums.float(), grams, M, scale, bias),
+        (sums, grams[:, :8], M, scale, bias),
+        (sums, grams, M.to("meta"), scale, bias),
+        (sums, grams, M, scale[:, :2], bias),
+        (sums, grams, M, scale.double(), bias),
+        (sums, grams, M, scale, bias[:, :2]),
+        (sums, grams, M, scale, bias.double()),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            native.fold(*wrong[:2], 9.0, *wrong[2:], 0.1, 1)
+    for wrong in ((scale[:, :2], sums[:, :3]), (scale, sums[:, :2]), (scale.double(), sums[:, :3])):
+        with pytest.raises(ValueError, match="must be"):
+            native.fold_gradients(wrong[1], M.double(), 9.0, M, wrong[0], kept, True, True, True)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "'unbalanced"])
