@@ -62,7 +62,7 @@ def cost(net, channels, size):
 
     parameters_M: without the auxiliary head; multiply_adds_M: of convolutions and the linear layer in a forward pass
     without the head, half of what PyTorch's FlopCounterMode counts; activations_MB: what training keeps for the
-    backward pass, the head's too if there is one, each tensor once.
+    backward pass, module by module, the head's too if there is one, each tensor once.
     """
     net = copy.deepcopy(net).to("meta")  # where nothing is computed but shapes
     x = torch.empty(2, channels, size, size, device="meta")

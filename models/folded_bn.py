@@ -104,7 +104,7 @@ def _products(M):
 
 def _by_product(M, w, bias, edges):
     """M, w and bias with a row for each product or edge, as `native.fold` takes them."""
-    M = M if M.dim() == 3 else M.view(1, *M.shape[:2])
+    M = M if M.dim() == 3 else M[None, :, :, 0, 0]
     return M, w if w is None else w.view(len(M), -1), bias if bias is None else bias.view(edges, -1)
 
 
