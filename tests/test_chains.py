@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from genotypes import DARTS_V2
-from models import chains
+from models import chains, native
 from models.augment_cells import AugmentCell
 from models.ops import DilConv, DropPath_, PoolBN, SepConv
 from models.sync_bn import synchronise
@@ -71,6 +71,7 @@ def test_it_can_be_differentiated_twice():
     assert_same(second(chains.run), second(modules))
 
 
+@pytest.mark.skipif(not native.knows(torch.float64), reason="needs a C compiler")
 def test_it_takes_two_steps_for_each_link_instead_of_four():
     x = channels_last(4, 8, 6, 6)
 
@@ -193,5 +194,5 @@ def test_other_operations_run_as_they_are():
 
 
 def test_one_value_a_channel_is_refused_in_training():
-    with pytest.raises(ValueError, match="more than one value per channel"):
+    with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
         chains.run(DilConv(3, 3, 3, 2, 1, 1).double(), channels_last(1, 3, 2, 2))
