@@ -49,6 +49,7 @@ def main():
     parser.add_argument("--kills", type=int, default=3, help="of each run, at least (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a copy of a process that has used OpenMP's threads would wait for them for ever
     end, chance, failed = time.monotonic() + 60 * args.minutes, random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         for stage in args.stages:
