@@ -12,44 +12,42 @@ python augment.py --resume runs/augment/cifar10                          # go on
 import torch
 from torch import nn
 
-import distributed
 from config import AugmentConfig
 from cost import cost, describe, describe_latency
-from data_sets import Loader
-from errors import user_errors_in_one_line
-from evaluation import evaluate, load_trained, start_from
 from genotypes import from_str, resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from preproc import preprocessing
-from runs import Meters, one_line, open_run, seed_generators
+from running import ranks
+from running.errors import user_errors_in_one_line
+from running.evaluation import evaluate, load_trained, start_from
+from running.loading import Loader
+from running.run import Meters, one_line, open_run, seed_generators
 from utils import cosine_lr, exponential_lr, get_data, objects_that_stay, param_size
 
 
 def main():
-    config = distributed.first(AugmentConfig)
+    config = ranks.first(AugmentConfig)
     if config.evaluate:
-        if distributed.size() > 1:
-            raise distributed.error("--evaluate takes one process; leave torchrun out")
-        return distributed.first(lambda: print_accuracy(config))
-    genotype = distributed.first(lambda: resolve(config.genotype))
+        if ranks.size() > 1:
+            raise ranks.error("--evaluate takes one process; leave torchrun out")
+        return ranks.first(lambda: print_accuracy(config))
+    genotype = ranks.first(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # a folder may change; the run's configuration must not
     if config.gpus:
-        distributed.launch(config.gpus, __file__)
+        ranks.launch(config.gpus, __file__)
     run = open_run(config)
     device = run.device
 
-    size, channels, n_classes, trn_data, val_data = distributed.in_turn(lambda: get_data(
+    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: get_data(
         config.dataset, config.data_path, config.cutout_length, validation=True,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
         skip_bad_images=config.skip_bad_images, crops=config.stem == "imagenet",
     ))  # fmt: skip
     if config.aux_weight > 0 and config.batch_size < 2:
-        raise distributed.error(
-            "--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image"
-        )
+        raise ranks.error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
     if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
-        raise distributed.error(
+        raise ranks.error(
             "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "
             f"{size} and {config.init_channels}"
         )
@@ -63,16 +61,16 @@ def main():
         stem=config.stem,
     )  # fmt: skip
     net = net.to(device, memory_format=torch.channels_last)
-    if config.init_checkpoint and not distributed.first(run.has_checkpoint):
-        checkpoint = distributed.first(lambda: load_trained(config.init_checkpoint))
+    if config.init_checkpoint and not ranks.first(run.has_checkpoint):
+        checkpoint = ranks.first(lambda: load_trained(config.init_checkpoint))
         if from_str(checkpoint["config"]["genotype"]) != genotype:
-            raise distributed.error("--init-checkpoint is of another network: its genotype is another")
+            raise ranks.error("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint)
     costs = describe(cost(net, channels, size))
-    latency = distributed.first(lambda: describe_latency(net, channels, size))
+    latency = ranks.first(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
         synchronise(net)
-    trained = distributed.data_parallel(net, device)
+    trained = ranks.data_parallel(net, device)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optim = torch.optim.SGD(
         net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
@@ -131,18 +129,18 @@ def train(epoch, run, trained, net, criterion, loader, optim):
     net.train()
     parameters = list(net.parameters())
     for X, y, n in meters.watch(loader.epoch(epoch, meters.first), len(loader)):
-        net.global_batch(n)
+        net.shared_batch(n, ranks.rows(n))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
             logits, aux_logits = trained(X)
             loss = objective = criterion(logits, y)
             if aux_logits is not None:
                 objective = loss + config.aux_weight * criterion(aux_logits, y)
         optim.zero_grad()
-        (objective * distributed.ddp_weight(n)).backward()
+        (objective * ranks.ddp_weight(n)).backward()
         if not config.sync_bn:
-            distributed.average_statistics(net, y)
+            ranks.average_statistics(net, y)
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        (objective,) = distributed.mean([distributed.part(objective.detach(), y)], y)
+        (objective,) = ranks.mean([ranks.part(objective.detach(), y)], y)
         run.stop_unless_finite("w", objective, norm, optim.param_groups[0]["lr"], epoch, {"w": loader.samples})
         optim.step()
 
@@ -170,5 +168,5 @@ def validate(epoch, run, net, criterion, loader):
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_line("augment.py"), distributed.group():
+    with user_errors_in_one_line("augment.py"), ranks.group():
         main()

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import distributed
-from data_sets import DATASETS
-from errors import OneLineParser, UserError
-from models.augment_cnn import STEMS
-from models.search_cells import EXECUTIONS
+from models.choices import EXECUTIONS, STEMS
+from running import ranks
+from running.data_sets import DATASETS
+from running.errors import OneLineParser, UserError
 
 CONFIG_FILE, LAUNCHER = "config.json", "launcher.txt"  # in a run's folder
 LARGEST = 2**31 - 1  # number that any option takes
@@ -117,7 +116,7 @@ class _Config:
         if not (run / CONFIG_FILE).is_file():
             return False
         started = (run / LAUNCHER).read_text() if (run / LAUNCHER).is_file() else None
-        restarted = dist.is_torchelastic_launched() and started == distributed.launcher()
+        restarted = dist.is_torchelastic_launched() and started == ranks.launcher()
         return self.auto_resume or restarted
 
     @staticmethod

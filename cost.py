@@ -13,10 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import IMAGENET, natural, positive_int
-from errors import OneLineParser, UserError, user_errors_in_one_line
 from genotypes import PUBLISHED, resolve
-from models.augment_cnn import STEMS, AugmentCNN
-from runs import device_name, pick_device
+from models.augment_cnn import AugmentCNN
+from models.choices import STEMS
+from running.errors import OneLineParser, UserError, user_errors_in_one_line
+from running.run import device_name, pick_device
 from utils import param_size
 
 CIFAR10 = {"layers": 20, "init_channels": 36, "image_size": 32}

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from data_sets import Images
-from errors import OneLineParser, UserError, user_errors_in_one_line
-from evaluation import file_of, images_of, load_network, load_trained
+from running.errors import OneLineParser, UserError, user_errors_in_one_line
+from running.evaluation import file_of, images_of, load_network, load_trained
+from running.loading import Images
 
 CHECKED = 100  # images on which an exported file must say what the network says
 BATCHES = (1, 7)  # images at once

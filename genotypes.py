@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
-from errors import OneLineParser, UserError, user_errors_in_one_line
-from models.ops import OPS, PRIMITIVES, DropPath_, Identity
+from models.choices import PRIMITIVES
+from models.ops import OPS, DropPath_, Identity
+from running.errors import OneLineParser, UserError, user_errors_in_one_line
 
 GENOTYPE_FILE = "genotype.json"  # in a search's folder
 

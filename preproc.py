@@ -3,7 +3,7 @@
 import torch
 from torchvision import transforms
 
-from data_sets import DATASETS
+from running.data_sets import DATASETS
 
 
 class Cutout:

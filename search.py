@@ -12,29 +12,30 @@ python search.py --resume runs/search/cifar10                            # go on
 import torch
 from torch import nn
 
-import distributed
 from architect import Architect
 from config import AugmentConfig, SearchConfig
 from cost import cost, describe, describe_latency
-from data_sets import Loader, mix, stratified_split
-from errors import user_errors_in_one_line
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN, softmax
 from models.sync_bn import synchronise
-from runs import HISTORY, Meters, alpha_tag, one_line, open_run, quote, seed_generators
+from running import ranks
+from running.data_sets import stratified_split
+from running.errors import user_errors_in_one_line
+from running.loading import Loader, mix
+from running.run import HISTORY, Meters, alpha_tag, one_line, open_run, quote, seed_generators
 from utils import cosine_lr, get_data, objects_that_stay, param_size
 
 
 def main():
-    config = distributed.first(SearchConfig)
+    config = ranks.first(SearchConfig)
     if config.gpus:
-        distributed.launch(config.gpus, __file__)
+        ranks.launch(config.gpus, __file__)
     run = open_run(config)
     device = run.device
 
     # the training set in two halves: w learns on one, alpha on the other
-    size, channels, n_classes, data = distributed.in_turn(lambda: get_data(
+    size, channels, n_classes, data = ranks.in_turn(lambda: get_data(
         config.dataset, config.data_path, cutout_length=0, validation=False,
         image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
         skip_bad_images=config.skip_bad_images,
@@ -90,10 +91,10 @@ def main():
         epochs=last["epoch"], valid_top1=last["valid_top1"], best_valid_top1=best["valid_top1"],
         best_epoch=best["epoch"], genotype=last["string"],
     )  # fmt: skip
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         show_cost(run, from_str(last["string"]), size, channels, n_classes)
     run.log("train what was found:")
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
 
 
@@ -122,7 +123,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
             logits = net(trn_X)
             loss = net.criterion(logits, trn_y)
         w_optim.zero_grad()
-        distributed.part(loss, trn_y).backward(inputs=weights)
+        ranks.part(loss, trn_y).backward(inputs=weights)
         loss = of_all_ranks(loss.detach(), net, weights, trn_y, config.sync_bn)
         stop_unless_finite("w", loss, nn.utils.clip_grad_norm_(weights, config.w_grad_clip))
         w_optim.step()
@@ -142,11 +143,11 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
 
 def of_all_ranks(loss, net, weights, y, sync_bn):
     """The global batch's loss; and gives every rank its gradient and the mean of BN's running statistics."""
-    loss, *grads = distributed.mean([distributed.part(loss, y), *(w.grad for w in weights)], y)
+    loss, *grads = ranks.mean([ranks.part(loss, y), *(w.grad for w in weights)], y)
     for w, grad in zip(weights, grads):
         w.grad = grad
     if not sync_bn:
-        distributed.average_statistics(net, y)
+        ranks.average_statistics(net, y)
     return loss
 
 
@@ -221,5 +222,5 @@ def show(epoch, run, net, found, history):
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_line("search.py"), distributed.group():
+    with user_errors_in_one_line("search.py"), ranks.group():
         main()

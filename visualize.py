@@ -13,8 +13,8 @@ from pathlib import Path
 
 import graphviz
 
-from errors import OneLineParser, user_errors_in_one_line
 from genotypes import resolve
+from running.errors import OneLineParser, user_errors_in_one_line
 
 FORMATS = ("png", "svg")
 HOW_TO_INSTALL = (
@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the pictures (default: %(default)s)")
     args = parser.parse_args()
     with user_errors_in_one_line(parser.prog):
-        import report  # which takes a while, and draws with this module
+        from report import pages as report  # which takes a while, and draws with this module
 
         if len(args.what) > 1 or report.is_run(args.what[0]):
             path = Path(args.output or (Path(args.what[0]) if len(args.what) == 1 else Path()) / "report.html")

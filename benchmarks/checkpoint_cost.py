@@ -20,7 +20,7 @@ import torch
 from benchmarks.paired import machine
 from benchmarks.search_step import step_of
 from config import SearchConfig
-from runs import Meters, Run
+from running.run import Meters, Run
 
 STEPS = 390
 

@@ -19,8 +19,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architect import Architect
-from data_sets import Loader
 from models.search_cnn import SearchCNN
+from running.loading import Loader
 from utils import get_data
 
 SCALES = (1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)

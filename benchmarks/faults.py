@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import augment  # noqa: F401 - so that no process has to load them
 import search  # noqa: F401
-from utils import load_checkpoint
+from running.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--layers", "3", "--init-channels", "2", "--batch-size", "256", "--epochs", "2", "--workers", "0",

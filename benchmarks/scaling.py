@@ -23,13 +23,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import distributed
 import search
 from architect import Architect
 from benchmarks.paired import machine
 from config import SearchConfig
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
+from running import ranks
 
 # assumed: bytes a second that a GPU sends, seconds that a message takes from a rank to the next, and the most ranks
 INTERCONNECTS = {
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--cuda", action="store_true", help="on GPUs")
     args = parser.parse_args()
     if dist.is_torchelastic_launched():
-        with distributed.group():
+        with ranks.group():
             return serve(args)
     print(f"{machine()}; {args.order}-order step, batch {args.batch_size} over all ranks, {args.size}x{args.size}, "
           f"C = {args.init_channels}, {args.layers} cells, {'global' if args.sync_bn else 'per-rank'} BN; "
@@ -118,17 +118,17 @@ def serve(args):
     """A rank's side: a step for each line that rank 0 reads, which answers with its time and what it sent."""
     counted = Counter()
     step, weights, alphas = step_of(args)
-    while distributed.first(lambda: bool(sys.stdin.readline())):
+    while ranks.first(lambda: bool(sys.stdin.readline())):
         counted.clear()
-        distributed.wait()
+        ranks.wait()
         before = loopback_bytes()
         start = time.perf_counter()
         step()
         if args.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        distributed.wait()
-        if distributed.rank() == 0:
+        ranks.wait()
+        if ranks.rank() == 0:
             needed = 4 * (3 * weights + 2 * alphas if args.order == "second" else weights + alphas)
             answer = {"seconds": seconds, "messages": counted.messages, "payload": counted.bytes, "needed": needed}
             print(json.dumps(answer | {"sent": loopback_bytes() - before}), flush=True)
@@ -161,13 +161,13 @@ class Counter:
 
 def step_of(args):
     """A step of the search as search.py takes it, and the numbers of weights and alphas."""
-    device = torch.device("cuda", distributed.local_rank()) if args.cuda else torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank()) if args.cuda else torch.device("cpu")
     torch.manual_seed(0)
     net = SearchCNN(3, args.init_channels, 10, args.layers, nn.CrossEntropyLoss())
     net = net.to(device, memory_format=torch.channels_last).train()
     if args.sync_bn:
         synchronise(net)
-    rows = distributed.rows(args.batch_size)
+    rows = ranks.rows(args.batch_size)
     X = torch.randn(args.batch_size, 3, args.size, args.size)[rows].to(device, memory_format=torch.channels_last)
     y = torch.randint(10, (args.batch_size,))[rows].to(device)
     config = SearchConfig([])
@@ -181,7 +181,7 @@ def step_of(args):
         alpha_optim.step()
         w_optim.zero_grad()
         loss = net.loss(X, y)
-        distributed.part(loss, y).backward(inputs=weights)
+        ranks.part(loss, y).backward(inputs=weights)
         search.of_all_ranks(loss.detach(), net, weights, y, args.sync_bn)
         nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
         w_optim.step()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architect import Architect
 from benchmarks.paired import Launches, compare, machine, report, serve
-from models import fused_cell
+from models.fast import search_cell as fused_cell
 from models.search_cnn import SearchCNN
 
 WAYS = ("plain", "fused", "fused, --recompute")

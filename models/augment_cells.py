@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from genotypes import to_dag
-from models import chains
-from models.depthwise import dense_gradient
+from models.fast import chains
+from models.fast.depthwise import dense_gradient
 from models.search_cells import cell_inputs
 
 

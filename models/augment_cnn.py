@@ -4,10 +4,9 @@ from torch import nn
 
 from genotypes import check
 from models.augment_cells import AugmentCell
+from models.choices import STEMS
 from models.ops import DropPath_, StdConv
 from models.search_cnn import check_positive, reduction_cells
-
-STEMS = ("cifar", "imagenet")
 
 
 class AuxiliaryHead(nn.Module):
@@ -88,7 +87,7 @@ class AugmentCNN(nn.Module):
         check(genotype)
         self.aux_pos = 2 * n_layers // 3 if auxiliary else None
         self.aux_head = None
-        self.n = None  # images of a global batch
+        self.batch = None  # see `shared_batch`
 
         imagenet = stem == "imagenet"
         C_cur = C if imagenet else stem_multiplier * C
@@ -124,12 +123,12 @@ class AugmentCNN(nn.Module):
         for module in self._drop_paths():
             module.p = p
 
-    def global_batch(self, n):
-        """Say that the next images are this rank's rows of a batch of n."""
-        if n != self.n:
-            self.n = n
+    def shared_batch(self, n, rows):
+        """Say that the next images are the slice `rows` of a batch of n that several processes share."""
+        if (n, rows) != self.batch:
+            self.batch = n, rows
             for module in self._drop_paths():
-                module.n = n
+                module.batch = self.batch
 
     def _drop_paths(self):
         return (module for module in self.modules() if isinstance(module, DropPath_))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import distributed
-from models.depthwise import DepthwiseConv2d, every_second
+from models.choices import PRIMITIVES
+from models.fast.depthwise import DepthwiseConv2d, every_second
 
 # name -> f(C, stride, affine): an operation that keeps C channels and leaves ceil(size / stride) pixels a side
 OPS = {
@@ -24,45 +24,35 @@ OPS = {
     "none": lambda C, stride, affine: Zero(stride),
 }
 
-# The search space: these candidates stand on every edge, and a row of alpha has one entry for each, in this order.
-PRIMITIVES = [
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-    "none",
-]
 
-
-def drop_path_(x, drop_prob, training, n=None):
+def drop_path_(x, drop_prob, training, batch=None):
     """Zero whole samples of `x` with probability `drop_prob`, in place; divide the others by the keep probability.
 
-    Shapes: x is (N, ...), on any device; on several ranks, this rank's rows of a global batch of n, for which every
-    rank draws the same. Outside training, or with drop_prob 0, x is returned as it is.
-    Raises ValueError unless 0 <= drop_prob < 1. Source: Larsson et al., FractalNet, as used in DARTS, section 4.1.
+    Shapes: x is (N, ...), on any device. batch: None, or (n, rows) where x is the slice `rows` of a batch of n that
+    several processes share: each draws for all n, so that together they drop what one process would.
+    Outside training, or with drop_prob 0, x is returned as it is. Raises ValueError unless 0 <= drop_prob < 1.
+    Source: Larsson et al., FractalNet, as used in DARTS, section 4.1.
     """
     if not 0.0 <= drop_prob < 1.0:
         raise ValueError(f"drop_prob must be at least 0 and below 1, not {drop_prob}")
     if training and drop_prob > 0.0:
         keep_prob = 1.0 - drop_prob
-        factor = x.new_empty((n or x.size(0),) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob).div_(keep_prob)
-        x.mul_(factor if n is None else factor[distributed.rows(n)])
+        n, rows = batch or (x.size(0), slice(None))
+        factor = x.new_empty((n,) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob).div_(keep_prob)
+        x.mul_(factor[rows])
     return x
 
 
 class DropPath_(nn.Module):
-    """`drop_path_` as a module: in place, with a probability `p` and a global batch of `n`, both set from outside."""
+    """`drop_path_` as a module: in place, with a probability `p` and a shared `batch`, both set from outside."""
 
     def __init__(self, p=0.0):
         super().__init__()
         self.p = p
-        self.n = None
+        self.batch = None
 
     def forward(self, x):
-        return drop_path_(x, self.p, self.training, self.n)
+        return drop_path_(x, self.p, self.training, self.batch)
 
     def extra_repr(self):
         return f"p={self.p}, inplace"

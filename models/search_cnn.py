@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genotypes import Genotype, parse
-from models import fused_cell
-from models.ops import PRIMITIVES
+from models.choices import PRIMITIVES
+from models.fast import search_cell as fused_cell
 from models.search_cells import SearchCell
 
 

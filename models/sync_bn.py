@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import distributed
+from running import ranks
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -48,7 +48,7 @@ def batch_norm(x, weight, bias, eps):
 
 def sum_over_ranks(tensor):
     """The sum over the ranks, in place; a tensor that autograd does not see."""
-    if distributed.size() > 1:
+    if ranks.size() > 1:
         dist.all_reduce(tensor)
     return tensor
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import distributed
 from benchmarks.eq7_error import smoothed
 from models.search_cnn import SearchCNN
+from running import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +50,7 @@ class Batches(list):
 
     def epoch(self, epoch, first=0):
         for X, y in self[first:]:
-            rows = distributed.rows(len(y))
+            rows = ranks.rows(len(y))
             yield X[rows], y[rows], len(y)
 
     def samples(self, epoch, batch):

@@ -4,10 +4,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-import data_sets
-from data_sets import DATASETS, Batches, Images, Loader, load_digits, pixel_statistics, stratified_split
-from errors import UserError
 from preproc import Cutout, data_transforms
+from running import data_sets
+from running.data_sets import DATASETS, load_digits, pixel_statistics, stratified_split
+from running.errors import UserError
+from running.loading import Batches, Images, Loader
 from utils import get_data
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.depthwise import DepthwiseConv2d, channels_last_depthwise, dense_gradient, every_second
+from models.fast.depthwise import DepthwiseConv2d, channels_last_depthwise, dense_gradient, every_second
 
 
 def channels_last(x, weight, *geometry):

@@ -17,18 +17,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import augment
-import distributed
 import search
 from architect import Architect
 from benchmarks.faults import differences, outcome
 from config import AugmentConfig, SearchConfig
-from errors import OtherRankError, UserError
 from genotypes import DARTS_V2
-from models import fused_cell
 from models.augment_cnn import AugmentCNN
+from models.fast import search_cell as fused_cell
 from models.sync_bn import synchronise
-from runs import Run
-from utils import cosine_lr, load_checkpoint
+from running import ranks
+from running.checkpoints import load_checkpoint
+from running.errors import OtherRankError, UserError
+from running.run import Run
+from utils import cosine_lr
 
 # global batches: divisible, odd, and too small to give each of two, or of four, ranks two rows
 SIZES = (8, 7, 9, 5, 3, 2)
@@ -66,7 +67,7 @@ def augmented(sync_bn=True):
     net.drop_path_prob(0.3)
     if sync_bn:
         synchronise(net)
-    trained = distributed.data_parallel(net, torch.device("cpu"))
+    trained = ranks.data_parallel(net, torch.device("cpu"))
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=0.9, weight_decay=3e-4)
     batches = Batches(batch(n=n, seed=i) for i, n in enumerate(SIZES))
     augment.train(1, run_of(config), trained, net, nn.CrossEntropyLoss(), batches, optim)
@@ -96,7 +97,7 @@ def alpha_gradient(n_parts=1, execution="fused", n=9):
     net = small_net(C=4, execution=execution).train()
     net = net if n_parts == 1 else Parts(net, n_parts)
     optim = torch.optim.SGD(net.weights(), 0.1, momentum=0.9)
-    trn, val = ([tensor[distributed.rows(n)] for tensor in batch(n=n, seed=seed)] for seed in (1, 2))
+    trn, val = ([tensor[ranks.rows(n)] for tensor in batch(n=n, seed=seed)] for seed in (1, 2))
     Architect(net, 0.9, 3e-4).unrolled_backward(*trn, *val, 0.1, optim)
     return {f"alpha{i}": alpha.grad for i, alpha in enumerate(net.alphas())}
 
@@ -106,10 +107,10 @@ def statistics(sync_bn=False, execution="fused"):
     net = small_net(execution=execution).train()
     if sync_bn:
         synchronise(net)
-    X, y = (tensor[distributed.rows(9)] for tensor in batch(n=9))
+    X, y = (tensor[ranks.rows(9)] for tensor in batch(n=9))
     net(X)
     if not sync_bn:
-        distributed.average_statistics(net, y)
+        ranks.average_statistics(net, y)
     return state_of(net)
 
 
@@ -139,19 +140,19 @@ def everything(n):
 
 def check_helpers():
     """What can only be seen from within: first, in_turn, check_equal."""
-    rank, size = distributed.rank(), distributed.size()
-    assert distributed.first(lambda: rank + 10) == 10
+    rank, size = ranks.rank(), ranks.size()
+    assert ranks.first(lambda: rank + 10) == 10
     with pytest.raises(UserError, match="of rank 0") as caught:
-        distributed.first(functools.partial(complain, "of rank 0"))
+        ranks.first(functools.partial(complain, "of rank 0"))
     assert isinstance(caught.value, OtherRankError) == (rank > 0)
     with pytest.raises(SystemExit):
-        distributed.first(lambda: sys.exit(0))
-    assert distributed.in_turn(lambda: rank) == rank
+        ranks.first(lambda: sys.exit(0))
+    assert ranks.in_turn(lambda: rank) == rank
     with pytest.raises(UserError):  # not only on the rank that it happens on
-        distributed.in_turn(functools.partial(complain, "of the last") if rank == size - 1 else lambda: rank)
-    distributed.check_equal([torch.zeros(3), torch.tensor(1)], "now")
+        ranks.in_turn(functools.partial(complain, "of the last") if rank == size - 1 else lambda: rank)
+    ranks.check_equal([torch.zeros(3), torch.tensor(1)], "now")
     with pytest.raises(UserError, match="rank 1"):
-        distributed.check_equal([torch.tensor([1.0, 1.0 + (rank == 1) * 2**-23])], "now")
+        ranks.check_equal([torch.tensor([1.0, 1.0 + (rank == 1) * 2**-23])], "now")
 
 
 def complain(text):
@@ -235,23 +236,23 @@ def test_ranks_with_their_own_statistics_stay_equal(found):
             assert torch.equal(second[case][name], tensor), name
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 64])
-def test_rows_are_each_taken_once_by_parts_of_at_least_two_or_all_by_all(monkeypatch, ranks, n):
-    monkeypatch.setattr(distributed, "size", lambda: ranks)
+def test_rows_are_each_taken_once_by_parts_of_at_least_two_or_all_by_all(monkeypatch, size, n):
+    monkeypatch.setattr(ranks, "size", lambda: size)
     taken, weights = [], []
-    for rank in range(ranks):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        taken.append(list(range(n))[distributed.rows(n)])
-        weights.append(distributed.ddp_weight(n) * (1 / len(taken[-1])))
-    if n < 2 * ranks:
-        assert taken == [list(range(n))] * ranks
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        taken.append(list(range(n))[ranks.rows(n)])
+        weights.append(ranks.ddp_weight(n) * (1 / len(taken[-1])))
+    if n < 2 * size:
+        assert taken == [list(range(n))] * size
     else:
         assert list(itertools.chain(*taken)) == list(range(n))
         assert min(map(len, taken)) >= 2
         assert max(map(len, taken)) - min(map(len, taken)) <= 1
     # each row has the weight 1 / n in the mean over ranks
-    assert [w / ranks * (ranks if n < 2 * ranks else 1) for w in weights] == pytest.approx([1 / n] * ranks)
+    assert [w / size * (size if n < 2 * size else 1) for w in weights] == pytest.approx([1 / n] * size)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -388,8 +389,8 @@ def test_gpus_that_are_not_there_are_refused_in_one_line(tmp_path, gpus):
 
 def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
     code = (
-        "import sys, distributed; script, *words = sys.argv[1:]; "
-        "sys.exit(distributed.run_ranks(2, [script, *distributed._without_gpus(words)]))"
+        "import sys; from running import ranks; script, *words = sys.argv[1:]; "
+        "sys.exit(ranks.run_ranks(2, [script, *ranks._without_gpus(words)]))"
     )
 
     def start(*words):
@@ -424,5 +425,5 @@ def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkey
     assert SearchConfig(["--overwrite"]).resume is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert SearchConfig(["--overwrite"]).resume == str(run.folder)
-    monkeypatch.setattr(distributed, "launcher", lambda: "another 1")
+    monkeypatch.setattr(ranks, "launcher", lambda: "another 1")
     assert SearchConfig([]).resume is None

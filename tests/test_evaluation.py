@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import assert_one_line_error, run_script
 
-from evaluation import load_network, load_trained, start_from
 from genotypes import DARTS_V1, DARTS_V2
 from models.augment_cnn import AugmentCNN
-from utils import load_checkpoint, save_checkpoint
+from running.checkpoints import load_checkpoint, save_checkpoint
+from running.evaluation import load_network, load_trained, start_from
 
 TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 128, "--workers", 0)
 

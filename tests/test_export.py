@@ -9,11 +9,11 @@ import torch
 from conftest import assert_one_line_error, run_script
 from PIL import Image
 
-from evaluation import evaluate, images_of, load_network, load_trained
 from export import Classifier, check, read_onnx, write_onnx
 from genotypes import Genotype
 from models.augment_cnn import AugmentCNN
 from models.ops import OPS
+from running.evaluation import evaluate, images_of, load_network, load_trained
 
 TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--genotype", "DARTS_V2")
 

@@ -22,10 +22,11 @@ from PIL import Image
 import search
 from benchmarks.faults import differences, outcome
 from config import SearchConfig
-from errors import UserError, user_errors_in_one_line
 from genotypes import DARTS_V1, DARTS_V2, GenotypeError, from_str
-from runs import Run
-from utils import DamagedCheckpointError, get_data, load_checkpoint, save_checkpoint
+from running.checkpoints import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from running.errors import UserError, user_errors_in_one_line
+from running.run import Run
+from utils import get_data
 
 SMALL = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0, "--checkpoint-minutes", 0)
 WORDS = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import native
+from models.fast import native
 
 COMPILE = native._library.__wrapped__
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4}

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.ops import OPS, PRIMITIVES, DropPath_, FactorizedReduce, MixedOp, PoolBN, drop_path_
+from models.choices import PRIMITIVES
+from models.ops import OPS, DropPath_, FactorizedReduce, MixedOp, PoolBN, drop_path_
 
 
 def test_primitives_are_the_papers_in_the_fixed_order():

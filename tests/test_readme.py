@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from config import AugmentConfig, SearchConfig
-from data_sets import DATASETS
+from running.data_sets import DATASETS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, run_script
 
-import report
-from evaluation import evaluate
 from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES
+from report import pages as report
+from running.evaluation import evaluate
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SEARCH = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--epochs", 3, "--alpha-lr", 0.1)

@@ -6,7 +6,8 @@ from torch import nn
 
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
-from utils import AverageMeter, accuracy, get_logger, param_size, save_checkpoint
+from running.checkpoints import save_checkpoint
+from utils import AverageMeter, accuracy, get_logger, param_size
 
 
 def test_accuracy_is_the_fraction_of_targets_among_the_k_largest():

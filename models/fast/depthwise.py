@@ -9,7 +9,7 @@ dilated alike; at a larger stride dz has zeros between its pixels first.
 import torch
 from torch import nn
 
-from models import native, remake
+from models.fast import native, remake
 
 
 class DepthwiseConv2d(nn.Conv2d):

@@ -10,9 +10,9 @@ from operator import itemgetter
 import torch
 from torch import nn
 
-from models import native
-from models.depthwise import DepthwiseConv2d, channels_last_depthwise, is_channels_last_on_cpu
-from models.folded_bn import normalised_product
+from models.fast import native
+from models.fast.depthwise import DepthwiseConv2d, channels_last_depthwise, is_channels_last_on_cpu
+from models.fast.folded_bn import normalised_product
 from models.ops import DilConv, FactorizedReduce, SepConv, Zero
 from models.sync_bn import SyncBatchNorm2d
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
 from config import AugmentConfig
-from data_sets import Images, Loader
-from errors import UserError
 from genotypes import from_str
 from models.augment_cnn import AugmentCNN
-from runs import pick_device
-from utils import BEST, get_data, load_checkpoint
+from running import ranks
+from running.checkpoints import BEST, load_checkpoint
+from running.errors import UserError
+from running.loading import Images, Loader
+from running.run import pick_device
+from utils import get_data
 
 
 @dataclass
@@ -92,7 +93,7 @@ def start_from(net, checkpoint):
     left = [name for name in own if name not in state or state[name].shape != own[name].shape]
     others = [name for name in left if not re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)]
     if others:
-        raise distributed.error(
+        raise ranks.error(
             f"--init-checkpoint is of another network: {len(others)} of {len(own)} tensors are missing or of another "
             f"shape, first {others[0]}"
         )

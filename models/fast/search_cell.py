@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import native, remake, sync_bn
-from models.chains import geometry, is_plain, is_plain_bn, links_of, signature
-from models.depthwise import channels_last_depthwises, every_second, is_subsampling
-from models.folded_bn import Mixture
+from models import sync_bn
+from models.fast import native, remake
+from models.fast.chains import geometry, is_plain, is_plain_bn, links_of, signature
+from models.fast.depthwise import channels_last_depthwises, every_second, is_subsampling
+from models.fast.folded_bn import Mixture
 from models.ops import Identity, PoolBN, Zero
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)

@@ -14,10 +14,12 @@ from torch import nn
 
 from architect import Architect
 from benchmarks.paired import Launches
-from data_sets import Loader
-from models import fused_cell, ops, remake, search_cells
+from models import ops, search_cells
+from models.fast import remake
+from models.fast import search_cell as fused_cell
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
+from running.loading import Loader
 from utils import get_data
 
 # Sums in another order; a normalisation over few values of nearly no variance multiplies their rounding.

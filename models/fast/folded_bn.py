@@ -19,7 +19,8 @@ together in float64 (by native.c): variances are differences of such sums.
 import torch
 import torch.nn.functional as F
 
-from models import native, remake, sync_bn
+from models import sync_bn
+from models.fast import native, remake
 
 
 def normalised_product(z, weight, bn):

@@ -22,21 +22,12 @@ from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventsWriter
 from tqdm import tqdm
 
-import distributed
 from config import CONFIG_FILE, LAUNCHER, MAY_CHANGE
-from data_sets import STOPPING
-from errors import OtherRankError, UserError
-from utils import (
-    CHECKPOINT,
-    FORMAT,
-    PREVIOUS,
-    AverageMeter,
-    DamagedCheckpointError,
-    accuracy,
-    get_logger,
-    load_checkpoint,
-    save_checkpoint,
-)
+from running import ranks
+from running.checkpoints import CHECKPOINT, FORMAT, PREVIOUS, DamagedCheckpointError, load_checkpoint, save_checkpoint
+from running.errors import OtherRankError, UserError
+from running.loading import STOPPING
+from utils import AverageMeter, accuracy, get_logger
 from visualize import HOW_TO_INSTALL, plot
 
 LOG, TENSORBOARD, PLOTS, SUMMARY, FAULT = "log.txt", "tb", "plots", "summary.json", "fault.json"
@@ -50,15 +41,15 @@ def pick_device(name):
     """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU. A rank has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if distributed.size() > 1 and name.startswith("cuda"):
-        ranks, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if name != "cuda" or ranks > there:
-            first = distributed.local_rank() == 0
+    if ranks.size() > 1 and name.startswith("cuda"):
+        count, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if name != "cuda" or count > there:
+            first = ranks.local_rank() == 0
             raise (UserError if first else OtherRankError)(
-                f"--device {name}: each of the {ranks} ranks here takes a GPU of its own, and there are {there}; give "
+                f"--device {name}: each of the {count} ranks here takes a GPU of its own, and there are {there}; give "
                 "cuda or cpu, and no more ranks than GPUs"
             )
-        return torch.device("cuda", distributed.local_rank())
+        return torch.device("cuda", ranks.local_rank())
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     there += ["cuda"] * (len(there) > 1) + ["mps"] * torch.backends.mps.is_available()
     if name not in there:
@@ -72,7 +63,7 @@ class StoppedError(Exception):
 
 def open_run(config):
     """The run that these options say: on rank 0, which alone writes, a `Run`, on others a `FollowingRun`."""
-    return Run(config) if distributed.rank() == 0 else FollowingRun(config)
+    return Run(config) if ranks.rank() == 0 else FollowingRun(config)
 
 
 class Run:
@@ -97,7 +88,7 @@ class Run:
         self.asked = self.signal = None  # the signal that asked this process to stop, and that all ranks stop for
         self.saved_at, self.save_failed = time.monotonic(), False
         self.dot_missed = False
-        distributed.first(self._check_free)
+        ranks.first(self._check_free)
 
     @property
     def trained(self):
@@ -110,18 +101,18 @@ class Run:
         checkpoint cannot be gone on with.
         """
         self.keeps, self.results = keeps, results
-        checkpoint, warning = distributed.first(self._load)
+        checkpoint, warning = ranks.first(self._load)
         if checkpoint:
             self._restore(checkpoint)
-        distributed.first(lambda: self._open(checkpoint))
+        ranks.first(lambda: self._open(checkpoint))
         if warning:
             self.warn(warning)
         if checkpoint:
             where = f"step {self.step}, in epoch {self.epoch + 1}" if self.within["batches"] else f"epoch {self.epoch}"
             done = self.epoch == self.config.epochs
             self.log(f"all {self.epoch} epochs are done; --epochs adds more" if done else f"resumed after {where}")
-        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
-        self.log(f"device {self.device}: {device_name(self.device)}{ranks}; torch {torch.__version__}")
+        together = f", {ranks.size()} ranks" if ranks.size() > 1 else ""
+        self.log(f"device {self.device}: {device_name(self.device)}{together}; torch {torch.__version__}")
 
     def _open(self, checkpoint):
         """Create the folder, or what there is to write on in it."""
@@ -130,7 +121,7 @@ class Run:
             if self.config.overwrite and self.folder.is_dir():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / LAUNCHER).write_text(distributed.launcher())
+            (self.folder / LAUNCHER).write_text(ranks.launcher())
             self.write_json(CONFIG_FILE, self.config.as_dict())
             (self.folder / PLOTS).mkdir(exist_ok=True)
             self._cut_off(checkpoint["events"] if checkpoint else {})
@@ -212,9 +203,9 @@ class Run:
         """Count the epoch as done and save it, as best.pt too if `is_best`; if the ranks are still equal."""
         self.epoch += 1
         self.within = BETWEEN_EPOCHS | {"log": self._log_size()}
-        if distributed.size() > 1:
+        if ranks.size() > 1:
             states = [keeper.state_dict() for keeper in self.keeps.values()]
-            distributed.check_equal(tensors_in([*states, torch.get_rng_state()]), f"after epoch {self.epoch}")
+            ranks.check_equal(tensors_in([*states, torch.get_rng_state()]), f"after epoch {self.epoch}")
         self.save(is_best)
         self._stop_if_asked()
 
@@ -242,7 +233,7 @@ class Run:
             self.save()
         elif self.signal is not None:
             self.save()
-            distributed.wait()
+            ranks.wait()
             self._stop_if_asked()
 
     def _stop_if_asked(self):
@@ -277,7 +268,7 @@ class Run:
             set_random_state(checkpoint["random"], self.device)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise distributed.error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
+            raise ranks.error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
         self.epoch, self.step, self.seconds_before = (checkpoint[name] for name in ("epoch", "step", "seconds"))
         self.within, self.results = checkpoint["within"], checkpoint["results"]
         if self.trained:  # the steps before the scheduler's were an earlier process's
@@ -302,11 +293,11 @@ class Run:
             f"the checkpoints in {self.folder} are from before"
         )
         self.log(message)
-        raise distributed.error(message)
+        raise ranks.error(message)
 
     def finish(self, **results):
         """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
-        distributed.first(lambda: self._finish(results))
+        ranks.first(lambda: self._finish(results))
 
     def _finish(self, results):
         about = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
@@ -333,7 +324,7 @@ class Run:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
             self.asked = self.asked or number
-            if distributed.size() == 1:
+            if ranks.size() == 1:
                 self.signal = self.asked
 
         before = {number: signal.signal(number, ask) for number in STOPPING}
@@ -592,7 +583,7 @@ class Meters:
             desc=self.title,
             leave=False,
             dynamic_ncols=True,
-            disable=distributed.rank() > 0 or not sys.stderr.isatty(),
+            disable=ranks.rank() > 0 or not sys.stderr.isatty(),
         )
         self.started = time.monotonic()
         with bar:
@@ -609,8 +600,8 @@ class Meters:
     def update(self, loss, logits, y, n):
         """Add a global batch of n. Reading the numbers waits for the device: once a step, after its work is queued."""
         means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
-        if distributed.size() > 1:
-            means, asked = distributed.mean([distributed.part(means, y), means.new_tensor(self.run.all_asked())], y)
+        if ranks.size() > 1:
+            means, asked = ranks.mean([ranks.part(means, y), means.new_tensor(self.run.all_asked())], y)
             self.run.stop_for(asked.tolist())
         for meter, value in zip(self._meters(), means.tolist()):
             meter.update(value, n)

@@ -23,13 +23,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import CONFIG_FILE, AugmentConfig, SearchConfig
 from cost import cost, describe, describe_latency
-from data_sets import DATASETS
-from errors import UserError
-from evaluation import evaluate, load_network, load_trained
 from genotypes import from_str
 from models.augment_cnn import AugmentCNN
-from models.ops import PRIMITIVES
-from runs import HISTORY, SUMMARY, TENSORBOARD, alpha_tag, pick_device, quote
+from models.choices import PRIMITIVES
+from running.data_sets import DATASETS
+from running.errors import UserError
+from running.evaluation import evaluate, load_network, load_trained
+from running.run import HISTORY, SUMMARY, TENSORBOARD, alpha_tag, pick_device, quote
 from visualize import HOW_TO_INSTALL, draw
 
 KINDS = ("normal", "reduce")

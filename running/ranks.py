@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import OtherRankError, UserError
+from running.errors import OtherRankError, UserError
 
 FEWEST = 2  # rows of a rank: BN has no statistics of a single value
 PATIENCE = timedelta(hours=1)  # for a rank that is still downloading, or reading all images of a folder

@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
+import os
 import sys
-
-import torch
 
 LESS_MEMORY = {
     "search.py": "lower --batch-size, --init-channels, --layers or --nodes, or give --recompute or --order first",
@@ -37,8 +36,7 @@ def user_errors_in_one_line(program):
     except (MemoryError, RuntimeError) as error:
         if _is_of_communication(error):
             _exit(program, f"a rank of this run has gone, or cannot be reached ({str(error)[:200]})", code=1)
-        # CUDA's has a type of its own, the CPU's allocator has none
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         _exit(program, f"out of memory: {LESS_MEMORY.get(program, '')} ({str(error)[:200]})")
     except KeyboardInterrupt:
@@ -46,9 +44,24 @@ def user_errors_in_one_line(program):
         sys.exit(130)
 
 
+def _is_out_of_memory(error):
+    """CUDA's has a type of its own, the CPU's allocator has none."""
+    import torch  # which takes seconds, and has been imported long before anything can fail so
+
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 def _is_of_communication(error):
+    import torch
+
     known = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
     return known or "gloo" in str(error).lower()  # whose errors have no type of their own
+
+
+def warn(text):
+    """Print a warning to stderr, on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _exit(program, message, code=2):

@@ -1,0 +1,24 @@
+"""What is chosen by name: search spaces, executions, stems. Without torch, so that command lines are read at once."""
+
+# The search space of DARTS: the candidates on every edge, in the order of alpha's columns (section 3.1).
+PRIMITIVES = [
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+    "none",
+]
+
+# S2 and S3 are those of RobustDARTS (Zela et al., arXiv:1909.09656, section 3).
+SEARCH_SPACES = {
+    "darts": PRIMITIVES,
+    "s2": ["skip_connect", "sep_conv_3x3"],
+    "s3": ["none", "skip_connect", "sep_conv_3x3"],
+}
+
+EXECUTIONS = ("fused", "plain")  # `plain` is the definition, `fused` the same numbers faster
+
+STEMS = ("cifar", "imagenet")
