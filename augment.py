@@ -30,7 +30,7 @@ def main():
     config = ranks.first(AugmentConfig)
     if config.evaluate:
         if ranks.size() > 1:
-            raise ranks.error("--evaluate takes one process; leave torchrun out")
+            raise ranks.user_error("--evaluate takes one process; leave torchrun out")
         return ranks.first(lambda: print_accuracy(config))
     genotype = ranks.first(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # a folder may change; the run's configuration must not
@@ -45,9 +45,9 @@ def main():
         skip_bad_images=config.skip_bad_images, crops=config.stem == "imagenet",
     ))  # fmt: skip
     if config.aux_weight > 0 and config.batch_size < 2:
-        raise ranks.error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
+        raise ranks.user_error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
     if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
-        raise ranks.error(
+        raise ranks.user_error(
             "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "
             f"{size} and {config.init_channels}"
         )
@@ -64,7 +64,7 @@ def main():
     if config.init_checkpoint and not ranks.first(run.has_checkpoint):
         checkpoint = ranks.first(lambda: load_trained(config.init_checkpoint))
         if from_str(checkpoint["config"]["genotype"]) != genotype:
-            raise ranks.error("--init-checkpoint is of another network: its genotype is another")
+            raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint)
     costs = describe(cost(net, channels, size))
     latency = ranks.first(lambda: describe_latency(net, channels, size))
@@ -140,7 +140,7 @@ def train(epoch, run, trained, net, criterion, loader, optim):
         if not config.sync_bn:
             ranks.average_statistics(net, y)
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        (objective,) = ranks.mean([ranks.part(objective.detach(), y)], y)
+        (objective,) = ranks.average([ranks.row_weighted(objective.detach(), y)], y)
         run.stop_unless_finite("w", objective, norm, optim.param_groups[0]["lr"], epoch, {"w": loader.samples})
         optim.step()
 

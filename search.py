@@ -123,7 +123,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
             logits = net(trn_X)
             loss = net.criterion(logits, trn_y)
         w_optim.zero_grad()
-        ranks.part(loss, trn_y).backward(inputs=weights)
+        ranks.row_weighted(loss, trn_y).backward(inputs=weights)
         loss = of_all_ranks(loss.detach(), net, weights, trn_y, config.sync_bn)
         stop_unless_finite("w", loss, nn.utils.clip_grad_norm_(weights, config.w_grad_clip))
         w_optim.step()
@@ -143,7 +143,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
 
 def of_all_ranks(loss, net, weights, y, sync_bn):
     """The global batch's loss; and gives every rank its gradient and the mean of BN's running statistics."""
-    loss, *grads = ranks.mean([ranks.part(loss, y), *(w.grad for w in weights)], y)
+    loss, *grads = ranks.average([ranks.row_weighted(loss, y), *(w.grad for w in weights)], y)
     for w, grad in zip(weights, grads):
         w.grad = grad
     if not sync_bn:

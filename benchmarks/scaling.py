@@ -181,7 +181,7 @@ def step_of(args):
         alpha_optim.step()
         w_optim.zero_grad()
         loss = net.loss(X, y)
-        ranks.part(loss, y).backward(inputs=weights)
+        ranks.row_weighted(loss, y).backward(inputs=weights)
         search.of_all_ranks(loss.detach(), net, weights, y, args.sync_bn)
         nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
         w_optim.step()

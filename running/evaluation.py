@@ -93,7 +93,7 @@ def start_from(net, checkpoint):
     left = [name for name in own if name not in state or state[name].shape != own[name].shape]
     others = [name for name in left if not re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)]
     if others:
-        raise ranks.error(
+        raise ranks.user_error(
             f"--init-checkpoint is of another network: {len(others)} of {len(own)} tensors are missing or of another "
             f"shape, first {others[0]}"
         )

@@ -105,7 +105,7 @@ class Loader:
     def __init__(self, images, samples, batch_size, device, workers=0, shuffle=True, seed=0):
         self.batches = Batches(samples, batch_size, shuffle, seed)
         if len(self.batches) == 0:
-            raise ranks.error(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
+            raise ranks.user_error(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
         self.device = device
         self.loader = DataLoader(
             images,

@@ -119,13 +119,13 @@ def ddp_weight(n):
     return (own.stop - own.start) * size() / n
 
 
-def part(loss, y):
-    """A mean loss over this rank's rows, of labels y, as it enters `mean`: their sum. On one rank, the mean."""
+def row_weighted(loss, y):
+    """A mean loss over this rank's rows, of labels y, as it enters `average`: their sum. On one rank, the mean."""
     return loss * len(y) if size() > 1 else loss
 
 
-def mean(parts, y):
-    """Of each tensor, computed from `part` of a loss at labels y, the one of the mean over all ranks' rows.
+def average(parts, y):
+    """Of each tensor, computed from `row_weighted` of a loss at labels y, the one of the mean over all ranks' rows.
 
     All of one floating type and on one device; sent as one message. The results have the same bits on every rank.
     """
@@ -146,7 +146,7 @@ def average_statistics(net, y):
     """
     statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     if size() > 1 and statistics:
-        torch._foreach_copy_(statistics, mean(torch._foreach_mul(statistics, len(y)), y))
+        torch._foreach_copy_(statistics, average(torch._foreach_mul(statistics, len(y)), y))
 
 
 def wait():
@@ -155,7 +155,7 @@ def wait():
         dist.barrier()
 
 
-def error(message):
+def user_error(message):
     """The UserError that all ranks meet alike, for rank 0 to tell."""
     return UserError(message) if rank() == 0 else OtherRankError(message)
 
@@ -215,7 +215,7 @@ def check_equal(tensors, when):
     dist.all_gather_object(digests, digest.hexdigest())
     others = [i for i, found in enumerate(digests) if found != digests[0]]
     if others:
-        raise error(
+        raise user_error(
             f"{when} the state of rank {', '.join(map(str, others))} differs from rank 0's; the checkpoints are from "
             "before"
         )
@@ -237,7 +237,7 @@ def launch(gpus, script):
     gpus: `all`, or CUDA devices' numbers, as in 0,1,2. Raises UserError where they are not there.
     """
     if dist.is_torchelastic_launched():
-        raise error("--gpus starts the ranks itself; with torchrun leave it out")
+        raise user_error("--gpus starts the ranks itself; with torchrun leave it out")
     there = range(torch.cuda.device_count())
     chosen = list(there) if gpus == "all" else [int(number) for number in gpus.split(",")]
     if not chosen or not set(chosen) <= set(there):

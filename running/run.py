@@ -268,7 +268,7 @@ class Run:
             set_random_state(checkpoint["random"], self.device)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ranks.error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
+            raise ranks.user_error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
         self.epoch, self.step, self.seconds_before = (checkpoint[name] for name in ("epoch", "step", "seconds"))
         self.within, self.results = checkpoint["within"], checkpoint["results"]
         if self.trained:  # the steps before the scheduler's were an earlier process's
@@ -293,7 +293,7 @@ class Run:
             f"the checkpoints in {self.folder} are from before"
         )
         self.log(message)
-        raise ranks.error(message)
+        raise ranks.user_error(message)
 
     def finish(self, **results):
         """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
@@ -601,7 +601,7 @@ class Meters:
         """Add a global batch of n. Reading the numbers waits for the device: once a step, after its work is queued."""
         means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
         if ranks.size() > 1:
-            means, asked = ranks.mean([ranks.part(means, y), means.new_tensor(self.run.all_asked())], y)
+            means, asked = ranks.average([ranks.row_weighted(means, y), means.new_tensor(self.run.all_asked())], y)
             self.run.stop_for(asked.tolist())
         for meter, value in zip(self._meters(), means.tolist()):
             meter.update(value, n)
