@@ -3,23 +3,23 @@
 A gene is a list of nodes; a node is a list of its (operation, source) pairs, strongest first. Sources 0 and 1 are the
 two previous cells, 2 and up the nodes of this cell in order. A `Genotype` has a gene for each kind of cell, and which
 nodes each concatenates as its output.
+
+Reading and writing genotypes needs no torch, which takes seconds to import; building one does.
 """
 
 import ast
 import json
+import re
 import warnings
 from collections import namedtuple
 from pathlib import Path
 
-from torch import nn
-
 from models.choices import PRIMITIVES
-from models.ops import OPS, DropPath_, Identity
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
 
 GENOTYPE_FILE = "genotype.json"  # in a search's folder
 
-LARGEST = 10**6  # number in a genotype that is read any further
+LARGEST_NUMBER = 10**6  # that is read in a genotype
 
 FORMS = ("nested", "flat", "json", "name")
 
@@ -32,21 +32,22 @@ class GenotypeError(UserError):
     """A genotype that cannot be read or built; the message says where and what is allowed."""
 
 
-def parse(alpha, k):
+def parse(alpha, k, primitives=PRIMITIVES):
     """Read a gene off the edges' strengths (DARTS, section 2.4).
 
-    alpha: a tensor per node, node i's of shape (i + 2, len(PRIMITIVES)); `SearchCNN.genotype` hands in softmax weights,
-    since raw alphas are not comparable across edges. Of each edge the strongest candidate other than none counts; of
-    each node the k edges whose candidate is strongest stay (all, if it has fewer), strongest first; ties go to the
-    earlier one. Returns a list of nodes, each a list of (operation, source).
+    alpha: a tensor per node, node i's of shape (i + 2, len(primitives)); `SearchCNN.genotype` hands in softmax weights,
+    since raw alphas are not comparable across edges. primitives: the operations that the columns stand for. Of each
+    edge the strongest candidate other than none counts; of each node the k edges whose candidate is strongest stay
+    (all, if it has fewer), strongest first; ties go to the earlier one. Returns a list of nodes, each a list of
+    (operation, source).
     """
-    candidates = [index for index, primitive in enumerate(PRIMITIVES) if primitive != "none"]
+    candidates = [column for column, primitive in enumerate(primitives) if primitive != "none"]
     gene = []
     for edges in alpha:
         strengths = edges.tolist()
         best = [max(candidates, key=row.__getitem__) for row in strengths]
         sources = sorted(range(len(best)), key=lambda source: -strengths[source][best[source]])
-        gene.append([(PRIMITIVES[best[source]], source) for source in sources[:k]])
+        gene.append([(primitives[best[source]], source) for source in sources[:k]])
     return gene
 
 
@@ -56,6 +57,10 @@ def to_dag(C_in, gene, reduction):
     C_in: the cell's channels. In a reduction cell the operations on the two input nodes have stride 2. Every operation
     but the identity is followed by drop path (DARTS, section 4.1).
     """
+    from torch import nn
+
+    from models.ops import OPS, DropPath_, Identity
+
     dag = nn.ModuleList()
     for edges in gene:
         node = nn.ModuleList()
@@ -72,6 +77,7 @@ def to_dag(C_in, gene, reduction):
 def from_str(s):
     """Read a genotype in any form that `to_str` writes: nested, flat, JSON, or the name of a published cell.
 
+    Taken too as people paste it: with a name and `=` in front, as in the log, in quotes, or as `gt.Genotype(...)`.
     Nothing in the string is run. Lists, tuples and ranges come back as they were written, from JSON as in
     `str(genotype)` of a search's, so that from_str(str(genotype)) == genotype. Raises GenotypeError (a ValueError) with
     the place and what is allowed there.
@@ -79,7 +85,7 @@ def from_str(s):
     text = s.strip()
     if text in PUBLISHED:
         return PUBLISHED[text].genotype
-    return check(_from_json(text) if text.startswith("{") else _from_call(text))
+    return check(_from_json(text) if text.startswith("{") else _from_call(_without_assignment(text)))
 
 
 def to_str(genotype, form="nested"):
@@ -104,6 +110,23 @@ def to_str(genotype, form="nested"):
     return str(genotype._replace(**flat))
 
 
+PASTED = re.compile(
+    r"""(?:\d{4}-\d\d-\d\d\ \d\d:\d\d:\d\d\s+)?  # the time, in a line of the log
+    (?:\w+\s*=\s*)?  # a name
+    (?P<quote>["']?)
+    (?:\w+\.)?  # a module
+    (?P<call>Genotype\s*\(.*\))
+    (?P=quote)\s*,?""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _without_assignment(text):
+    """`Genotype(...)` alone, of a text such as `DARTS = Genotype(...)`; any other text as it is."""
+    pasted = PASTED.fullmatch(text) if len(text) < LARGEST_NUMBER else None
+    return pasted["call"] if pasted else text
+
+
 def _from_call(text):
     """Genotype(normal=..., ...) as Python writes it, nested or flat."""
     try:
@@ -117,27 +140,27 @@ def _from_call(text):
         raise GenotypeError(
             f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {_shorten(text)}"
         )
-    given = [(keyword.arg, keyword.value) for keyword in tree.keywords]
-    if tree.args or sorted(str(name) for name, _ in given) != sorted(Genotype._fields):
+    arguments = [(keyword.arg, keyword.value) for keyword in tree.keywords]
+    if tree.args or sorted(str(name) for name, _ in arguments) != sorted(Genotype._fields):
         raise GenotypeError(f"genotype: Genotype(...) takes each of {', '.join(Genotype._fields)} once, by name")
-    fields = {name: _read(node) for name, node in given}
+    fields = {name: _read(node) for name, node in arguments}
     return Genotype(**fields | {kind: _by_node(fields[kind], kind) for kind in ("normal", "reduce")})
 
 
 def _from_json(text):
     """An object of lists with the fields of a `Genotype`, nested or flat; others beside them are left alone."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise GenotypeError(f"genotype: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError):
         raise GenotypeError(f"genotype: not readable: {_shorten(text)}") from None
-    missing = [field for field in Genotype._fields if field not in found]
+    missing = [field for field in Genotype._fields if field not in content]
     if missing:
         raise GenotypeError(f"genotype: the JSON object has no {', '.join(missing)}: {_shorten(text)}")
     fields = {}
     for kind in ("normal", "reduce"):
-        gene, concat = _by_node(found[kind], kind), found[f"{kind}_concat"]
+        gene, concat = _by_node(content[kind], kind), content[f"{kind}_concat"]
         is_nested = isinstance(gene, list) and all(isinstance(node, list) for node in gene)
         fields[kind] = [[_pair(edge) for edge in node] for node in gene] if is_nested else gene
         ends = (concat[0], concat[-1] + 1) if _is_integers(concat) else (0, 0)
@@ -150,7 +173,7 @@ def _pair(edge):
 
 
 def _is_integers(values):
-    return isinstance(values, list) and values and all(type(n) is int and abs(n) < LARGEST for n in values)
+    return isinstance(values, list) and values and all(type(n) is int and abs(n) < LARGEST_NUMBER for n in values)
 
 
 def _by_node(gene, kind):
@@ -189,10 +212,7 @@ def check(genotype):
                 if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                     raise GenotypeError(f"genotype: {where}: expected (operation, source), found {_shorten(pair)}")
                 name, source = pair
-                if not isinstance(name, str) or name not in OPS:
-                    raise GenotypeError(
-                        f"genotype: {where}: unknown operation {_shorten(name)}; allowed are {', '.join(OPS)}"
-                    )
+                _check_operation(name, where)
                 if type(source) is not int or not 0 <= source < i + 2:
                     raise GenotypeError(
                         f"genotype: {where}: the source of {name} must be 0 to {i + 1}, not {_shorten(source)}"
@@ -207,30 +227,40 @@ def check(genotype):
     return genotype
 
 
-def resolve(given):
+def _check_operation(name, where):
+    """Raise GenotypeError unless there is an operation of this name."""
+    if isinstance(name, str) and name in PRIMITIVES:
+        return
+    from models.ops import OPS  # with torch, which only the operations outside of DARTS's search space need here
+
+    if not isinstance(name, str) or name not in OPS:
+        raise GenotypeError(f"genotype: {where}: unknown operation {_shorten(name)}; allowed are {', '.join(OPS)}")
+
+
+def resolve(text):
     """A genotype from whatever a user has of it: what `from_str` reads, a file of that, or a search's folder.
 
     Of a search the last genotype is taken, as in the paper. Raises GenotypeError.
     """
-    path = Path(given)
+    path = Path(text)
     try:
         path = path / GENOTYPE_FILE if path.is_dir() else path
-        found = path.is_file()
+        is_file = path.is_file()
     except (OSError, ValueError):  # no name that a file could have
-        found = False
-    if not found and (given in PUBLISHED or "(" in given or given.lstrip().startswith("{")):
-        return from_str(given)
-    if not found:
+        is_file = False
+    if not is_file and (text in PUBLISHED or "(" in text or text.lstrip().startswith("{")):
+        return from_str(text)
+    if not is_file:
         raise GenotypeError(
-            f"genotype: {_shorten(given)} is neither a published cell ({', '.join(PUBLISHED)}), a genotype string "
+            f"genotype: {_shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), a genotype string "
             "'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise GenotypeError(f"genotype: cannot read {path}: {error}") from None
     try:
-        return from_str(_last(text))
+        return from_str(_last(content))
     except GenotypeError as error:
         raise GenotypeError(f"{path}: {error}") from None
 
@@ -254,7 +284,7 @@ def _read(node):
         return tuple(_read(item) for item in node.elts)
     if isinstance(node, ast.Constant):
         value = node.value
-        if type(value) is str or (type(value) is int and value < LARGEST):
+        if type(value) is str or (type(value) is int and value < LARGEST_NUMBER):
             return value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
         bounds = [_read(bound) for bound in node.args]
@@ -272,13 +302,13 @@ def _shorten(value, limit=80):
 
 
 def _published():
-    """The cells of published_cells.json: name -> `Published`."""
+    """The cells of published_cells.json: name -> `Published`. That each can be built is a test, and takes torch."""
     cells = json.loads((Path(__file__).parent / "published_cells.json").read_text(encoding="utf-8"))
-    found = {}
+    published = {}
     for name, cell in cells.items():
         results = {key: value for key, value in cell.items() if key not in (*Genotype._fields, "source")}
-        found[name] = Published(check(_from_json(json.dumps(cell))), cell["source"], results)
-    return found
+        published[name] = Published(_from_json(json.dumps(cell)), cell["source"], results)
+    return published
 
 
 PUBLISHED = _published()
@@ -296,9 +326,12 @@ def main():
         print(to_str(resolve(args.genotype), args.form))
         return
     for name, cell in PUBLISHED.items():
-        results = ", ".join(f"{key} {' / '.join(map(str, value)) if isinstance(value, list) else value}"
-                            for key, value in cell.results.items())  # fmt: skip
+        results = ", ".join(f"{key} {_with_slashes(value)}" for key, value in cell.results.items())
         print(f"{name}\n    {cell.source}\n    {results}\n    {to_str(cell.genotype)}")
+
+
+def _with_slashes(value):
+    return " / ".join(map(str, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":
