@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from config import AugmentConfig
-from cost import cost, describe, describe_latency
 from genotypes import from_str, resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from preproc import preprocessing
 from running import ranks
+from running.costs import cost, describe, describe_latency
 from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
 from running.loading import Loader

@@ -14,12 +14,12 @@ from torch import nn
 
 from architect import Architect
 from config import AugmentConfig, SearchConfig
-from cost import cost, describe, describe_latency
 from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN, softmax
 from models.sync_bn import synchronise
 from running import ranks
+from running.costs import cost, describe, describe_latency
 from running.data_sets import stratified_split
 from running.errors import user_errors_in_one_line
 from running.loading import Loader, mix

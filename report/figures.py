@@ -1,0 +1,164 @@
+"""The figures of a report, by matplotlib. Each function returns a `Figure`."""
+
+import io
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from models.choices import PRIMITIVES
+from report.cells import INPUTS
+from report.story import KINDS, changes, margins, skip_connections
+
+GREY = mpl.colormaps["tab10"](7)
+COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
+MAX_NAMED_CLASSES = 20  # on the axes of a confusion matrix
+MAX_MISTAKES = 16
+
+
+def to_svg(figure):
+    """The figure as the bytes of an SVG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def printable(name, length=24):
+    """A class's name for a figure: shortened, unprintable characters escaped, no `$` read as mathematics."""
+    short = name if len(name) <= length else name[: length - 1] + "…"
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
+    return escaped.replace("$", r"\$")
+
+
+def curves(story):
+    """Loss and top 1 by epoch, on the training batches and on the held-out images."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    for axes, quantity, title, scale in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top 1, %"), (1, 100)):
+        for phase, label in (("train", "training"), (story.held_out, story.held_out)):
+            values = scale * story.by_epoch(f"{phase}/{quantity}")
+            axes.plot(list(story.steps), values, label=label, marker="." if len(values) < 30 else None)
+        axes.set(xlabel="epoch", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+# A search.
+
+
+def line_styles(candidates):
+    """A colour and a dash pattern for each candidate, none twice; `none` is grey.
+
+    An operation of DARTS's search space has the same style in every run.
+    """
+    names = [name for name in dict.fromkeys([*PRIMITIVES, *candidates]) if name != "none"]
+    styles = {"none": {"color": GREY, "linestyle": "-"}}
+    for i, name in enumerate(names):
+        lap, colour = divmod(i, len(COLOURS))
+        styles[name] = {"color": COLOURS[colour], "linestyle": (0, (3 * lap, 1.5)) if lap else "-"}
+    return {name: styles[name] for name in candidates}
+
+
+def edge_weights(weights, kind, candidates):
+    """A panel for each edge: rows are nodes, columns sources, a line for each candidate.
+
+    weights: [node][source], (epochs, candidates) each.
+    """
+    n_nodes = len(weights)
+    width = 1.75 * (n_nodes + 1)
+    columns = max(1, int(width / (0.7 + 0.07 * max(map(len, candidates)))))
+    legend_rows = -(-len(candidates) // columns)
+    figure = Figure(figsize=(width, 1.5 * n_nodes + 0.5 + 0.18 * legend_rows), layout="constrained")
+    panels = figure.subplots(n_nodes, n_nodes + 1, sharex=True, sharey=True, squeeze=False)
+    sources = [*INPUTS, *(f"node {i}" for i in range(n_nodes))]
+    for node, row in enumerate(panels):
+        row[0].set_ylabel(f"node {node}", fontsize=8)
+        for source, axes in enumerate(row):
+            if source < node + 2:
+                draw_edge(axes, weights[node][source], candidates, sources[source])
+            else:
+                axes.set_axis_off()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, handlelength=3)
+    figure.suptitle(f"{kind} cell: edges from each source (columns) to each node (rows)", fontsize=9)
+    return figure
+
+
+def draw_edge(axes, weights, candidates, source):
+    """One edge's weights by epoch; the title names the source and the strongest candidate other than `none`."""
+    epochs = range(1, len(weights) + 1)
+    marker = "." if len(weights) == 1 else None  # a line of one point would not be seen
+    for name, style in line_styles(candidates).items():
+        axes.plot(epochs, weights[:, candidates.index(name)], lw=1.4, label=name, marker=marker, **style)
+    last = {name: weight for name, weight in zip(candidates, weights[-1]) if name != "none"}
+    axes.set_title(f"{source}: {max(last, key=last.get)}", fontsize=7.5)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+
+
+def settling(genotypes, weights, candidates):
+    """Margins of the chosen operations, skip connections and changes of the genotype, by epoch.
+
+    weights: kind -> [node][source], (epochs, candidates) each.
+    """
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = range(1, len(genotypes) + 1)
+    for kind, colour, height in zip(KINDS, ("C0", "C3"), (-0.35, -0.7)):
+        genes = [getattr(genotype, kind) for genotype in genotypes]
+        by_epoch = [
+            margins([[edge[i] for edge in node] for node in weights[kind]], gene, candidates)
+            for i, gene in enumerate(genes)
+        ]
+        left.plot(epochs, [np.mean(values) for values in by_epoch], color=colour, label=f"{kind}, mean")
+        left.plot(epochs, [np.min(values) for values in by_epoch], color=colour, ls=":", label=f"{kind}, smallest")
+        right.plot(epochs, list(map(skip_connections, genes)), color=colour, label=kind, drawstyle="steps-mid")
+        changed = [epochs[i] for i in changes(genes)]
+        right.plot(changed, [height] * len(changed), "|", color=colour)
+    left.set(xlabel="epoch", title="weight of the chosen above the next")
+    right.set(xlabel="epoch", title="skip connections (marks: changes)", ylim=(-1, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure
+
+
+# An augment run.
+
+
+def confusion_matrix(counts, names):
+    """The counts of true against predicted classes, shaded by their share of the true class."""
+    n = len(names)
+    figure = Figure(figsize=(min(3 + 0.4 * n, 9), min(2.6 + 0.4 * n, 8.6)), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if n > MAX_NAMED_CLASSES:
+        return figure
+    labels = [printable(name) for name in names]
+    axes.set_xticks(range(n), labels, rotation=90, fontsize=8)
+    axes.set_yticks(range(n), labels, fontsize=8)
+    for (i, j), count in np.ndenumerate(counts):
+        if count:
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, count, ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def mistakes(evaluation):
+    """The test images that the network was surest of and wrong about. evaluation: an `Evaluation` with mistakes."""
+    worst = evaluation.wrong()[:MAX_MISTAKES]
+    names = [printable(name, 18) for name in evaluation.names]
+    columns = min(len(worst), 8)
+    rows = -(-len(worst) // columns)
+    figure = Figure(figsize=(1.15 * columns, 1.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, i in zip(figure.axes, worst):
+        axes.imshow(evaluation.image(i), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        guess = int(evaluation.probabilities[i].argmax())
+        certainty = f"{evaluation.probabilities[i, guess]:.0%}"
+        axes.set_title(f"{names[evaluation.labels[i]]}, taken for\n{names[guess]} ({certainty})", fontsize=6)
+    return figure

@@ -1,0 +1,148 @@
+"""What a run's folder tells: its options, its results, its values by epoch, and a search's cells.
+
+Values come from TensorBoard's files, a search's cells from history.json.
+"""
+
+import itertools
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import AugmentConfig, SearchConfig
+from genotypes import from_str
+from running.errors import UserError
+from running.folder import RunFolder
+from running.run import alpha_tag, quote
+
+KINDS = ("normal", "reduce")
+
+
+@dataclass
+class Story:
+    """What a run's folder tells.
+
+    stage: "search" or "augment"; config: the run's options; summary: what summary.json holds, {} before the run's end;
+    scalars: TensorBoard tag -> {step: value}; history: of a search, a dict for each epoch that is over.
+    """
+
+    folder: Path
+    stage: str
+    config: SearchConfig | AugmentConfig
+    summary: dict
+    scalars: dict
+    history: list
+
+    @property
+    def held_out(self):
+        """The images that accuracy is measured on, as in TensorBoard's tags."""
+        return "valid" if self.stage == "search" else "test"
+
+    @property
+    def steps(self):
+        """Epoch -> the step that it ended with, of all epochs that are over."""
+        ends = {round(epoch): step for step, epoch in self.scalars.get("epoch", {}).items()}
+        measured = self.scalars.get(f"{self.held_out}/top1", {})
+        return {epoch: step for epoch, step in sorted(ends.items()) if step in measured}
+
+    def by_epoch(self, tag, epochs=None):
+        """A tag's value at the end of each epoch, (epochs,); NaN where TensorBoard's files lack it."""
+        values, steps = self.scalars.get(tag, {}), self.steps
+        return np.array([values.get(steps.get(epoch), np.nan) for epoch in epochs or steps])
+
+    # Of a search.
+
+    @property
+    def candidates(self):
+        """The names of the candidate operations on every edge."""
+        return self.config.primitives.split(",")
+
+    def genotypes(self):
+        """The genotype after each epoch of `history`."""
+        return [from_str(epoch["string"]) for epoch in self.history]
+
+    def edge_weights(self, kind):
+        """[node][source]: the candidates' weights on an edge after each epoch of `history`, (epochs, candidates)."""
+        epochs = [epoch["epoch"] for epoch in self.history]
+        return [
+            [
+                np.stack([self.by_epoch(alpha_tag(kind, node, source, op), epochs) for op in self.candidates], axis=1)
+                for source in range(node + 2)
+            ]
+            for node in range(self.config.nodes)
+        ]
+
+
+def read(path):
+    """The `Story` of a run's folder. Raises UserError where it is not one, or no epoch of it is over."""
+    folder = RunFolder(path)
+    options = _read_json(folder.config)
+    if options is None:
+        raise UserError(f"{folder} is no run's folder: there is no {folder.config.name} in it")
+    stage = "search" if "order" in options else "augment"
+    config = {"search": SearchConfig, "augment": AugmentConfig}[stage](["--resume", str(folder)])
+    summary, history = _read_json(folder.summary) or {}, _read_json(folder.history) or []
+    story = Story(folder.path, stage, config, summary, _read_scalars(folder.tensorboard), history)
+    if not story.steps or (stage == "search" and not history):
+        raise UserError(f"{folder}: no epoch is over yet, so there is nothing to show")
+    return story
+
+
+def _read_json(path):
+    """What a JSON file holds; None where there is no such file, or it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _read_scalars(folder):
+    """TensorBoard's scalars: tag -> {step: the last value written at it}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # which takes a second
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+# How settled a search's choice is.
+
+
+def margins(weights, gene, candidates):
+    """By how much each chosen operation's weight exceeds that of the best other on its edge, `none` left out.
+
+    weights: [node][source][candidate]; gene: the operations chosen. Where there is no other, the weight itself counts.
+    """
+    differences = []
+    for node, chosen in zip(weights, gene):
+        for op, source in chosen:
+            weight_of = dict(zip(candidates, node[source]))
+            others = [weight for name, weight in weight_of.items() if name not in (op, "none")]
+            differences.append(weight_of[op] - max(others, default=0.0))
+    return differences
+
+
+def skip_connections(gene):
+    """The number of skip connections in a gene."""
+    return sum(op == "skip_connect" for node in gene for op, _ in node)
+
+
+def changes(values):
+    """The positions at which a list's value is another than the one before; 1 is that of the second."""
+    return [i for i, (before, after) in enumerate(itertools.pairwise(values), 1) if before != after]
+
+
+def commands(story):
+    """What to type to repeat the run and, after a search, to go on from it."""
+    parser = story.config.build_parser()
+    story.config.set_defaults(parser, ["--stem", getattr(story.config, "stem", "cifar")])
+    defaults = vars(parser.parse_args([]))
+    words = []
+    for name, value in story.config.as_dict().items():
+        if value != defaults[name] and name != "name":
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {quote(str(value))}"))
+    lines = [f"python {story.stage}.py {' '.join(words)}".strip()]
+    if story.stage == "search":
+        lines.append(f"python augment.py {story.config.data_options()} --genotype {shlex.quote(str(story.folder))}")
+    return lines

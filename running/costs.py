@@ -1,0 +1,91 @@
+"""What a network costs: parameters, multiply-adds, activation memory, and the latency measured on this machine."""
+
+import copy
+import statistics
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from running.devices import device_name
+from utils import param_size
+
+BATCH_SIZES = (1, 64)  # whose latency is measured
+
+
+def cost(net, channels, size):
+    """What an augment network costs, for one image: a dict of millions, and of MB (10^6 bytes) in float32.
+
+    parameters_M: without the auxiliary head; multiply_adds_M: of convolutions and the linear layer in a forward pass
+    without the head, half of what PyTorch's FlopCounterMode counts; activations_MB: what training keeps for the
+    backward pass, module by module, the head's too if there is one, each tensor once.
+    """
+    net = copy.deepcopy(net).to("meta")  # where nothing is computed but shapes
+    x = torch.empty(2, channels, size, size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.eval()(x)
+    return {
+        "parameters_M": param_size(net),
+        "multiply_adds_M": counter.get_total_flops() / len(x) / 2e6,
+        "activations_MB": activation_bytes(net.train(), x) / len(x) / 1e6,
+    }
+
+
+def describe(costs):
+    """What `cost` returned, in words."""
+    return (
+        f"{costs['parameters_M']:.3f} M parameters, {costs['multiply_adds_M']:.1f} M multiply-adds an image, "
+        f"{costs['activations_MB']:.1f} MB of activations an image in training"
+    )
+
+
+def activation_bytes(net, x):
+    """Bytes that a forward pass in training keeps for the backward pass, parameters and buffers left out."""
+    parameters = {storage_of(tensor) for tensor in (*net.parameters(), *net.buffers())}
+    saved = {}
+
+    def save(tensor):
+        if storage_of(tensor) not in parameters:
+            saved[storage_of(tensor)] = tensor  # a reference, so that its storage's address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        net(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def storage_of(tensor):
+    """A number that tensors have in common if they share memory."""
+    return tensor.untyped_storage()._cdata
+
+
+@torch.no_grad()
+def latency(net, x, rounds):
+    """Milliseconds of each of `rounds` forward passes, after one that is not counted."""
+    x = x.to(memory_format=torch.channels_last)
+    net.eval()
+    milliseconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        net(x)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    return milliseconds[1:]
+
+
+def median_and_range(values):
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def describe_latency(net, channels, size, rounds=5):
+    """The latency of a forward pass on the device that the network is on, in words."""
+    device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
+    times = []
+    for n in BATCH_SIZES:
+        x = torch.randn(n, channels, size, size, generator=generator)
+        try:
+            times.append(f"{median_and_range(latency(net, x.to(device), rounds))} ms at batch {n}")
+        except (MemoryError, RuntimeError):  # PyTorch's out of memory is one of these; a run need not end by it
+            times.append(f"too much memory at batch {n}")
+    return f"{' and '.join(times)}, median (range) of {rounds} passes on {device_name(device)}"
