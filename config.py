@@ -3,21 +3,19 @@
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
-from models.choices import EXECUTIONS, STEMS
-from running import ranks
+from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
 from running.data_sets import DATASETS
 from running.errors import OneLineParser, UserError
+from running.folder import RunFolder, launcher
 
-CONFIG_FILE, LAUNCHER = "config.json", "launcher.txt"  # in a run's folder
-LARGEST = 2**31 - 1  # number that any option takes
+MAX_NUMBER = 2**31 - 1  # that any option takes
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq")  # when a run is resumed; all else comes from the run
-OF_THE_COMMAND = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # no part of the run
+NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # options of the command, not the run
 
 
 def _number(kind, low, high=math.inf, low_open=False, high_open=False):
@@ -33,8 +31,8 @@ def _number(kind, low, high=math.inf, low_open=False, high_open=False):
         except ValueError:
             number = math.nan
         inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
-        if not inside or not number <= LARGEST:
-            limit = f" and at most {LARGEST}" if number > LARGEST and high == math.inf else ""
+        if not inside or not number <= MAX_NUMBER:
+            limit = f" and at most {MAX_NUMBER}" if number > MAX_NUMBER and high == math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}{limit}, not {text!r}")
         return number
 
@@ -63,6 +61,23 @@ def _gpus(text):
     return text
 
 
+def _primitives(text):
+    """An argparse type: operations, with commas, or the name of a search space; returns the operations, with commas."""
+    names = SEARCH_SPACES.get(text) or text.split(",")
+    if not set(names) <= set(PRIMITIVES):
+        from models.ops import OPS  # takes the seconds of `import torch`; holds operations that a user's script adds
+
+        unknown = [name for name in names if name not in OPS]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown operation {unknown[0]!r}; give some of {', '.join(OPS)}, with commas and without spaces, or "
+                f"one of the search spaces {', '.join(SEARCH_SPACES)}"
+            )
+    if len(set(names)) < len(names) or names == ["none"]:
+        raise argparse.ArgumentTypeError(f"must be different operations, at least one other than none, not {text!r}")
+    return ",".join(names)
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the defaults, where there are any."""
 
@@ -87,51 +102,69 @@ class _Config:
         if options.auto_resume and (options.resume or options.overwrite):
             parser.error("--auto-resume can't be given with --resume or --overwrite")
         vars(self).update(vars(options))
-        if self._goes_on():
+        if self._continues():
             self.resume, self.overwrite = str(self.folder()), False
 
     def _resume(self, parser, words, options):
         """The options of the run to be resumed, with those that may change as given on the command line."""
         folder = self._resumed_folder(options.resume)
-        ungiven = object()
-        given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), ungiven)))
-        given = {name: value for name, value in vars(given).items() if value is not ungiven and name != "resume"}
+        not_given = object()
+        given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), not_given)))
+        given = {name: value for name, value in vars(given).items() if value is not not_given and name != "resume"}
         for name in given:
             if name not in (*MAY_CHANGE, "gpus"):
-                raise UserError(
-                    f"--{_option(name)} is fixed by the run {folder}; --resume allows only "
-                    + ", ".join(f"--{_option(other)}" for other in MAY_CHANGE)
-                )
+                allowed = ", ".join(f"--{_option(other)}" for other in MAY_CHANGE)
+                raise UserError(f"--{_option(name)} is fixed by the run {folder}; --resume allows only {allowed}")
         try:
-            stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            saved = json.loads(folder.config.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise UserError(f"--resume {options.resume}: no {self.stage} run's {CONFIG_FILE} in {folder}") from None
-        if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):  # new options have their defaults
-            raise UserError(f"--resume {options.resume}: {folder / CONFIG_FILE} is not of a {self.stage} run")
-        return parser.parse_args(_words(stored | given | {"resume": options.resume}))
+            raise UserError(
+                f"--resume {options.resume}: no {self.stage} run's {folder.config.name} in {folder}"
+            ) from None
+        if not isinstance(saved, dict):
+            raise UserError(f"--resume {options.resume}: {folder.config} is not of a {self.stage} run")
+        saved = self.completed(saved, folder.config)
+        return parser.parse_args(_words(saved | given | {"resume": options.resume}))
 
-    def _goes_on(self):
-        """Whether to resume, with the same options, because the command is given once more."""
-        run = self.folder()
-        if not (run / CONFIG_FILE).is_file():
+    @classmethod
+    def completed(cls, saved, source):
+        """A run's saved options, with the defaults of options that the program did not have when it saved them.
+
+        source: the file, for the message. Raises UserError where there are options that this program does not know.
+        """
+        parser = cls.build_parser()
+        cls.set_defaults(parser, _words(saved))
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(saved) - known)
+        if unknown:
+            raise UserError(
+                f"{source} is not of a {cls.stage} run of this program: it has options that are not known here, "
+                + ", ".join(unknown)
+            )
+        defaults = vars(parser.parse_args([]))
+        return {name: value for name, value in defaults.items() if name not in NOT_SAVED} | saved
+
+    def _continues(self):
+        """Whether to resume a run because the same command is given once more: by --auto-resume or by torchrun."""
+        folder = self.folder()
+        if not folder.config.is_file():
             return False
-        started = (run / LAUNCHER).read_text() if (run / LAUNCHER).is_file() else None
-        restarted = dist.is_torchelastic_launched() and started == ranks.launcher()
-        return self.auto_resume or restarted
+        restarted = "TORCHELASTIC_RUN_ID" in os.environ and folder.launcher.is_file()
+        return self.auto_resume or (restarted and folder.launcher.read_text() == launcher())
 
     @staticmethod
     def _resumed_folder(resume):
-        return Path(resume).parent if Path(resume).is_file() else Path(resume)
+        return RunFolder(Path(resume).parent if Path(resume).is_file() else resume)
 
     @staticmethod
     def set_defaults(parser, words):
         """Change defaults that depend on other options."""
 
     def folder(self):
-        """The run's folder."""
+        """The `RunFolder` of the run."""
         if self.resume is not None:
             return self._resumed_folder(self.resume)
-        return Path(self.runs_path) / self.stage / (self.name or self.dataset)
+        return RunFolder(Path(self.runs_path) / self.stage / (self.name or self.dataset))
 
     @classmethod
     def build_parser(cls):
@@ -148,16 +181,20 @@ class _Config:
             "--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to"
         )
         group.add_argument(
-            "--image-size", type=_number(int, 8), default=32, metavar="PIXELS",
+            "--image-size",
+            type=_number(int, 8),
+            default=32,
+            metavar="PIXELS",
             help="of the data set `folder`: images are scaled and cropped to this height and width",
-        )  # fmt: skip
+        )
         group.add_argument(
             "--image-channels", type=int, default=3, choices=(1, 3), help="of the data set `folder`: 1 grey, 3 colour"
         )
         group.add_argument(
-            "--skip-bad-images", action="store_true",
+            "--skip-bad-images",
+            action="store_true",
             help="of the data set `folder`: read all first, and leave out those that cannot be read",
-        )  # fmt: skip
+        )
         group.add_argument(
             "--workers", type=natural, default=2, metavar="N", help="processes that load images, for each rank; 0: none"
         )
@@ -169,31 +206,48 @@ class _Config:
         group.add_argument("--runs-path", default="runs", metavar="DIR", help=f"a run's folder is DIR/{cls.stage}/NAME")
         group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds, if any")
         group.add_argument(
-            "--resume", metavar="RUN",
+            "--resume",
+            metavar="RUN",
             help="go on with the run in this folder (or from a checkpoint in it), with its options; "
-            + ", ".join(f"--{_option(name)}" for name in MAY_CHANGE) + " may be given anew",
-        )  # fmt: skip
+            + ", ".join(f"--{_option(name)}" for name in MAY_CHANGE)
+            + " may be given anew",
+        )
         group.add_argument(
-            "--auto-resume", action="store_true",
+            "--auto-resume",
+            action="store_true",
             help="go on with the run of this name if there is one, for commands that a scheduler repeats",
-        )  # fmt: skip
+        )
         group.add_argument(
-            "--checkpoint-minutes", type=nonnegative, default=10.0, metavar="MIN",
+            "--checkpoint-minutes",
+            type=nonnegative,
+            default=10.0,
+            metavar="MIN",
             help="save within an epoch too, this often; 0: after every step",
-        )  # fmt: skip
+        )
         group.add_argument("--seed", type=natural, default=2, metavar="N", help="of everything that is random")
         group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
         group.add_argument(
-            "--gpus", type=_gpus, metavar="LIST",
+            "--gpus",
+            type=_gpus,
+            metavar="LIST",
             help="run on several GPUs of this machine, a process each: 0,1,2 or all; torchrun does so over machines",
-        )  # fmt: skip
+        )
         group.add_argument(
-            "--sync-bn", action="store_true",
+            "--sync-bn",
+            action="store_true",
             help="on several ranks: normalise by the statistics of the global batch, not of each rank's part",
-        )  # fmt: skip
+        )
         group.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where PyTorch deems it safe")
         group.add_argument("--print-freq", type=positive_int, default=50, metavar="N", help="steps between log lines")
         return parser
+
+    @classmethod
+    def answer_help(cls):
+        """Print the help and exit, if the command line asks for it."""
+        if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+            if os.environ.get("RANK", "0") == "0":
+                cls.build_parser().print_help()
+            sys.exit()
 
     def data_options(self):
         """The command-line words that name the same data."""
@@ -204,8 +258,8 @@ class _Config:
         return shlex.join([*words, *["--skip-bad-images"] * self.skip_bad_images])
 
     def as_dict(self):
-        """What makes the run what it is: all options but `OF_THE_COMMAND`."""
-        return {name: value for name, value in vars(self).items() if name not in OF_THE_COMMAND}
+        """What makes the run what it is: all options but those in `NOT_SAVED`."""
+        return {name: value for name, value in vars(self).items() if name not in NOT_SAVED}
 
     def as_markdown(self):
         """The options as a Markdown table."""
@@ -225,13 +279,19 @@ class SearchConfig(_Config):
         group.add_argument("--init-channels", type=positive_int, default=16, metavar="C", help="of the first cells")
         group.add_argument("--nodes", type=positive_int, default=4, metavar="N", help="nodes of a cell")
         group.add_argument(
-            "--execution", default="fused", choices=EXECUTIONS,
-            help="of the cells: all edges together, or an operation at a time, which is the definition",
-        )  # fmt: skip
+            "--primitives",
+            type=_primitives,
+            default="darts",
+            metavar="OPS",
+            help="candidates on every edge: operations as skip_connect,sep_conv_3x3, or a search space of "
+            + ", ".join(SEARCH_SPACES),
+        )
+        _add_execution(group)
         group.add_argument(
-            "--recompute", action="store_true",
+            "--recompute",
+            action="store_true",
             help="compute what a cell has inside again for the backward pass, to need less memory",
-        )  # fmt: skip
+        )
 
         group = parser.add_argument_group("search")
         group.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="epochs")
@@ -254,9 +314,18 @@ class SearchConfig(_Config):
 
 # Liu et al., section 4.3 and the appendix on ImageNet
 IMAGENET = {
-    "layers": 14, "init_channels": 48, "epochs": 250, "batch_size": 128, "lr": 0.1, "lr_decay": 0.97,
-    "weight_decay": 3e-5, "label_smoothing": 0.1, "drop_path_prob": 0.0, "cutout_length": 0, "image_size": 224,
-}  # fmt: skip
+    "layers": 14,
+    "init_channels": 48,
+    "epochs": 250,
+    "batch_size": 128,
+    "lr": 0.1,
+    "lr_decay": 0.97,
+    "weight_decay": 3e-5,
+    "label_smoothing": 0.1,
+    "drop_path_prob": 0.0,
+    "cutout_length": 0,
+    "image_size": 224,
+}
 
 
 class AugmentConfig(_Config):
@@ -275,39 +344,47 @@ class AugmentConfig(_Config):
     def add_options(parser):
         group = parser.add_argument_group("network")
         group.add_argument(
-            "--genotype", metavar="G",
+            "--genotype",
+            metavar="G",
             help="a published cell as DARTS_V2, a string 'Genotype(...)', JSON, a file of these, or a search's folder",
-        )  # fmt: skip
+        )
         group.add_argument(
-            "--stem", default="cifar", choices=STEMS,
+            "--stem",
+            default="cifar",
+            choices=STEMS,
             help="imagenet: for images of 64 pixels and up, with the paper's settings for ImageNet as the defaults",
-        )  # fmt: skip
+        )
         group.add_argument("--layers", type=positive_int, default=20, metavar="N", help="cells")
         group.add_argument("--init-channels", type=positive_int, default=36, metavar="C", help="of the first cells")
+        _add_execution(group)
 
         group = parser.add_argument_group("evaluation, without training")
         group.add_argument(
-            "--evaluate", metavar="CKPT",
+            "--evaluate",
+            metavar="CKPT",
             help="print the test accuracy, overall and by class, of this checkpoint, or of a run's best; of the other "
             "options --data-path, --batch-size, --workers and --device count",
-        )  # fmt: skip
+        )
         group.add_argument("--mirror", action="store_true", help="average over each image and its mirror image")
 
         group = parser.add_argument_group("training")
         group.add_argument(
-            "--init-checkpoint", metavar="CKPT",
+            "--init-checkpoint",
+            metavar="CKPT",
             help="start from the weights of this checkpoint, or of a run's best, of the same genotype and size; with "
             "other classes the classifiers start anew",
-        )  # fmt: skip
+        )
         group.add_argument("--epochs", type=positive_int, default=600, metavar="N", help="epochs")
         group.add_argument(
             "--batch-size", type=positive_int, default=96, metavar="N", help="images a step, over all ranks"
         )
         group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate at the start")
         group.add_argument(
-            "--lr-decay", type=_number(float, 0, 1, low_open=True), metavar="FACTOR",
+            "--lr-decay",
+            type=_number(float, 0, 1, low_open=True),
+            metavar="FACTOR",
             help="of the learning rate after each epoch; without it, along a cosine to zero",
-        )  # fmt: skip
+        )
         group.add_argument(
             "--label-smoothing", type=probability, default=0.0, metavar="P", help="spread evenly over all classes"
         )
@@ -325,6 +402,15 @@ class AugmentConfig(_Config):
             help="side of the square cut out; at most half the image's",
         )
         group.add_argument("--drop-path-prob", type=probability, default=0.2, metavar="P", help="at the last epoch")
+
+
+def _add_execution(group):
+    group.add_argument(
+        "--execution",
+        default="fused",
+        choices=EXECUTIONS,
+        help="of the cells: fast, or an operation at a time, which is the definition",
+    )
 
 
 def _option(name):

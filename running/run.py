@@ -4,8 +4,6 @@ import contextlib
 import json
 import math
 import os
-import platform
-import random
 import shlex
 import shutil
 import signal
@@ -22,39 +20,22 @@ from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventsWriter
 from tqdm import tqdm
 
-from config import CONFIG_FILE, LAUNCHER, MAY_CHANGE
+from config import MAY_CHANGE
+from report.cells import HOW_TO_INSTALL, plot
 from running import ranks
 from running.checkpoints import CHECKPOINT, FORMAT, PREVIOUS, DamagedCheckpointError, load_checkpoint, save_checkpoint
-from running.errors import OtherRankError, UserError
+from running.devices import device_name, pick_device, random_state, seed_generators, set_random_state  # noqa: F401
+from running.errors import UserError
+from running.folder import launcher
 from running.loading import STOPPING
 from utils import AverageMeter, accuracy, get_logger
-from visualize import HOW_TO_INSTALL, plot
 
+CONFIG_FILE, LAUNCHER = "config.json", "launcher.txt"
 LOG, TENSORBOARD, PLOTS, SUMMARY, FAULT = "log.txt", "tb", "plots", "summary.json", "fault.json"
 HISTORY = "history.json"  # of a search: each epoch's genotype and validation accuracy
 
 # Where a run is within its next epoch: steps done, whether those are all, the meters over them; the length of the log.
 BETWEEN_EPOCHS = {"batches": 0, "trained": False, "meters": [], "log": 0}
-
-
-def pick_device(name):
-    """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU. A rank has its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.size() > 1 and name.startswith("cuda"):
-        count, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if name != "cuda" or count > there:
-            first = ranks.local_rank() == 0
-            raise (UserError if first else OtherRankError)(
-                f"--device {name}: each of the {count} ranks here takes a GPU of its own, and there are {there}; give "
-                "cuda or cpu, and no more ranks than GPUs"
-            )
-        return torch.device("cuda", ranks.local_rank())
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    there += ["cuda"] * (len(there) > 1) + ["mps"] * torch.backends.mps.is_available()
-    if name not in there:
-        raise UserError(f"--device {name}: not on this machine; there are auto, {', '.join(there)}")
-    return torch.device(name)
 
 
 class StoppedError(Exception):
@@ -78,7 +59,7 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        self.folder = config.folder()
+        self.folder = config.folder().path
         self.device = pick_device(config.device)
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the parts before an interruption
@@ -121,7 +102,7 @@ class Run:
             if self.config.overwrite and self.folder.is_dir():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / LAUNCHER).write_text(ranks.launcher())
+            (self.folder / LAUNCHER).write_text(launcher())
             self.write_json(CONFIG_FILE, self.config.as_dict())
             (self.folder / PLOTS).mkdir(exist_ok=True)
             self._cut_off(checkpoint["events"] if checkpoint else {})
@@ -459,13 +440,6 @@ def one_line(transform):
     return " ".join(str(transform).split())
 
 
-def seed_generators(seed):
-    """Seed every global generator: torch's, numpy's and Python's."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
 def alpha_tag(kind, node, source, op):
     """TensorBoard's name for an operation's softmax weight on an edge."""
     return f"alpha_{kind}/node{node}_from{source}/{op}"
@@ -477,34 +451,6 @@ def tensors_in(state):
         return [state]
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
     return [tensor for part in parts for tensor in tensors_in(part)]
-
-
-def random_state(device):
-    """The state of every global generator, in built-in types: torch's, on the CPU and the device, numpy's, Python's.
-
-    It is the same on all ranks, which draw alike.
-    """
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
-        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"][0], device)
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])
-
-
-def device_name(device):
-    """The processor's or accelerator's name, with the number of threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def event_writer(folder, purge_step=None):

@@ -1,0 +1,71 @@
+"""The device that a run computes on, and the state of all random generators."""
+
+import os
+import platform
+import random
+
+import numpy as np
+import torch
+
+from running import ranks
+from running.errors import OtherRankError, UserError
+
+
+def pick_device(name):
+    """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU. A rank has its own GPU.
+
+    Raises UserError where this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    n_gpus = torch.cuda.device_count()
+    if ranks.size() > 1 and name.startswith("cuda"):
+        n_local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        if name != "cuda" or n_local_ranks > n_gpus:
+            error = UserError if ranks.local_rank() == 0 else OtherRankError  # one line for each machine
+            raise error(
+                f"--device {name}: each of the {n_local_ranks} ranks here takes a GPU of its own, and there are "
+                f"{n_gpus}; give cuda or cpu, and no more ranks than GPUs"
+            )
+        return torch.device("cuda", ranks.local_rank())
+    names = ["cpu", *(f"cuda:{i}" for i in range(n_gpus))]
+    names += ["cuda"] * (n_gpus > 0) + ["mps"] * torch.backends.mps.is_available()
+    if name not in names:
+        raise UserError(f"--device {name}: not on this machine; there are auto, {', '.join(names)}")
+    return torch.device(name)
+
+
+def device_name(device):
+    """The processor's or accelerator's name, with the number of threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def seed_generators(seed):
+    """Seed every global generator: torch's, numpy's and Python's."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state(device):
+    """The state of every global generator, in built-in types: torch's, on the CPU and the device, numpy's, Python's.
+
+    It is the same on all ranks, which draw alike.
+    """
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state, device):
+    """Set every global generator to what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
