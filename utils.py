@@ -14,12 +14,13 @@ from preproc import data_transforms
 from running.checkpoints import save_checkpoint  # noqa: F401 -- offered here, as older DARTS code has it
 from running.data_sets import DATASETS, pixel_statistics
 from running.errors import UserError
+from running.image_folder import listed
 from running.loading import Images
 
 
 def get_data(
     dataset, data_path, cutout_length, validation, image_size=None, image_channels=None, seed=0, skip_bad_images=False,
-    crops=False, mean_std=None,
+    crops=False, mean_std=None, hold_out_by_name=True,
 ):  # fmt: skip
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
@@ -27,25 +28,46 @@ def get_data(
     side (16 would leave nothing of 8x8 pixels); image_size (pixels a side) and image_channels (1 or 3): of `folder`'s
     images, others have their own; seed: of the augmentation; skip_bad_images: leave out images of `folder` that cannot
     be read; crops: take random parts of `folder`'s images in training, as for ImageNet; mean_std: to normalise by, per
-    channel, instead of the data set's. The data are `Images`. Raises UserError where the data set is unknown or not to
-    be had.
+    channel, instead of the data set's; hold_out_by_name: False for the test images of `folder` without val/ that older
+    versions chose. The data are `Images`. Raises UserError where the data set is unknown or not to be had.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
-    spec = DATASETS[dataset]
-    size, channels = spec.size, spec.channels
-    load = spec.load
-    if dataset == "folder":
-        size, channels = image_size or size, image_channels or channels
-        load = functools.partial(load, skip_bad_images=skip_bad_images, whole=crops)
-    source, labels, n_classes = load(data_path, True, size, channels)
-    mean_std = mean_std or spec.mean_std or pixel_statistics(source)
+    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
+    size, channels, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
+    source, labels, n_classes = load(train=True)
+    mean_std = mean_std or DATASETS[dataset].mean_std or pixel_statistics(source)
     train, valid = data_transforms(dataset, min(cutout_length, size // 2), size, mean_std, crops)
     data = [size, channels, n_classes, Images(source, labels, train, valid, seed)]
     if validation:
-        source, labels, _ = load(data_path, False, size, channels)
+        source, labels, n_test_classes = load(train=False)
         data.append(Images(source, labels, valid, valid, seed))
+        differing = set(data[3].class_names(n_classes)) ^ set(data[4].class_names(n_test_classes))
+        if differing:
+            names = listed(sorted(differing))
+            raise UserError(f"{data_path}: train/ and val/ must hold the same classes; only one has {names}")
     return data
+
+
+def get_test_data(
+    dataset, data_path, mean_std, image_size=None, image_channels=None, skip_bad_images=False, crops=False,
+    hold_out_by_name=True,
+):  # fmt: skip
+    """The test images alone, `valid_data` of `get_data`: of a `folder` with val/, train/ may be missing."""
+    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
+    size, _, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
+    source, labels, _ = load(train=False)
+    _, valid = data_transforms(dataset, 0, size, mean_std, crops)
+    return Images(source, labels, valid, valid, seed=0)
+
+
+def _data_set(dataset, data_path, image_size, image_channels, folder_options):
+    """(size, channels, load) of a data set: load(train=...) is its registry entry's `load` with these options."""
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
+    spec = DATASETS[dataset]
+    if dataset != "folder":
+        return spec.size, spec.channels, functools.partial(spec.load, data_path, size=spec.size, channels=spec.channels)
+    size, channels = image_size or spec.size, image_channels or spec.channels
+    return size, channels, functools.partial(spec.load, data_path, size=size, channels=channels, **folder_options)
 
 
 def get_logger(file_path):

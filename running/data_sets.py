@@ -5,19 +5,22 @@ loaded, so that command lines are read without it.
 """
 
 import functools
+import hashlib
 import math
-import struct
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from running.errors import UserError, warn
+from running.errors import UserError
+from running.image_folder import list_folder, listed, open_image, warn_once
 
-HELD_OUT = 5  # where a data set has no test images of its own, every fifth image of each class is one
+HELD_OUT = 5  # where a data set has no test images of its own, one in five is held out
+DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # what torchvision raises at damaged files
+CONSTANT = 1e-6  # standard deviation of pixels in [0, 1] that are all the same, by float rounding
 STATISTICS_IMAGES = 10_000  # mean and std of a larger training set come from that many of its images, evenly spaced
 
 
@@ -42,15 +45,39 @@ def load_torchvision(name, path, train, size, channels):
     from torchvision import datasets
 
     split = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
+    folder = Path(path).resolve()
     try:
         source = getattr(datasets, name)(path, download=True, **split)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, *DAMAGED) as error:
+        for file in sorted((folder / name / "raw").glob("*-ubyte")):
+            if not is_whole_idx_file(file):
+                raise UserError(f"{file} is damaged or cut off; delete it, and it is downloaded again") from None
+        if isinstance(error, DAMAGED):
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"data set {name} in {folder} cannot be read ({reason}); delete it, and it is downloaded again"
+            ) from None
         raise UserError(
-            f"data set {name} was looked for in {Path(path).resolve()}, and could not be downloaded ({error}); "
+            f"data set {name} was looked for in {folder}, and could not be downloaded ({error}); "
             "offline there are --dataset digits, and --dataset folder --data-path DIR for images of your own"
         ) from None
     labels = [int(label) for label in (source.labels if name == "SVHN" else source.targets)]
     return source, labels, max(labels) + 1
+
+
+def is_whole_idx_file(file):
+    """Whether a file of MNIST's format has the length that its header tells.
+
+    The header: two zeros, the type (8: bytes), the number of dimensions, and each as a big-endian 32-bit integer.
+    """
+    with open(file, "rb") as opened:
+        header = opened.read(4)
+        if len(header) < 4 or header[:3] != b"\0\0\x08":
+            return False
+        dimensions = opened.read(4 * header[3])
+    if len(dimensions) < 4 * header[3]:
+        return False
+    return file.stat().st_size == 4 + len(dimensions) + math.prod(np.frombuffer(dimensions, ">u4").tolist())
 
 
 def load_digits(path, train, size, channels):
@@ -63,88 +90,53 @@ def load_digits(path, train, size, channels):
     return *hold_out(source, digits.target.tolist(), train), 10
 
 
-def load_folder(path, train, size, channels, skip_bad_images=False, whole=False):
-    """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, a fixed fifth of train/ is held out.
+def load_folder(path, train, size, channels, skip_bad_images=False, whole=False, hold_out_by_name=True):
+    """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, about a fifth of train/ is held out.
 
     whole: leave them as large as they are; skip_bad_images: read all first, and leave out what cannot be read, with a
-    warning that counts them.
+    warning that counts them; hold_out_by_name: choose the fifth by `held_out_by_name`, or as runs before that did.
     """
     root = Path(path)
-    loader = functools.partial(open_image, size=None if whole else size, mode={1: "L", 3: "RGB"}[channels])
-    image_folder = functools.partial(_image_folder, loader=loader, skip_bad_images=skip_bad_images)
-    source = image_folder(root / "train")
-    if not (root / "val").is_dir():
-        fewest = min(source.classes, key=lambda name: source.targets.count(source.class_to_idx[name]))
-        if source.targets.count(source.class_to_idx[fewest]) < HELD_OUT:
+    read = functools.partial(open_image, size=None if whole else size, mode={1: "L", 3: "RGB"}[channels])
+    has_val = (root / "val").is_dir()
+    _warn_of_other_folders(root, has_val)
+    folder = list_folder(root / ("val" if has_val and not train else "train"), read, skip_bad_images)
+    if not has_val:
+        counts = np.bincount(folder.labels)
+        if counts.min() < HELD_OUT:
+            fewest = folder.classes[counts.argmin()]
             raise UserError(f"{root}: without val/ each class needs {HELD_OUT} images in train/; {fewest} has fewer")
-        return *hold_out(source, source.targets, train), len(source.classes)
-    if train:
-        return source, source.targets, len(source.classes)
-    held_out = image_folder(root / "val")
-    if held_out.classes != source.classes:
-        differing = sorted(set(held_out.classes) ^ set(source.classes))
-        raise UserError(f"{root}: train/ and val/ must hold the same classes; only one has {', '.join(differing)}")
-    return held_out, held_out.targets, len(source.classes)
+        if hold_out_by_name:
+            in_test = held_out_by_name(folder.names, folder.labels)
+        else:
+            in_test = np.zeros(len(folder), dtype=bool)
+            in_test[stratified_split(folder.labels, HELD_OUT, seed=0)[0]] = True
+        folder = folder.part(np.flatnonzero(in_test != train).tolist())
+    return folder, folder.labels, len(folder.classes)
 
 
-def _image_folder(root, loader, skip_bad_images):
-    """torchvision's ImageFolder, with one line for a folder that it cannot use."""
-    from torchvision import datasets
-
-    if not root.is_dir():
-        raise UserError(f"image folder {root} does not exist; --data-path must name a folder that holds train/CLASS/*")
-    try:
-        source = datasets.ImageFolder(root, loader=loader)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"image folder {root} must hold a folder of images for each class: {error}") from None
-    if len(source.classes) < 2:
-        raise UserError(f"image folder {root} holds one class, {source.classes[0]}; at least two are needed")
-    if skip_bad_images:
-        _leave_out_unreadable(source, root)
-    return source
+def _warn_of_other_folders(root, has_val):
+    """Warn of folders beside train/ and val/, which nothing reads."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    others = [name for name in names if name not in ("train", "val") and not name.startswith(".")]
+    if others and "train" in names:
+        without = "" if has_val else ", and without val/ a fifth of train/ is held out"
+        warn_once(f"{root}: only train/ and val/ are read, not {listed(others)}{without}")
 
 
-def _leave_out_unreadable(source, root):
-    """Take the images that cannot be read off an ImageFolder."""
+def held_out_by_name(names, labels):
+    """Which images are held out for the test: a boolean for each, by a hash of its name.
 
-    def complaint(sample):
-        try:
-            source.loader(sample[0])
-        except UserError as error:
-            return str(error)
-
-    with ThreadPoolExecutor() as pool:
-        complaints = list(pool.map(complaint, source.samples))
-    bad = [text for text in complaints if text]
-    if not bad:
-        return
-    source.samples = source.imgs = [sample for sample, text in zip(source.samples, complaints) if not text]
-    source.targets = [target for _, target in source.samples]
-    empty = [name for name, index in source.class_to_idx.items() if index not in source.targets]
-    if empty:
-        raise UserError(f"{root}: no image of {', '.join(empty)} can be read; the first: {bad[0]}")
-    warn(f"{root}: {len(bad)} of {len(complaints)} images left out; the first: {bad[0]}")
-
-
-def open_image(file, size, mode):
-    """The image's centre, as a square of `size` pixels a side; the whole image where size is None."""
-    try:
-        with Image.open(file) as opened:
-            if opened.mode == "F":
-                raise ValueError("its pixels are real numbers, of no known range")
-            if opened.mode.startswith("I;16"):  # which `convert` would clip at 255
-                image = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8)).convert(mode)
-            else:
-                image = opened.convert(mode)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file}: {error}; --skip-bad-images goes on without it") from None
-    if size is None:
-        return image
-    scale = size / min(image.size)
-    if scale != 1:
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    One in `HELD_OUT` by chance, decided by the name alone, so that an image that is added moves no other; it can do so
+    in small classes only, where the smallest hash is held out in any case, and the largest is not.
+    """
+    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) for name in names], np.uint64)
+    in_test = hashes < 2**64 // HELD_OUT
+    order = np.lexsort((hashes, labels))  # by class, and within it by hash
+    starts = np.flatnonzero(np.diff(np.asarray(labels)[order], prepend=-1))
+    in_test[order[starts]] = True
+    in_test[order[np.append(starts[1:], len(order)) - 1]] = False
+    return in_test
 
 
 DATASETS = {
@@ -165,7 +157,7 @@ DATASETS = {
 
 
 def pixel_statistics(source):
-    """(mean, std) of the pixels of each channel, in [0, 1]; a constant channel's std is given as 1."""
+    """(mean, std) of the pixels of each channel, in [0, 1]; of a channel that is constant, with a warning, std is 1."""
     count, total, squares = 0, 0.0, 0.0
     for i in range(0, len(source), math.ceil(len(source) / STATISTICS_IMAGES)):
         pixels = np.asarray(source[i][0], dtype=np.float64) / 255
@@ -173,7 +165,12 @@ def pixel_statistics(source):
         count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
+    for channel in np.flatnonzero(std <= CONSTANT).tolist():
+        name = ("red", "green", "blue")[channel] if len(std) == 3 else "grey"
+        warn_once(
+            f"{name} is {255 * mean[channel]:.0f} of 255 in every pixel of the training images that were looked at"
+        )
+    return tuple(mean.tolist()), tuple(np.where(std > CONSTANT, std, 1.0).tolist())
 
 
 def stratified_split(labels, every, seed):

@@ -1,8 +1,10 @@
 """Labelled images in batches, whose randomness depends on (seed, epoch, sample) alone."""
 
 import atexit
+import hashlib
 import math
 import multiprocessing
+import os
 import signal
 
 import numpy as np
@@ -12,6 +14,7 @@ from torchvision import transforms
 
 from running import ranks
 from running.errors import UserError
+from running.image_folder import listed
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -57,10 +60,47 @@ class Images(Dataset):
         names = getattr(source, "classes", None)
         return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
 
+    def fingerprint(self):
+        """What tells whether these are the images of another day, without reading them: built-in types.
+
+        classes: name -> number of images, in the order of labels; sha256: of the labels in order, each with its file's
+        name where images are files (see `ImageFolder`).
+        """
+        counts = np.bincount(self.labels).tolist()
+        names = getattr(self.source, "names", [""] * len(self))
+        lines = (os.fsencode(name) + b"\0%d\n" % label for name, label in zip(names, self.labels))
+        digest = hashlib.sha256(b"".join(lines)).hexdigest()
+        return {"classes": dict(zip(self.class_names(len(counts)), counts)), "sha256": digest}
+
     def normalisation(self):
         """The (mean, std) per channel by which the pixels, in [0, 1], are normalised."""
         normalise = next(step for step in self.transform.transforms if isinstance(step, transforms.Normalize))
         return tuple(normalise.mean), tuple(normalise.std)
+
+
+def difference(before, now):
+    """What differs between two of `Images.fingerprint`'s, in words; None where they are equal."""
+    old, new = before["classes"], now["classes"]
+    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
+    words = [f"without class {listed(gone)}"] * bool(gone) + [f"with new class {listed(added)}"] * bool(added)
+    counts = [f"{new[name]} of {name}, not {old[name]}" for name in old if new.get(name, old[name]) != old[name]]
+    words += [f"images: {listed(counts)}"] * bool(counts)
+    if not words and list(old) != list(new):
+        words = ["with the classes in another order"]
+    if not words and before["sha256"] != now["sha256"]:
+        words = ["as many images, but with other names or labels"]
+    return "; ".join(words) or None
+
+
+def check_unchanged(images, before):
+    """Raise UserError unless these images, by name -> `Images`, are those of a run, by its name -> fingerprint.
+
+    Those that the run, written by an older version, has no fingerprint of are accepted.
+    """
+    for name in images.keys() & before.keys():
+        changed = difference(before[name], images[name].fingerprint())
+        if changed:
+            raise UserError(f"the {name} images are no longer those of the run: {changed}")
 
 
 class Batches(Sampler):

@@ -1,0 +1,213 @@
+"""How an image file becomes pixels: what is seen in a picture viewer is what a network is trained on."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from running import image_folder
+from running.errors import UserError
+from running.image_folder import MAX_ASPECT_RATIO, open_image
+
+LEVELS = np.array([[0, 255, 256, 4095], [32768, 40000, 65280, 65535]], dtype=np.uint16)
+
+
+def pixels(path, mode="L", size=None):
+    return np.asarray(open_image(path, size, mode))
+
+
+def test_grey_levels_above_255_are_scaled_from_16_bits_in_every_format(tmp_path):
+    Image.fromarray(LEVELS).save(tmp_path / "16 bits.png")
+    Image.fromarray(LEVELS).save(tmp_path / "16 bits.tif")
+    Image.fromarray(LEVELS.astype(np.int32)).save(tmp_path / "32 bits.tif")
+    (tmp_path / "16 bits.pgm").write_bytes(b"P5 4 2 65535\n" + LEVELS.astype(">u2").tobytes())
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 4
+    for path in paths:
+        assert np.array_equal(pixels(path), LEVELS // 256), path
+        assert np.array_equal(pixels(path, "RGB"), np.stack([LEVELS // 256] * 3, axis=2)), path
+
+
+def test_twelve_bits_that_a_file_declares_are_scaled_to_eight(tmp_path):
+    values = [0, 256, 2048, 4095]
+    (tmp_path / "12 bits.pgm").write_bytes(b"P5 4 1 4095\n" + np.array(values, ">u2").tobytes())
+    packed = bytes.fromhex("".join(f"{value:03x}" for value in values))
+    fields = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(packed))]
+    directory = struct.pack("<H", len(fields)) + b"".join(struct.pack("<HHII", tag, 3, 1, v) for tag, v in fields)
+    header = b"II" + struct.pack("<HI", 42, 8 + len(packed))
+    (tmp_path / "12 bits.tif").write_bytes(header + packed + directory + struct.pack("<I", 0))
+    for path in tmp_path.iterdir():
+        assert pixels(path).tolist() == [[0, 16, 128, 255]], path
+
+
+@pytest.mark.parametrize("values", [[0, 65536], [-1, 5]])
+def test_integers_beyond_16_bits_are_refused_by_what_they_are(values, tmp_path):
+    Image.fromarray(np.array([values], dtype=np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=rf"x\.tif: its pixels reach from {values[0]} to {values[1]}"):
+        pixels(tmp_path / "x.tif")
+
+
+BAR = np.zeros((6, 6), dtype=np.uint8)  # opaque in the middle
+BAR[:, 2:4] = 255
+BLACK = np.zeros_like(BAR)
+
+
+def transparent_images():
+    """name -> (image, options of `save`): each a black bar, and all around it transparent pixels of another colour."""
+    palette = Image.frombytes("P", (6, 6), (BAR // 255).tobytes())
+    palette.putpalette([40, 40, 40, 0, 0, 0])
+    grey = np.where(BAR == 255, 0, 40).astype(np.uint8)
+    return {
+        "RGBA.png": (Image.fromarray(np.dstack([BLACK, BLACK, BLACK, BAR])), {}),
+        "RGBA.tif": (Image.fromarray(np.dstack([BLACK, BLACK, BLACK, BAR])), {}),
+        "RGBA.webp": (Image.fromarray(np.dstack([BLACK, BLACK, BLACK, BAR])), {"lossless": True}),
+        "LA.png": (Image.fromarray(np.dstack([BLACK, BAR])), {}),
+        "palette, one colour transparent.png": (palette, {"transparency": 0}),
+        "palette, alpha for each colour.png": (palette, {"transparency": bytes([0, 255])}),
+        "palette.gif": (palette, {"transparency": 0}),
+        "grey, one level transparent.png": (Image.fromarray(grey), {"transparency": 40}),
+        "RGB, one colour transparent.png": (Image.fromarray(np.dstack([grey] * 3)), {"transparency": (40, 40, 40)}),
+        "two levels.png": (Image.fromarray(255 - BAR).convert("1"), {"transparency": 1}),
+    }
+
+
+@pytest.mark.parametrize("name", transparent_images())
+def test_what_is_transparent_is_white(name, tmp_path):
+    image, options = transparent_images()[name]
+    image.save(tmp_path / name, **options)
+    for mode in ("L", "RGB"):
+        assert np.array_equal(pixels(tmp_path / name, mode), np.asarray(Image.fromarray(255 - BAR).convert(mode)))
+
+
+def test_a_transparent_level_of_16_bits_is_white(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    levels = np.array([[0x1234, 0x1235]], dtype=">u2")
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(">H", 0x1234))
+        + chunk(b"IDAT", zlib.compress(b"\0" + levels.tobytes()))
+        + chunk(b"IEND", b"")
+    )
+    assert pixels(tmp_path / "x.png").tolist() == [[255, 0x12]]
+
+
+def test_half_transparent_is_halfway_to_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 100, 255, 51)).save(tmp_path / "x.png")  # a fifth of the colour
+    assert pixels(tmp_path / "x.png", "RGB")[0, 0].tolist() == [204, 224, 255]
+
+
+def test_an_opaque_alpha_channel_changes_nothing(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    colours[..., 3] = 255
+    Image.fromarray(colours).save(tmp_path / "RGBA.png")
+    Image.fromarray(colours[..., :3]).save(tmp_path / "RGB.png")
+    for mode in ("L", "RGB"):
+        assert np.array_equal(pixels(tmp_path / "RGBA.png", mode, 5), pixels(tmp_path / "RGB.png", mode, 5))
+
+
+STORED_AS = {  # EXIF orientation: how the camera stored the picture
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_images_are_turned_as_their_exif_orientation_says(ending, orientation, tmp_path):
+    upright = np.zeros((16, 48, 3), dtype=np.uint8)
+    upright[:8, :24], upright[8:, :24], upright[:8, 24:] = 250, 150, 70  # each corner of another grey
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(upright).transpose(STORED_AS[orientation])
+    stored.save(tmp_path / f"x.{ending}", exif=exif, quality=95)
+    got = pixels(tmp_path / f"x.{ending}", "RGB")
+    assert got.shape == upright.shape
+    assert np.abs(got.astype(int) - upright).mean() < 3  # JPEG and WebP are not exact
+
+
+def test_sixteen_bit_images_are_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(LEVELS).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(pixels(tmp_path / "x.png"), LEVELS // 256)
+
+
+def test_an_image_with_damaged_exif_data_is_read_as_it_is_stored(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert pixels(tmp_path / "x.jpg", "RGB")[0, 0].tolist() == [254, 0, 0]
+
+
+def test_lab_colours_become_grey_too(tmp_path):
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    ImageCms.applyTransform(Image.new("RGB", (4, 4), (200, 200, 200)), to_lab).save(tmp_path / "x.tif")
+    assert np.abs(pixels(tmp_path / "x.tif").astype(int) - 200).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
+def test_of_several_frames_or_pages_the_first_is_read(ending, tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if ending == "webp" else {}
+    frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **options)
+    assert pixels(tmp_path / f"x.{ending}", "RGB")[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 5000), (80_000_000, 1), (MAX_ASPECT_RATIO * 2 + 1, 2)])
+def test_images_that_would_take_gigabytes_are_refused_by_their_header_alone(width, height, tmp_path):
+    Image.new("L", (1, 1)).save(tmp_path / "x.png")
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[16:24] = struct.pack(">II", width, height)  # nothing behind the header is as long as it says
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.png: it has {width} x {height} pixels, more than 100 to 1"):
+        open_image(tmp_path / "x.png", 224, "RGB")
+
+
+def test_the_longest_images_that_are_read_give_their_middle(tmp_path):
+    grey = np.zeros((2, 200), dtype=np.uint8)
+    grey[:, 99:101] = 77
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    assert (pixels(tmp_path / "x.png", size=2) == 77).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"DDS " + bytes(40), b"II*\0" * 9])
+def test_what_is_no_image_is_one_line_that_names_the_file(content, tmp_path):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read the image .*x\.png") as error:
+        pixels(tmp_path / "x.png")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_damaged_images_of_every_format_are_one_line_or_an_image(tmp_path):
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    refused = 0
+    for ending in ("bmp", "gif", "jpg", "png", "ppm", "tif", "webp"):
+        image.save(tmp_path / f"x.{ending}")
+        whole = (tmp_path / f"x.{ending}").read_bytes()
+        for _ in range(30):
+            damaged = bytearray(whole[: generator.integers(1, len(whole))])
+            damaged[generator.integers(len(damaged))] ^= 1 << generator.integers(8)
+            (tmp_path / "damaged.png").write_bytes(damaged)
+            try:
+                open_image(tmp_path / "damaged.png", 8, "RGB")
+            except UserError:
+                refused += 1
+    assert refused > 100
+
+
+def test_only_the_formats_that_are_named_are_tried(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(image_folder.Image, "open", lambda file, formats: tried.append(formats))
+    with pytest.raises(UserError):
+        pixels(tmp_path / "x.png")
+    assert tried == [("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")]
