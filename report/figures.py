@@ -5,6 +5,7 @@ import io
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from models.choices import PRIMITIVES
 from report.cells import INPUTS
@@ -30,6 +31,12 @@ def printable(name, length=24):
     return escaped.replace("$", r"\$")
 
 
+def epoch_axis(axes):
+    """Ticks at whole epochs, and a grid."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.grid(alpha=0.3)
+
+
 def curves(story):
     """Loss and top 1 by epoch, on the training batches and on the held-out images."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
@@ -38,7 +45,7 @@ def curves(story):
             values = scale * story.by_epoch(f"{phase}/{quantity}")
             axes.plot(list(story.steps), values, label=label, marker="." if len(values) < 30 else None)
         axes.set(xlabel="epoch", title=title)
-        axes.grid(alpha=0.3)
+        epoch_axis(axes)
         axes.legend()
     return figure
 
@@ -79,6 +86,7 @@ def edge_weights(weights, kind, candidates):
             else:
                 axes.set_axis_off()
     handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.supxlabel("epoch", fontsize=8)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, handlelength=3)
     figure.suptitle(f"{kind} cell: edges from each source (columns) to each node (rows)", fontsize=9)
     return figure
@@ -93,7 +101,7 @@ def draw_edge(axes, weights, candidates, source):
     last = {name: weight for name, weight in zip(candidates, weights[-1]) if name != "none"}
     axes.set_title(f"{source}: {max(last, key=last.get)}", fontsize=7.5)
     axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.3)
+    epoch_axis(axes)
 
 
 def settling(genotypes, weights, candidates):
@@ -115,10 +123,13 @@ def settling(genotypes, weights, candidates):
         right.plot(epochs, list(map(skip_connections, genes)), color=colour, label=kind, drawstyle="steps-mid")
         changed = [epochs[i] for i in changes(genes)]
         right.plot(changed, [height] * len(changed), "|", color=colour)
-    left.set(xlabel="epoch", title="weight of the chosen above the next")
-    right.set(xlabel="epoch", title="skip connections (marks: changes)", ylim=(-1, None))
+    left.set(xlabel="epoch")
+    left.set_title("weight of the chosen less the next's", fontsize=10)
+    right.set(xlabel="epoch", ylim=(-1, None))
+    right.set_title("skip connections (marks: changes)", fontsize=10)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
-        axes.grid(alpha=0.3)
+        epoch_axis(axes)
         axes.legend(fontsize=7)
     return figure
 

@@ -129,10 +129,8 @@ def stability(genotypes):
     if not epochs:
         return f"The genotype was the same in all {n} epochs."
     listed = ", ".join(map(str, epochs if len(epochs) <= 20 else [*epochs[:10], "...", *epochs[-9:]]))
-    return (
-        f"The genotype changed {len(epochs)} times in {n} epochs, at epochs {listed}; it has been the same for the "
-        f"last {n - epochs[-1] + 1}."
-    )
+    often, when = (f"{len(epochs)} times", f"epochs {listed}") if len(epochs) > 1 else ("once", f"epoch {listed}")
+    return f"The genotype changed {often} in {n} epochs, at {when}; it has been the same since epoch {epochs[-1]}."
 
 
 def default_cost(genotype, config):

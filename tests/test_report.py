@@ -1,23 +1,29 @@
-"""Reports of real runs: what they say, that they are whole, and that a browser shows them without a request."""
+"""Reports of runs: what they say, that they are whole, and that a browser shows them without a request."""
 
 import functools
 import html
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, run_script
+from PIL import Image
+from tensorboardX import SummaryWriter
 
-from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES
-from report import pages as report
-from running.evaluation import evaluate
+from config import SearchConfig
+from genotypes import DARTS_V1, DARTS_V2, Genotype, parse
+from models.choices import PRIMITIVES
+from report import figures, pages, story
+from running.evaluation import Evaluation, evaluate
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SEARCH = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--epochs", 3, "--alpha-lr", 0.1)
@@ -37,14 +43,60 @@ def cwd(tmp_path_factory):
     return cwd
 
 
+def write_search(folder, candidates, epochs=4, nodes=2, weights=None, skipped_tag=None):
+    """Write the folder of a search as search.py does, with random weights; returns the weights and the genotypes.
+
+    weights: kind -> for each epoch [node], (sources, candidates). skipped_tag: left out in the last epoch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    options = SearchConfig(["--primitives", ",".join(candidates), "--nodes", str(nodes), "--epochs", str(epochs)])
+    (folder / "config.json").write_text(json.dumps(options.as_dict()))
+    writer = SummaryWriter(str(folder / "tb"))
+    logits = {
+        kind: [[torch.randn(i + 2, len(candidates), generator=generator) for i in range(nodes)] for _ in range(epochs)]
+        for kind in story.KINDS
+    }
+    weights = weights or {kind: [[x.softmax(1) for x in of] for of in values] for kind, values in logits.items()}
+    history, genotypes = [], []
+    for epoch in range(1, epochs + 1):
+        step = 10 * epoch
+        for tag in ("train/loss", "train/top1", "valid/loss", "valid/top1"):
+            writer.add_scalar(tag, epoch / 10, step)
+        writer.add_scalar("epoch", epoch, step)
+        for kind in story.KINDS:
+            for node, edges in enumerate(weights[kind][epoch - 1]):
+                for source, row in enumerate(edges.tolist()):
+                    for op, weight in zip(candidates, row):
+                        tag = f"alpha_{kind}/node{node}_from{source}/{op}"
+                        if (tag, epoch) != (skipped_tag, epochs):
+                            writer.add_scalar(tag, weight, step)
+        genes = {kind: parse(weights[kind][epoch - 1], 2, candidates) for kind in story.KINDS}
+        concat = range(2, nodes + 2)
+        genotypes.append(Genotype(genes["normal"], concat, genes["reduce"], concat))
+        history.append({"epoch": epoch, "valid_top1": epoch / 10, "string": str(genotypes[-1])})
+    writer.close()
+    (folder / "history.json").write_text(json.dumps(history))
+    return weights, genotypes
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Reports without the network's latency, which takes seconds to measure; other tests have it."""
+    monkeypatch.setattr(pages, "default_cost", lambda genotype, config: "")
+
+
 def test_a_report_is_one_file_that_refers_to_nothing_outside(cwd):
     for stage in ("search", "augment"):
         path = cwd / "runs" / stage / "digits/report.html"
         page = path.read_text()
         assert path.stat().st_size < 5e6
-        assert all(found.startswith("data:") for found in re.findall(r'(?:src|href)="([^"]*)"', page))
+        links = re.findall(r'(?:src|href)="([^"]*)"', page)
+        assert len(links) > 1
+        assert all(link.startswith("data:") for link in links)
         assert "url(" not in page
         assert all(tag in page for tag in ("<title>", 'name="viewport"', "alt="))
+        assert not re.search(r"\$\w", page)  # a name of the template that was not filled in
 
 
 def test_a_searchs_report_tells_what_the_run_did(cwd):
@@ -74,18 +126,18 @@ def test_the_command_in_a_report_repeats_the_run(cwd, tmp_path):
 
 def test_an_augment_report_shows_what_the_network_does_on_the_test_images(cwd):
     page = (cwd / "runs/augment/digits/report.html").read_text()
-    found = evaluate(cwd / "runs/augment/digits")
+    evaluation = evaluate(cwd / "runs/augment/digits")
     summary = json.loads((cwd / "runs/augment/digits/summary.json").read_text())
-    assert found.top1 == pytest.approx(summary["best_test_top1"], abs=1e-6)
-    confusion = found.confusion()
-    assert confusion.sum() == len(found.labels) == 360
-    assert np.trace(confusion) / 360 == pytest.approx(found.top1)
-    assert confusion.sum(1).tolist() == np.bincount(found.labels).tolist()
-    assert f"{found.top1:.2%} of 360 test images" in page
-    wrong = found.wrong()
-    sure = found.probabilities.max(1)[wrong]
+    assert evaluation.top1 == pytest.approx(summary["best_test_top1"], abs=1e-6)
+    confusion = evaluation.confusion()
+    assert confusion.sum() == len(evaluation.labels) == 360
+    assert np.trace(confusion) / 360 == pytest.approx(evaluation.top1)
+    assert confusion.sum(1).tolist() == np.bincount(evaluation.labels).tolist()
+    assert f"{evaluation.top1:.2%} of 360 test images" in page
+    wrong = evaluation.wrong()
+    certainty = evaluation.probabilities.max(1)[wrong]
     assert len(wrong) == 360 - np.trace(confusion)
-    assert (np.diff(sure) <= 0).all()
+    assert (np.diff(certainty) <= 0).all()
 
 
 def test_several_runs_stand_side_by_side(cwd, tmp_path):
@@ -95,21 +147,143 @@ def test_several_runs_stand_side_by_side(cwd, tmp_path):
     assert path.read_text().count('<section class="run">') == 2
 
 
+SPACES = {
+    "one candidate": ["skip_connect"],
+    "three, none first": ["none", "skip_connect", "sep_conv_3x3"],
+    "two, without none": ["skip_connect", "sep_conv_3x3"],
+    "nine": [*PRIMITIVES, "sep_conv_7x7"],
+}
+
+
+@pytest.mark.parametrize("candidates", SPACES.values(), ids=SPACES)
+def test_a_report_shows_any_search_space(candidates, tmp_path, unmeasured):
+    weights, genotypes = write_search(tmp_path / "run", candidates)
+    run = story.read(tmp_path / "run")
+    assert run.candidates == candidates
+    assert run.genotypes() == genotypes
+    for kind in story.KINDS:
+        for node, edges in enumerate(run.edge_weights(kind)):
+            for source, values in enumerate(edges):
+                expected = [epoch[node][source].tolist() for epoch in weights[kind]]
+                np.testing.assert_allclose(values, expected, rtol=1e-6)  # TensorBoard's are float32
+    pages.write([tmp_path / "run"], tmp_path / "report.html")
+    assert f"--primitives {','.join(candidates)}" in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_values_that_tensorboards_files_lack_are_gaps_in_the_right_epoch(tmp_path, unmeasured):
+    tag = "alpha_normal/node0_from1/skip_connect"
+    write_search(tmp_path / "run", ["none", "skip_connect"], epochs=3, skipped_tag=tag)
+    run = story.read(tmp_path / "run")
+    assert np.isnan(run.by_epoch(tag)).tolist() == [False, False, True]
+    assert np.isnan(run.by_epoch("no such tag")).tolist() == [True] * 3
+    pages.write([tmp_path / "run"], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 20, 60])
+def test_every_candidate_has_a_line_of_its_own_and_none_is_grey(n):
+    names = [*(f"op_{i}" for i in range(n - 1)), "none"]
+    styles = figures.line_styles(names)
+    assert list(styles) == names
+    assert len(set(map(str, styles.values()))) == n
+    assert styles["none"]["color"] == figures.GREY
+    assert all(style["color"] != figures.GREY for name, style in styles.items() if name != "none")
+    weights = [[np.full((3, n), 1 / n) for _ in range(i + 2)] for i in range(2)]
+    legend = figures.edge_weights(weights, "normal", names).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == names
+
+
+def test_an_operation_has_the_same_style_in_every_search_space():
+    styles = [figures.line_styles(names)["skip_connect"] for names in SPACES.values()]
+    assert styles == [styles[0]] * len(SPACES)
+
+
+def test_titles_name_the_strongest_candidate_but_none():
+    values = np.array([[0.1, 0.6, 0.3], [0.7, 0.1, 0.2]])  # the last epoch counts
+    figure = figures.edge_weights([[values, values]], "normal", ["none", "skip_connect", "sep_conv_3x3"])
+    assert [axes.get_title() for axes in figure.axes] == ["c_{k-2}: sep_conv_3x3", "c_{k-1}: sep_conv_3x3"]
+
+
 def test_margins_are_of_the_chosen_over_the_best_other_but_none():
     weights = torch.full((2, len(PRIMITIVES)), 0.05)
     weights[0, 0], weights[0, 3], weights[0, 7] = 0.3, 0.2, 0.9
     weights[1, 2] = 0.4
-    found = report.margins([weights.tolist()], [[("max_pool_3x3", 0), ("skip_connect", 1)]])
-    assert found == pytest.approx([0.1, 0.35])
-    assert report.skips(DARTS_V1.normal) == 3
-    assert report.skips(DARTS_V2.reduce) == 3
+    margins = story.margins([weights.tolist()], [[("max_pool_3x3", 0), ("skip_connect", 1)]], PRIMITIVES)
+    assert margins == pytest.approx([0.1, 0.35])
+    candidates = ["none", "skip_connect", "sep_conv_3x3"]
+    rows = [[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]]
+    margins = story.margins([rows], [[("sep_conv_3x3", 0), ("skip_connect", 1)]], candidates)
+    assert margins == pytest.approx([0.2, 0.2])
+    assert story.margins([[[0.6, 0.4]]], [[("skip_connect", 0)]], ["none", "skip_connect"]) == [0.4]
+    assert story.skip_connections(DARTS_V1.normal) == 3
+    assert story.skip_connections(DARTS_V2.reduce) == 3
 
 
 def test_changes_are_counted():
-    assert "same in all 2 epochs" in report.changes([DARTS_V1, DARTS_V1])
-    text = report.changes([DARTS_V1, DARTS_V2, DARTS_V2, DARTS_V1, DARTS_V1])
+    assert "same in all 2 epochs" in pages.stability([DARTS_V1, DARTS_V1])
+    assert "changed once in 2 epochs, at epoch 2; " in pages.stability([DARTS_V1, DARTS_V2])
+    text = pages.stability([DARTS_V1, DARTS_V2, DARTS_V2, DARTS_V1, DARTS_V1])
     assert "changed 2 times in 5 epochs, at epochs 2, 4; " in text
-    assert "the same for the last 2" in text
+    assert "the same since epoch 4" in text
+
+
+def put_dot_on_path(folder, script, monkeypatch):
+    """Let a shell script be the only `dot`."""
+    folder.mkdir()
+    (folder / "dot").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.mark.parametrize(("script", "message"), [
+    ("echo 'Format: \"svg\" not recognized. Use one of:' >&2; exit 1", 'Format: "svg" not recognized'),
+    ("kill -9 $$", "graphviz's `dot` failed"),
+    (None, "install graphviz's `dot`"),
+])  # fmt: skip
+def test_where_dot_is_missing_or_fails_the_report_has_the_cells_in_words(
+    tmp_path, monkeypatch, unmeasured, script, message
+):
+    _, genotypes = write_search(tmp_path / "run", ["none", "skip_connect"])
+    if script:
+        put_dot_on_path(tmp_path / "bin", script, monkeypatch)
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    pages.write([tmp_path / "run"], tmp_path / "report.html")
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert message in page
+    assert f"<code>{genotypes[-1].normal}</code>" in page
+
+
+NAMES = ["$_$", r"$\frac$", r"\$x\$", "caf\udce9", "line\nbreak", "x" * 200, "<b>&"]
+
+
+def test_class_names_of_any_characters_are_shown_as_they_are():
+    n = len(NAMES)
+    labels, probabilities = np.arange(n), np.roll(np.eye(n), 1, axis=1)  # every image mistaken for the next class
+    images = types.SimpleNamespace(source=[(Image.new("L", (8, 8)), 0)] * n)
+    evaluation = Evaluation(labels, probabilities, NAMES, images, "best.pt")
+    figure = figures.confusion_matrix(evaluation.confusion(), NAMES)
+    figures.to_svg(figure)
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels[:5] == [r"\$_\$", r"\$\frac\$", r"\\$x\\$", r"caf\udce9", r"line\nbreak"]  # as matplotlib escapes `$`
+    assert len(labels[5]) < 30
+    assert b"<svg" in figures.to_svg(figures.mistakes(evaluation))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
+def test_class_folders_that_are_not_utf8_are_reported(tmp_path, image_folder):
+    root = image_folder(size=8, classes=("$_$", r"$\frac$"))
+    for split in ("train", "val"):
+        os.rename(root / split / r"$\frac$", os.fsencode(root / split) + b"/caf\xe9")
+    words = ("--dataset", "folder", "--data-path", root, "--image-size", 8, "--layers", 1, "--init-channels", 2)
+    process = run_script(
+        "augment.py", *words, "--genotype", "DARTS_V1", "--epochs", 1, "--workers", 0, "--batch-size", 8, cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    process = run_script("visualize.py", "runs/augment/folder", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    page = (tmp_path / "runs/augment/folder/report.html").read_text(encoding="utf-8")
+    assert "<th>$_$</th>" in page
+    assert r"<th>caf\udce9</th>" in page
 
 
 def test_what_is_no_run_is_refused_in_one_line(cwd, tmp_path):
@@ -133,9 +307,19 @@ def test_a_run_of_which_no_epoch_is_over_is_refused_in_one_line(cwd, tmp_path, s
 @pytest.mark.parametrize("stage", ["search", "augment"])
 def test_a_browser_shows_a_report_without_errors(cwd, tmp_path, stage, width):
     page = cwd / "runs" / stage / "digits/report.html"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
-             f"--window-size={width},1000", "--enable-logging=stderr", "--virtual-time-budget=3000"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}/profile",
+        f"--window-size={width},1000",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=3000",
+    ]
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=120, check=True)
     shown = run([BROWSER, *flags, "--dump-dom", page.as_uri()])
     assert "CONSOLE" not in shown.stderr
