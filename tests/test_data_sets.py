@@ -310,7 +310,8 @@ def test_links_are_followed_but_not_around_in_circles(image_folder, tmp_path, ca
 
 @pytest.mark.parametrize(("names", "mention"), [
     (("test", "valid", ".git"), "not test, valid, and without val/ a fifth of train/ is held out"),
-    (("val", "test"), "only train/ and val/ are read, not test"), (("Val",), "not Val, and without val/ a fifth of train/ is held out"),
+    (("val", "test"), "only train/ and val/ are read, not test"),
+    (("Val",), "not Val, and without val/ a fifth of train/ is held out"),
 ])  # fmt: skip
 def test_folders_beside_train_that_nothing_reads_are_named_in_a_warning(names, mention, image_folder, capsys):
     root = image_folder(splits=("train",))
