@@ -1,6 +1,7 @@
 """The figures of a report, by matplotlib. Each function returns a `Figure`."""
 
 import io
+import warnings
 
 import matplotlib as mpl
 import numpy as np
@@ -13,14 +14,17 @@ from report.story import KINDS, changes, margins, skip_connections
 
 GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
+DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
 MAX_NAMED_CLASSES = 20  # on the axes of a confusion matrix
 MAX_MISTAKES = 16
 
 
 def to_svg(figure):
-    """The figure as the bytes of an SVG."""
+    """The figure as the bytes of an SVG. Its text stays text, so that a browser shows letters that matplotlib lacks."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
@@ -54,7 +58,7 @@ def curves(story):
 
 
 def line_styles(candidates):
-    """A colour and a dash pattern for each candidate, none twice; `none` is grey.
+    """A colour and a dash pattern for each candidate, 36 different ones; `none` is grey.
 
     An operation of DARTS's search space has the same style in every run.
     """
@@ -62,11 +66,11 @@ def line_styles(candidates):
     styles = {"none": {"color": GREY, "linestyle": "-"}}
     for i, name in enumerate(names):
         lap, colour = divmod(i, len(COLOURS))
-        styles[name] = {"color": COLOURS[colour], "linestyle": (0, (3 * lap, 1.5)) if lap else "-"}
+        styles[name] = {"color": COLOURS[colour], "linestyle": DASHES[lap % len(DASHES)]}
     return {name: styles[name] for name in candidates}
 
 
-def edge_weights(weights, kind, candidates):
+def edge_weights(weights, candidates):
     """A panel for each edge: rows are nodes, columns sources, a line for each candidate.
 
     weights: [node][source], (epochs, candidates) each.
@@ -85,10 +89,10 @@ def edge_weights(weights, kind, candidates):
                 draw_edge(axes, weights[node][source], candidates, sources[source])
             else:
                 axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch", fontsize=8)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.supxlabel("epoch", fontsize=8)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, handlelength=3)
-    figure.suptitle(f"{kind} cell: edges from each source (columns) to each node (rows)", fontsize=9)
     return figure
 
 
@@ -160,10 +164,10 @@ def confusion_matrix(counts, names):
 def mistakes(evaluation):
     """The test images that the network was surest of and wrong about. evaluation: an `Evaluation` with mistakes."""
     worst = evaluation.wrong()[:MAX_MISTAKES]
-    names = [printable(name, 18) for name in evaluation.names]
+    names = [printable(name, 14) for name in evaluation.names]
     columns = min(len(worst), 8)
     rows = -(-len(worst) // columns)
-    figure = Figure(figsize=(1.15 * columns, 1.6 * rows), layout="constrained")
+    figure = Figure(figsize=(1.15 * columns, 1.65 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels:
         axes.set_axis_off()
@@ -171,5 +175,5 @@ def mistakes(evaluation):
         axes.imshow(evaluation.image(i), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         guess = int(evaluation.probabilities[i].argmax())
         certainty = f"{evaluation.probabilities[i, guess]:.0%}"
-        axes.set_title(f"{names[evaluation.labels[i]]}, taken for\n{names[guess]} ({certainty})", fontsize=6)
+        axes.set_title(f"{names[evaluation.labels[i]]}\ntaken for\n{names[guess]} ({certainty})", fontsize=6)
     return figure

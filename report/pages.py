@@ -75,21 +75,21 @@ def search_sections(story):
     )
     return [
         section("The cell, epoch by epoch", film(story, genotypes)),
-        *(
-            section(
-                f"Weight of each operation, {kind} cell",
-                "<p>A panel's title names the strongest operation, <code>none</code> left out.</p>"
-                + scrolled(
-                    picture(
-                        figures.edge_weights(weights[kind], kind, candidates), f"weights of the {kind} cell's edges"
-                    )
-                ),
-            )
-            for kind in KINDS
-        ),
+        *(edge_section(kind, weights[kind], candidates) for kind in KINDS),
         section("How settled the choice is", f"<p>{stability(genotypes)}</p>{settling}"),
         section("What the cell costs", default_cost(genotypes[-1], story.config)),
     ]
+
+
+def edge_section(kind, weights, candidates):
+    """The weights of all candidates on all edges of a cell."""
+    figure = figures.edge_weights(weights, candidates)
+    return section(
+        f"Weight of each operation, {kind} cell",
+        "<p>A panel for each edge, from a source (columns) to a node (rows). Its title names the source and the "
+        "strongest operation other than <code>none</code>.</p>"
+        + scrolled(picture(figure, f"weights of the {kind} cell's edges")),
+    )
 
 
 def film(story, genotypes):
