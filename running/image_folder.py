@@ -81,7 +81,7 @@ def list_folder(root, read, skip_bad_images=False):
     if len(classes) < 2:
         content = f"one class, {classes[0]}" if classes else "no class"
         raise UserError(f"image folder {root} holds {content}; it must hold a folder for each class, at least two")
-    _check_classes_have_images(folder, f"images in files that end in {' '.join(ENDINGS)}")
+    _check_classes_have_images(folder, f"; files of images end in {' '.join(ENDINGS)}")
     return _readable_part(folder) if skip_bad_images else folder
 
 
@@ -132,12 +132,12 @@ def _identity(path):
     return status.st_dev, status.st_ino
 
 
-def _check_classes_have_images(folder, what):
+def _check_classes_have_images(folder, rest_of_complaint):
     """Raise UserError unless each class has an image."""
     counts = np.bincount(folder.labels, minlength=len(folder.classes))
     empty = [name for name, count in zip(folder.classes, counts) if count == 0]
     if empty:
-        raise UserError(f"image folder {folder.root}: each class needs {what}; there are none of {listed(empty)}")
+        raise UserError(f"image folder {folder.root}: no image of {listed(empty)}{rest_of_complaint}")
 
 
 def _readable_part(folder):
@@ -155,7 +155,7 @@ def _readable_part(folder):
     if not bad:
         return folder
     readable = folder.part([i for i, text in enumerate(complaints) if not text])
-    _check_classes_have_images(readable, f"images that can be read (the first that cannot: {bad[0]})")
+    _check_classes_have_images(readable, f" can be read; the first: {bad[0]}")
     warn_once(f"{folder.root}: {len(bad)} of {len(folder)} images left out; the first: {bad[0]}")
     return readable
 
