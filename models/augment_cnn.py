@@ -70,20 +70,34 @@ class AugmentCNN(nn.Module):
 
     input_size: height and width of the images, in pixels, 8 and up; auxiliary: with the auxiliary head, after cell
     2 * n_layers // 3; stem: of `STEMS`; `imagenet` is for images of 64 pixels and up, and leaves the cells an eighth of
-    their size; the other arguments are `SearchCNN`'s. Raises ValueError where a number is too small or the stem
-    unknown, and GenotypeError for a genotype that cannot be built.
+    their size; execution: of the cells, see `AugmentCell`; the other arguments are `SearchCNN`'s. Raises ValueError
+    where a number is too small or the stem unknown, and GenotypeError for a genotype that cannot be built.
     """
 
     def __init__(
-        self, input_size, C_in, C, n_classes, n_layers, auxiliary, genotype, stem_multiplier=3, stem="cifar"
-    ):  # fmt: skip
+        self,
+        input_size,
+        C_in,
+        C,
+        n_classes,
+        n_layers,
+        auxiliary,
+        genotype,
+        stem_multiplier=3,
+        stem="cifar",
+        execution="fused",
+    ):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}")
         check_positive(
-            input_size=input_size, C_in=C_in, C=C, n_classes=n_classes, n_layers=n_layers,
+            input_size=input_size,
+            C_in=C_in,
+            C=C,
+            n_classes=n_classes,
+            n_layers=n_layers,
             stem_multiplier=stem_multiplier,
-        )  # fmt: skip
+        )
         check(genotype)
         self.aux_pos = 2 * n_layers // 3 if auxiliary else None
         self.aux_head = None
@@ -99,7 +113,7 @@ class AugmentCNN(nn.Module):
             reduction = layer in reduction_cells(n_layers)
             if reduction:
                 C, size = 2 * C, -(-size // 2)
-            cell = AugmentCell(genotype, C_pp, C_p, C, reduction_p, reduction)
+            cell = AugmentCell(genotype, C_pp, C_p, C, reduction_p, reduction, execution)
             self.cells.append(cell)
             C_pp, C_p, reduction_p = C_p, cell.C_out, reduction
             if layer == self.aux_pos:
@@ -110,8 +124,8 @@ class AugmentCNN(nn.Module):
     def forward(self, x):
         """Images (N, C_in, H, W) -> (logits, aux_logits), each (N, n_classes); aux_logits is None in eval."""
         aux_logits = None
-        found = self.stem(x)
-        s0, s1 = found if isinstance(found, tuple) else (found, found)
+        stem = self.stem(x)
+        s0, s1 = stem if isinstance(stem, tuple) else (stem, stem)
         for layer, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1)
             if layer == self.aux_pos and self.training:

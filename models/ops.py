@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.choices import PRIMITIVES
-from models.fast.depthwise import DepthwiseConv2d, every_second
 
 # name -> f(C, stride, affine): an operation that keeps C channels and leaves ceil(size / stride) pixels a side
 OPS = {
@@ -100,7 +99,7 @@ class DilConv(nn.Sequential):
     def __init__(self, C_in, C_out, kernel_size, stride, padding, dilation, affine=True):
         super().__init__(
             nn.ReLU(),
-            DepthwiseConv2d(C_in, kernel_size, stride, padding, dilation),
+            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
@@ -153,20 +152,23 @@ class FactorizedReduce(nn.Module):
     def forward(self, x):
         x = self.relu(x)
         height, width = x.shape[2:]
-        # Pixels first, then convolutions of stride 1: faster on the CPU, where the weight gradient of a channels-last
-        # 1x1 convolution of stride 2 from fewer than 8 channels is moreover wrong (seen with torch 2.14)
-        even = every_second(x)
-        odd = F.pad(every_second(x, 1), (0, width % 2, 0, height % 2))
+        # Pixels first, then convolutions of stride 1. On the CPU the weight gradient of a channels-last 1x1 convolution
+        # of stride 2 from fewer than 8 channels is wrong (seen with torch 2.14).
+        even = x[:, :, ::2, ::2]
+        odd = F.pad(x[:, :, 1::2, 1::2], (0, width % 2, 0, height % 2))
         return self.bn(torch.cat([F.conv2d(even, self.conv1.weight), F.conv2d(odd, self.conv2.weight)], dim=1))
 
 
 class MixedOp(nn.Module):
-    """All candidates of an edge at once, weighted (DARTS, eq. 2). BN has no affine part: weights could undo alpha."""
+    """All candidates of an edge at once, weighted (DARTS, eq. 2). BN has no affine part: weights could undo alpha.
 
-    def __init__(self, C, stride):
+    C: channels; stride: 1, or 2 on the edges from the inputs of a reduction cell; primitives: the candidates' names.
+    """
+
+    def __init__(self, C, stride, primitives=PRIMITIVES):
         super().__init__()
-        self._ops = nn.ModuleList(OPS[primitive](C, stride, affine=False) for primitive in PRIMITIVES)
+        self._ops = nn.ModuleList(OPS[primitive](C, stride, affine=False) for primitive in primitives)
 
     def forward(self, x, weights):
-        """x: (N, C, H, W); weights: (len(PRIMITIVES),), the edge's softmax over alpha."""
-        return sum(weight * op(x) for weight, op in zip(weights, self._ops))
+        """x: (N, C, H, W); weights: (len(primitives),), the edge's part of `SearchCNN.edge_weights`."""
+        return sum(weight * op(x) for weight, op in zip(weights, self._ops, strict=True))

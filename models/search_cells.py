@@ -3,9 +3,15 @@
 import torch
 from torch import nn
 
-from models.choices import EXECUTIONS
-from models.fast import search_cell as fused_cell
+from models.choices import EXECUTIONS, PRIMITIVES
+from models.fast import search_cell
 from models.ops import FactorizedReduce, MixedOp, StdConv
+
+
+def check_execution(execution):
+    """Raise ValueError unless there is an execution of this name."""
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {execution!r}")
 
 
 def cell_inputs(C_pp, C_p, C, reduction_p, affine):
@@ -22,38 +28,48 @@ class SearchCell(nn.Module):
 
     C_pp, C_p: channels of the outputs of the cell before the previous one and of the previous one; C: channels of each
     node; reduction_p: the previous cell halved the size; reduction: this one does, its edges from the inputs having
-    stride 2; execution: `plain`, an operation at a time, which is the definition, or `fused`, the same sum from the
-    same modules by `models.fused_cell`. Raises ValueError for any other.
+    stride 2; primitives: the candidates on each edge; mixed_op: the class of an edge, called as `MixedOp`; execution:
+    `plain`, an operation at a time, which is the definition, or `fused`, the same sum from the same modules by
+    `models.fast`. Raises ValueError for any other.
     """
 
-    def __init__(self, n_nodes, C_pp, C_p, C, reduction_p, reduction, execution="fused"):
+    def __init__(
+        self,
+        n_nodes,
+        C_pp,
+        C_p,
+        C,
+        reduction_p,
+        reduction,
+        primitives=PRIMITIVES,
+        execution="fused",
+        mixed_op=MixedOp,
+    ):
         super().__init__()
-        if execution not in EXECUTIONS:
-            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {execution!r}")
+        check_execution(execution)
         self.execution = execution
         self.preproc0, self.preproc1 = cell_inputs(C_pp, C_p, C, reduction_p, affine=False)
         self.dag = nn.ModuleList(
-            nn.ModuleList(MixedOp(C, 2 if reduction and source < 2 else 1) for source in range(i + 2))
+            nn.ModuleList(mixed_op(C, 2 if reduction and source < 2 else 1, primitives) for source in range(i + 2))
             for i in range(n_nodes)
         )
 
-    def forward(self, s0, s1, w_dag, recompute=False):
-        """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, 8); recompute:
-        see `fused_cell.nodes`.
+    def forward(self, s0, s1, w_dag):
+        """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, candidates).
 
         Returns the nodes' concatenation, (N, n_nodes * C, H, W).
         """
         s0, s1 = self.preproc0(s0), self.preproc1(s1)
-        if self.execution == "plain":
-            nodes = plain_nodes(self.dag, s0, s1, w_dag)
+        if self.execution == "fused" and search_cell.can_run(s0):
+            nodes = search_cell.fused_nodes(self.dag, s0, s1, w_dag)
         else:
-            nodes = fused_cell.nodes(self.dag, s0, s1, w_dag, recompute)
+            nodes = plain_nodes(self.dag, s0, s1, w_dag)
         return torch.cat(nodes, dim=1)
 
 
 def plain_nodes(dag, s0, s1, w_dag):
-    """The nodes of a search cell, an operation at a time; see `fused_cell.nodes`."""
+    """The nodes of a search cell, an operation at a time: a list of tensors (N, C, H, W)."""
     states = [s0, s1]
-    for edges, weights in zip(dag, w_dag):
-        states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights)))
+    for edges, weights in zip(dag, w_dag, strict=True):
+        states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights, strict=True)))
     return states[2:]

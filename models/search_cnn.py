@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genotypes import Genotype, parse
 from models.choices import PRIMITIVES
-from models.fast import search_cell as fused_cell
+from models.ops import OPS, MixedOp
 from models.search_cells import SearchCell
 
 
@@ -26,32 +26,61 @@ def check_positive(**numbers):
             raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
 
 
+def check_primitives(primitives):
+    """Raise ValueError unless these are different operations, and at least one of them is not none."""
+    unknown = [name for name in primitives if name not in OPS]
+    if unknown:
+        raise ValueError(f"unknown operations {', '.join(map(str, unknown))}; there are {', '.join(OPS)}")
+    if len(set(primitives)) < len(primitives) or not set(primitives) - {"none"}:
+        raise ValueError(
+            f"primitives must be different operations, at least one other than none, not {', '.join(primitives)}"
+        )
+
+
 class SearchCNN(nn.Module):
     """The continuous relaxation: a network that holds every candidate on every edge (DARTS, section 2.2).
 
     C_in: image channels; C: channels of the first cells' nodes (doubled by each of the two reduction cells); n_classes:
     logits; n_layers: cells; criterion: f(logits, y) -> loss; n_nodes: nodes of a cell; stem_multiplier: the stem has
-    stem_multiplier * C channels. Images of 8x8 pixels and up, any size.
+    stem_multiplier * C channels; primitives: the candidates on every edge, names of `OPS`. Images of 8x8 pixels and up,
+    any size.
 
-    execution: of the cells, `fused` or `plain` (see `SearchCell`), the same numbers; recompute: keep less within a
-    cell for the backward pass, which then computes it again.
+    execution: of the cells, `fused` or `plain` (see `SearchCell`), the same numbers; recompute: keep only the cells'
+    inputs for the backward pass, which then runs each cell forward again.
 
-    `alpha_normal` and `alpha_reduce` hold node i's edges in a tensor of shape (i + 2, len(PRIMITIVES)).
-    Raises ValueError where a number is below 1.
+    `alpha_normal` and `alpha_reduce` hold node i's edges in a tensor of shape (i + 2, len(primitives)).
+    Raises ValueError where a number is below 1, or the primitives cannot be searched.
+
+    To search in another way, override `edge_weights` (and `draw_noise` where weights are random), or `mixed_op`.
     """
 
+    mixed_op = MixedOp  # the class of the edges
+
     def __init__(
-        self, C_in, C, n_classes, n_layers, criterion, n_nodes=4, stem_multiplier=3, execution="fused", recompute=False
-    ):  # fmt: skip
+        self,
+        C_in,
+        C,
+        n_classes,
+        n_layers,
+        criterion,
+        n_nodes=4,
+        stem_multiplier=3,
+        execution="fused",
+        recompute=False,
+        primitives=PRIMITIVES,
+    ):
         super().__init__()
         check_positive(
             C_in=C_in, C=C, n_classes=n_classes, n_layers=n_layers, n_nodes=n_nodes, stem_multiplier=stem_multiplier
         )
+        check_primitives(primitives)
         self.criterion = criterion
         self.n_nodes = n_nodes
         self.recompute = recompute
+        self.primitives = tuple(primitives)
+        self.noise = None  # of `draw_noise`, in use in training
         self.alpha_normal, self.alpha_reduce = (
-            nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2, len(PRIMITIVES))) for i in range(n_nodes))
+            nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2, len(primitives))) for i in range(n_nodes))
             for _ in range(2)
         )
 
@@ -62,29 +91,47 @@ class SearchCNN(nn.Module):
         C_pp, C_p, reduction_p = C_cur, C_cur, False
         for reduction in self.reductions:
             C = 2 * C if reduction else C
-            self.cells.append(SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction, execution))
+            self.cells.append(
+                SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction, primitives, execution, self.mixed_op)
+            )
             C_pp, C_p, reduction_p = C_p, n_nodes * C, reduction
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(C_p, n_classes)
 
+    def edge_weights(self, noise=None):
+        """The weights of the candidates on every edge, the only place where alphas become weights (DARTS, eq. 2).
+
+        noise: what `draw_noise` drew, or None, as in evaluation, for the genotype and in logs. Returns, for each kind
+        of cell, "normal" and "reduce", a tensor per node, node i's of shape (i + 2, len(primitives)). Here each row is
+        a softmax; an override may return any numbers.
+        """
+        alphas = {"normal": self.alpha_normal, "reduce": self.alpha_reduce}
+        return {kind: [F.softmax(edges, dim=-1) for edges in alpha] for kind, alpha in alphas.items()}
+
+    def draw_noise(self):
+        """Draw what is random in `edge_weights`, once for all passes of a step; None, since DARTS has nothing random.
+
+        All passes of a step must see the same draw: eq. 7 would divide the difference of two draws by 2 eps. So the
+        training loop keeps it in `noise`. Drawn from torch's global generators, it is the same on all ranks.
+        """
+        return None
+
     def forward(self, x):
         """Logits, (N, n_classes), of images (N, C_in, H, W)."""
-        weights = {False: softmax(self.alpha_normal), True: softmax(self.alpha_reduce)}
+        weights = self.edge_weights(self.noise if self.training else None)
         s0 = s1 = self.stem(x)
         for cell, reduction in zip(self.cells, self.reductions):
-            s0, s1 = s1, self._run(cell, s0, s1, weights[reduction])
+            s0, s1 = s1, self._run(cell, s0, s1, weights["reduce" if reduction else "normal"])
         return self.linear(self.gap(s1).flatten(1))
 
     def _run(self, cell, *inputs):
         if not (self.recompute and torch.is_grad_enabled()):
             return cell(*inputs)
-        if cell.execution == "fused" and fused_cell.remakes(inputs[1]):
-            return cell(*inputs, recompute=True)
 
-        def contexts():
-            return contextlib.nullcontext(), _unmoved_statistics(cell)
+        def contexts():  # of the first run and of the second
+            return contextlib.nullcontext(), UnmovedStatistics(cell)
 
-        return checkpoint(cell, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(cell, *inputs, use_reentrant=False, context_fn=contexts)
 
     def loss(self, X, y):
         """The criterion at a batch: L_T or L_V of the paper, whichever half the batch is from."""
@@ -100,10 +147,11 @@ class SearchCNN(nn.Module):
         alphas = set(map(id, self.alphas()))
         return (parameter for parameter in self.parameters() if id(parameter) not in alphas)
 
-    def genotype(self):
-        """The cell that the alphas stand for: the two strongest edges of each node, by softmax weight."""
+    def genotype(self, k=2):
+        """The cell that the alphas stand for: of each node the k edges whose candidate has the largest weight."""
         concat = range(2, 2 + self.n_nodes)
-        normal, reduce = (parse(softmax(alpha), k=2) for alpha in (self.alpha_normal, self.alpha_reduce))
+        weights = self.edge_weights()
+        normal, reduce = (parse(weights[kind], k, self.primitives) for kind in ("normal", "reduce"))
         return Genotype(normal, concat, reduce, concat)
 
 
@@ -125,21 +173,18 @@ def frozen_statistics(modules):
             own["track_running_stats"] = True
 
 
-@contextlib.contextmanager
-def _unmoved_statistics(net):
-    """Record running statistics with momentum 0: the same computation again, which moves none."""
-    modules = tracking(net)
-    before = [(module.momentum, module.num_batches_tracked.clone()) for module in modules]
-    try:
+class UnmovedStatistics:
+    """Within this BN records running statistics by momentum 0: the same computation as ever, which moves none."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __enter__(self):
+        modules = tracking(self.net)
+        self.before = [(module, module.momentum, module.num_batches_tracked) for module in modules]
         for module in modules:
-            module.momentum = 0.0
-        yield
-    finally:
-        for module, (momentum, count) in zip(modules, before):
-            module.momentum = momentum
-            module.num_batches_tracked.copy_(count)
+            module.momentum, module.num_batches_tracked = 0.0, None
 
-
-def softmax(alpha):
-    """The weights of each edge's candidates (DARTS, eq. 2): a tensor per node, of alpha's shape, rows summing to 1."""
-    return [F.softmax(edges, dim=-1) for edges in alpha]
+    def __exit__(self, *error):
+        for module, momentum, count in self.before:
+            module.momentum, module.num_batches_tracked = momentum, count

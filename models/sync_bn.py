@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from running import ranks
-
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose training statistics are the global batch's."""
@@ -22,7 +20,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if self.track_running_stats:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var, self.momentum)
-            self.num_batches_tracked.add_(1)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
         return y
 
 
@@ -48,7 +47,7 @@ def batch_norm(x, weight, bias, eps):
 
 def sum_over_ranks(tensor):
     """The sum over the ranks, in place; a tensor that autograd does not see."""
-    if ranks.size() > 1:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
@@ -83,13 +82,13 @@ class _SyncedBatchNorm(torch.autograd.Function):
         mean, inverse = mean.to(x.dtype), inverse.to(x.dtype)
         over = [i for i in range(x.dim()) if i != 1]
         normalised = (x - _across(mean, x)) * _across(inverse, x)
-        own = torch.stack([g.sum(over), (g * normalised).sum(over)])
-        dx, dweight = None, None if weight is None else own[1]
+        sums = torch.stack([g.sum(over), (g * normalised).sum(over)])
+        dx, dweight = None, None if weight is None else sums[1]
         if ctx.needs_input_grad[0]:
-            of_all = (sum_over_ranks(own.to(torch.float64, copy=True)) / total).to(x.dtype)
-            dx = g - _across(of_all[0], x) - normalised * _across(of_all[1], x)
+            means = (sum_over_ranks(sums.to(torch.float64, copy=True)) / total).to(x.dtype)
+            dx = g - _across(means[0], x) - normalised * _across(means[1], x)
             dx = (dx * _across(inverse if weight is None else inverse * weight, x)).to(dtype)
-        return dx, dweight, own[0] if ctx.needs_input_grad[2] else None, None
+        return dx, dweight, sums[0] if ctx.needs_input_grad[2] else None, None
 
 
 def _across(values, x):

@@ -1,9 +1,7 @@
 """The fused execution of the search cell is the plain one, in float64, for whatever a cell may be."""
 
 import copy
-import gc
 import itertools
-import weakref
 
 import pytest
 import torch
@@ -14,9 +12,9 @@ from torch import nn
 
 from architect import Architect
 from benchmarks.paired import Launches
-from models import ops, search_cells
-from models.fast import remake
-from models.fast import search_cell as fused_cell
+from models.choices import EXECUTIONS, PRIMITIVES
+from models.fast import search_cell
+from models.ops import OPS
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
 from running.loading import Loader
@@ -25,17 +23,17 @@ from utils import get_data
 # Sums in another order; a normalisation over few values of nearly no variance multiplies their rounding.
 TOLERANCE = 1e-10
 
-PATHS = {"edge by edge": fused_cell.EDGE_BY_EDGE, "batched, as on CUDA": fused_cell.BATCHED}
+PATHS = {"edge by edge": search_cell.EDGE_BY_EDGE, "batched, as on CUDA": search_cell.BATCHED}
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    monkeypatch.setattr(fused_cell, "choose_path", lambda x: PATHS[request.param])
+    monkeypatch.setattr(search_cell, "layout_for", lambda x: PATHS[request.param])
 
 
-def cells(n_nodes, C, reduction_p, reduction, training=True, C_pp=5, C_p=4):
+def cells(n_nodes, C, reduction_p, reduction, training=True, C_pp=5, C_p=4, primitives=PRIMITIVES):
     """The same cell in both executions, with running statistics that a batch would not give."""
-    plain = SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction, "plain").double().train(training)
+    plain = SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction, primitives, "plain").double().train(training)
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -64,14 +62,25 @@ def assert_same(found, expected):
         assert difference <= TOLERANCE * value.double().norm() + 1e-13, (name, difference, value.double().norm())
 
 
-def check_cell(n_nodes, C, N, size, reduction_p, reduction, training=True, memory_format=torch.channels_last, seed=0):
+def check_cell(
+    n_nodes,
+    C,
+    N,
+    size,
+    reduction_p,
+    reduction,
+    training=True,
+    memory_format=torch.channels_last,
+    seed=0,
+    primitives=PRIMITIVES,
+):
     torch.manual_seed(seed)
-    plain, fused = cells(n_nodes, C, reduction_p, reduction, training)
+    plain, fused = cells(n_nodes, C, reduction_p, reduction, training, primitives=primitives)
     height, width = size
     s0_size = (2 * height - height % 2, 2 * width) if reduction_p else size  # halved to the size of s1
     s0 = torch.randn(N, 5, *s0_size, dtype=torch.float64)
     s1 = torch.randn(N, 4, height, width, dtype=torch.float64)
-    weights = [torch.randn(i + 2, len(ops.PRIMITIVES), dtype=torch.float64).softmax(-1) for i in range(n_nodes)]
+    weights = [torch.randn(i + 2, len(primitives), dtype=torch.float64).softmax(-1) for i in range(n_nodes)]
     assert_same(results(fused, s0, s1, weights, memory_format), results(plain, s0, s1, weights))
 
 
@@ -94,16 +103,15 @@ def test_any_cell_is_the_plain_cell(size, N, **drawn):
 @pytest.mark.parametrize("which", PATHS)
 def test_any_cell_is_the_plain_cell_on_every_path(which, size, N, **drawn):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_cell, "choose_path", lambda x: PATHS[which])
+        patch.setattr(search_cell, "layout_for", lambda x: PATHS[which])
         check_cell(size=size, N=max(3, min(N, 700 // (size[0] * size[1]))), **drawn)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduction", [False, True])
-@pytest.mark.parametrize("name", ops.OPS)
-def test_every_operation_alone_is_the_plain_one(name, reduction, training, path, monkeypatch):
-    monkeypatch.setattr(ops, "PRIMITIVES", [name])
-    check_cell(2, 3, 3, (7, 6), False, reduction, training)
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_alone_is_the_plain_one(name, reduction, training, path):
+    check_cell(2, 3, 3, (7, 6), False, reduction, training, primitives=[name])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 5), (3, 2), (4, 4), (13, 13), (16, 16)])
@@ -224,7 +232,7 @@ def test_checkpoints_move_between_the_executions():
 
 
 def test_executions_are_fused_and_plain():
-    assert search_cells.EXECUTIONS == ("fused", "plain")
+    assert EXECUTIONS == ("fused", "plain")
     assert small_net().cells[0].execution == "fused"
     with pytest.raises(ValueError, match="fused, plain"):
         small_net(execution="faster")
@@ -246,7 +254,7 @@ def test_a_search_on_digits_finds_the_same_genotype():
     loader = Loader(data, range(600), 50, torch.device("cpu"), seed=0)
     batches = [(X.double(), y) for X, y, _ in loader.epoch(1)]
     found = []
-    for execution in search_cells.EXECUTIONS:
+    for execution in EXECUTIONS:
         net = small_net(C=4, n_nodes=3, n_classes=n_classes, execution=execution)
         w_optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4)
         alpha_optim = torch.optim.Adam(net.alphas(), 0.03, betas=(0.5, 0.999))
@@ -264,9 +272,9 @@ def test_a_search_on_digits_finds_the_same_genotype():
 
 
 def test_the_path_of_cuda_launches_a_quarter_of_the_plain_operations(monkeypatch):
-    monkeypatch.setattr(fused_cell, "choose_path", lambda x: fused_cell.BATCHED)
+    monkeypatch.setattr(search_cell, "layout_for", lambda x: search_cell.BATCHED)
     counts = {}
-    for execution in search_cells.EXECUTIONS:
+    for execution in EXECUTIONS:
         net = small_net(n_layers=8, n_nodes=4, dtype=torch.float32, execution=execution)
         with Launches() as counter:
             net.loss(*batch(dtype=torch.float32)).backward()
@@ -298,59 +306,38 @@ def test_float32_bits_are_the_same_in_every_run(C, size, path, two_threads):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(i)))
 
 
-def kept_bytes(net, X, y, monkeypatch):
-    """What a forward pass of the cells keeps for the backward pass, in bytes, and the loss."""
+def kept_bytes(net, X, y):
+    """What a forward pass keeps for the backward pass, in bytes, and the loss."""
     kept = {}
 
-    def pack(tensor, packed=remake._pack):
-        found = packed(tensor) if remake._recipes() else remake._Kept(tensor)
-        if isinstance(found, remake._Kept):
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return found
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other takes its place in memory
+        return tensor
 
-    monkeypatch.setattr(remake, "_pack", pack)
-    with torch.autograd.graph.saved_tensors_hooks(pack, remake._unpack):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = net.loss(X, y)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), loss
 
 
-def test_recomputing_keeps_less_and_can_be_done_twice(monkeypatch):
+def test_recomputing_keeps_less_and_can_be_done_twice(path):
     X, y = batch(n=9)
     kept, recomputed = nets()[1], nets()[1]
     recomputed.recompute = True
-    much, expected = kept_bytes(kept, X, y, monkeypatch)
-    less, loss = kept_bytes(recomputed, X, y, monkeypatch)
-    assert less < 0.6 * much
+    much, expected = kept_bytes(kept, X, y)
+    less, loss = kept_bytes(recomputed, X, y)
+    assert less < 0.3 * much
     weights, twins = list(recomputed.weights()), list(kept.weights())
     for retain in (True, False):
-        found = torch.autograd.grad(loss, weights, retain_graph=retain)
+        gradients = torch.autograd.grad(loss, weights, retain_graph=retain)
         again = torch.autograd.grad(expected, twins, retain_graph=retain)
-        assert all(torch.equal(a, b) for a, b in zip(found, again))
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again))
 
 
-def test_a_forward_pass_that_is_not_used_frees_its_memory(monkeypatch):
-    net = small_net(C=3, n_layers=3, recompute=True)
-    seen = []
-
-    class Group(remake._Group):
-        def __init__(self, make):
-            super().__init__(make)
-            seen.append(weakref.ref(self))
-
-    monkeypatch.setattr(remake, "_Group", Group)
+def test_weights_changed_before_the_backward_pass_are_noticed(path):
+    net = small_net(C=3, n_layers=3)
     loss = net.loss(*batch(n=4))
-    assert seen
-    del loss
-    gc.collect()
-    assert not [reference for reference in seen if reference() is not None]
-
-
-def test_weights_changed_before_the_backward_pass_are_noticed():
-    for recompute in (False, True):
-        net = small_net(C=3, n_layers=3, recompute=recompute)
-        loss = net.loss(*batch(n=4))
-        with torch.no_grad():
-            for weight in net.weights():
-                weight.mul_(2)
-        with pytest.raises(RuntimeError, match=r"(inplace|in place)"):
-            loss.backward()
+    with torch.no_grad():
+        for weight in net.weights():
+            weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"(inplace|in place)"):
+        loss.backward()

@@ -17,28 +17,29 @@ together in float64 (by native.c): variances are differences of such sums.
 """
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from models import sync_bn
-from models.fast import native, remake
+from models.fast import native
+from models.fast.modules import is_synced
+from models.sync_bn import sum_over_ranks
 
 
 def normalised_product(z, weight, bn):
     """bn of the pointwise convolution of z with weight, (C, K, 1, 1), as in training; its running statistics move."""
-    synced = type(bn) is sync_bn.SyncBatchNorm2d
-    mean, var, y = Mixture.apply(bn.eps, synced, 1, bn.weight, bn.bias, weight, z)
+    mean, var, y = Mixture.apply(bn.eps, is_synced(bn), 1, bn.weight, bn.bias, weight, z)
     if bn.track_running_stats:
         with torch.no_grad():
             bn.running_mean.lerp_(mean[0], bn.momentum)
             bn.running_var.lerp_(var[0], bn.momentum)
-            bn.num_batches_tracked.add_(1)
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
     return y
 
 
 class Mixture(torch.autograd.Function):
     """y = base + bias + sum of w BN(M z) over the products of each of E edges, keeping the z alone.
 
-    Of edge e are the products e, e + E, ...; with E = products, nothing is summed. M: (products, C, K), or of one
+    The products of edge e are e, e + E, ...; with E = products, nothing is summed. M: (products, C, K), or of one
     convolution its weight (C, K, 1, 1); w: (products,), or of one convolution (C,), or None; bias: (E * C,), or None;
     then each product's z, (N, K, h, w), and each edge's base, (N, C, h, w), if any. Returns the means and unbiased
     variances of M z, (products, C), and each edge's y, (N, C, h, w). synced: over the pixels of all ranks; what w, bias
@@ -48,93 +49,63 @@ class Mixture(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, eps, synced, edges, w, bias, M, *tensors):
-        ctx.save_for_backward(w, bias, M, *tensors[: _products(M)])
+        count = _number_of_products(M)
+        images, bases = tensors[:count], tensors[count:]
+        ctx.save_for_backward(w, bias, M, *images)
         ctx.set_materialize_grads(False)
-        images, bases = tensors[: _products(M)], tensors[_products(M) :]
         n = images[0].numel() // images[0].shape[1]
         if n < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
         sums, grams = native.products(images, images)
         if synced:
-            sums, grams, n = _over_ranks(sums, grams, sums.new_tensor(float(n)))
-        A, shifts, mean, var, kept = native.fold(sums, grams, float(n), *_by_product(M, w, bias, edges), eps, edges)
-
-        def make(*images):
-            terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, len(images), edges)]
-            return native.mix(terms, list(bases), shifts)
-
-        ys = make(*images)
-        if not bases and len(images) == edges:
-            remake.can_be_made(ys, make, images)
-        ctx.about = eps, synced, edges, float(n), kept, bool(bases)
+            sums, grams, n = _sums_over_ranks(sums, grams, sums.new_tensor(float(n)))
+        rows = _with_rows(M, w, bias, edges)
+        A, shifts, mean, var, moments = native.fold(sums, grams, float(n), *rows, eps, edges)
+        terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, count, edges)]
+        ys = native.mix(terms, list(bases), shifts)
+        ctx.options = synced, edges, float(n), moments, bool(bases)
         ctx.mark_non_differentiable(mean, var)
         return mean, var, *ys
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, _, __, *gs):
         w, bias, M, *images = ctx.saved_tensors
-        _, synced, edges, n, kept, has_bases = ctx.about
+        synced, edges, n, moments, has_bases = ctx.options
         _, _, _, wants_w, wants_bias, wants_M, *wants_z = ctx.needs_input_grad
         N, _, *size = images[0].shape
         gs = [images[0].new_zeros(N, M.shape[-2 if M.dim() == 3 else 0], *size) if g is None else g for g in gs]
-        to_bases = gs if has_bases else []
-        if torch.is_grad_enabled():
-            if synced:
-                raise RuntimeError("batch normalisation over several ranks cannot be differentiated twice")
-            return None, None, None, *_differentiable_gradients(ctx, gs, w, bias, M, images), *to_bases
-        of_products = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // edges)
-        sums, products = native.products(of_products, images)
-        rows, wants_z = _by_product(M, w, bias, edges)[:2], any(wants_z[: len(images)])
-        dw, dM, *of_z = native.fold_gradients(sums, products, n, *rows, kept, wants_w, wants_M, wants_z and not synced)
+        gs_of_products = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // edges)
+        sums, products = native.products(gs_of_products, images)
+        rows, wants_z = _with_rows(M, w, bias, edges)[:2], any(wants_z[: len(images)])
+        dw, dM, *for_z = native.fold_gradients(
+            sums, products, n, *rows, moments, wants_w, wants_M, wants_z and not synced
+        )
         dbias = sums[:edges].to(M.dtype).view_as(bias) if wants_bias else None
         dzs = [None] * len(images)
         if wants_z:
             if synced:
-                _, _, *of_z = native.fold_gradients(*_over_ranks(sums, products), n, *rows, kept, False, False, True)
-            A, D, shift = of_z
-            dzs = native.mix([(of_products, A), (images, D)], shifts=shift)
+                sums, products = _sums_over_ranks(sums, products)
+                _, _, *for_z = native.fold_gradients(sums, products, n, *rows, moments, False, False, True)
+            A, D, shift = for_z
+            dzs = native.mix([(gs_of_products, A), (images, D)], shifts=shift)
         dw, dM = dw.view_as(w) if wants_w else None, dM.view_as(M) if wants_M else None
-        return None, None, None, dw, dbias, dM, *dzs, *to_bases
+        return None, None, None, dw, dbias, dM, *dzs, *(gs if has_bases else [])
 
 
-def _products(M):
-    """How many products these matrices are."""
+def _number_of_products(M):
     return len(M) if M.dim() == 3 else 1
 
 
-def _by_product(M, w, bias, edges):
+def _with_rows(M, w, bias, edges):
     """M, w and bias with a row for each product or edge, as `native.fold` takes them."""
     M = M if M.dim() == 3 else M[None, :, :, 0, 0]
     return M, w if w is None else w.view(len(M), -1), bias if bias is None else bias.view(edges, -1)
 
 
-def _over_ranks(*tensors):
+def _sums_over_ranks(*tensors):
     """The sums over the ranks, by one message."""
-    flat = sync_bn.sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
+    flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
-
-
-def _differentiable_gradients(ctx, gs, w, bias, M, images):
-    """`Mixture`'s gradients of w, bias, M and images as functions that can be differentiated: its definition's."""
-    eps, _, edges, *_ = ctx.about
-    with torch.enable_grad():
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (w, bias, M, *images)]  # apart
-        w, bias, M, *images = inputs
-        M, w, bias = _by_product(M, w, bias, edges)
-        ys = []
-        for z, M_k, w_k in zip(images, M, [None] * len(M) if w is None else w):
-            u = F.conv2d(z, M_k[:, :, None, None])
-            u = u - u.mean((0, 2, 3), keepdim=True)
-            y = u * (u.square().mean((0, 2, 3), keepdim=True) + eps).rsqrt()
-            ys.append(y if w_k is None else y * w_k[:, None, None])
-        ys = [sum(ys[e + edges :: edges], start=ys[e]) for e in range(edges)]
-        ys = ys if bias is None else [y + bias_e[:, None, None] for y, bias_e in zip(ys, bias)]
-        wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[3 + i]]
-        if not wanted:
-            return [None] * len(inputs)
-        ys, gs = zip(*[(y, g) for y, g in zip(ys, gs) if y.requires_grad])
-        found = torch.autograd.grad(ys, [inputs[i] for i in wanted], gs, create_graph=True)
-    grads = dict(zip(wanted, found))
-    return [grads.get(i) for i in range(len(inputs))]

@@ -1,15 +1,17 @@
-"""The C code for the CPU, native.c: compiled by each process that needs it, in about a second, and called here.
+"""The C code for the CPU, native.c: compiled when it is first needed, kept in a cache folder, and called here.
 
-Everything has PyTorch operations to fall back on, where there is no C compiler or numbers are of another type than
-float32 and float64. Images are (N, C, H, W), and the outputs channels-last; nothing is recorded for differentiation.
+It works on float32 and float64. Images are (N, C, H, W), and the outputs channels-last; nothing is recorded for
+differentiation. What C reads is checked first: every function raises ValueError for tensors of another shape or type.
 """
 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import itertools
 import logging
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -18,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 REAL = {torch.float32: "float", torch.float64: "double"}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+SOURCE = Path(__file__).with_name("native.c")
+OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+COMPILE_SECONDS = 120  # at most
 MALLOPT = {-3: 2**25, -1: 2**31 - 1}  # M_MMAP_THRESHOLD, at most so large, and M_TRIM_THRESHOLD
 ARGUMENTS = {
     "depthwise": "pnnnnnpn",
@@ -32,73 +36,52 @@ ARGUMENTS = {
     "fold_gradients": "ppdppnppppppnnn",
     "blend": "pnpnpn",
     "dots": "pnpnpn",
-}
+}  # p: a pointer, n: a long, d: a double
 
 
 def knows(dtype):
-    """Whether native.c does the work for numbers of this type."""
+    """Whether native.c does the work for numbers of this type; False where there is no C compiler."""
     return _library(dtype) is not None
 
 
+def can_read(x):
+    """Whether x lies in the CPU's memory: not where an exporter, compiler or fake tensor follows what is done to it."""
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return is_plain and x.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def depthwise(images, relus, kernels, convolutions):
-    """Depthwise convolutions of images, (N, C, H, W) of one size: a list.
+    """Depthwise convolutions of images, (N, C, H, W) of one size: a list of their outputs.
 
     relus: whether relu(image) is convolved, for each; kernels: tensors (C, 1, k, k), or (rows, C, 1, k, k), several;
-    convolutions: tuples of the place of an image, that of kernels, their row and (stride, padding, dilation).
+    convolutions: tuples of the index of an image, that of a tensor of kernels, a row of it, and (stride, padding,
+    dilation).
     """
-    library = _library_for(images, kernels, convolutions)
-    if library is None:
-        return plain_depthwise(images, relus, kernels, convolutions)
+    _check_convolutions(images, kernels, convolutions)
     images = _channels_last(images)
     N, C, H, W = images[0].shape
     zs = [_empty(images[0], C, -(-H // stride), -(-W // stride)) for *_, (stride, _, _) in convolutions]
-    table = _convolutions(convolutions, kernels, zs, [None] * len(kernels), max(H, W))
-    of_images = _table((x.data_ptr(), 0, relu) for x, relu in zip(images, relus))
-    _run(library.depthwise, of_images, len(images), N, H, W, C, table, len(zs))
+    table = _convolution_table(convolutions, kernels, zs, [None] * len(kernels), max(H, W))
+    image_table = _table((x.data_ptr(), 0, relu) for x, relu in zip(images, relus))
+    _call(images[0].dtype, "depthwise", image_table, len(images), N, H, W, C, table, len(zs))
     return zs
 
 
 def depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
     """Of `depthwise` [dimage], [dkernels] from the gradients of its outputs; None for what is not wanted."""
-    library = _library_for(images, kernels, convolutions)
-    if library is None:
-        return plain_depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels)
+    _check_convolutions(images, kernels, convolutions)
     images, dzs = _channels_last(images), _channels_last(dzs)
     N, C, H, W = images[0].shape
     dimages = [_empty(x, C, H, W) if wanted else None for x, wanted in zip(images, wants_images)]
     dkernels = [torch.zeros_like(weight) if wanted else None for weight, wanted in zip(kernels, wants_kernels)]
-    table = _convolutions(convolutions, kernels, dzs, dkernels, max(H, W))
-    of_images = _table((x.data_ptr(), _pointer(dx), relu) for x, dx, relu in zip(images, dimages, relus))
-    _run(library.depthwise_gradients, of_images, len(images), N, H, W, C, table, len(dzs))
+    table = _convolution_table(convolutions, kernels, dzs, dkernels, max(H, W))
+    image_table = _table((x.data_ptr(), _pointer(dx), relu) for x, dx, relu in zip(images, dimages, relus))
+    _call(images[0].dtype, "depthwise_gradients", image_table, len(images), N, H, W, C, table, len(dzs))
     return dimages, dkernels
 
 
-def plain_depthwise(images, relus, kernels, convolutions):
-    """`depthwise` by PyTorch, which can be differentiated."""
-    activated = [x.relu() if relu else x for x, relu in zip(images, relus)]
-    weights = [_row(kernels[place], row) for _, place, row, _ in convolutions]
-    return [
-        F.conv2d(activated[image], weight, None, *geometry, len(weight))
-        for weight, (image, _, _, geometry) in zip(weights, convolutions)
-    ]
-
-
-def plain_depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
-    """`depthwise_gradients` by PyTorch, which can be differentiated."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [tensor.view_as(tensor).requires_grad_() for tensor in (*images, *kernels)]  # apart
-        zs = plain_depthwise(inputs[: len(images)], relus, inputs[len(images) :], convolutions)
-        wanted = [i for i, wants in enumerate((*wants_images, *wants_kernels)) if wants]
-        found = torch.autograd.grad(
-            zs, [inputs[i] for i in wanted], dzs, create_graph=create_graph, materialize_grads=True
-        )
-    grads = dict(zip(wanted, found))
-    return [grads.get(i) for i in range(len(images))], [grads.get(len(images) + i) for i in range(len(kernels))]
-
-
 def mix(terms, bases=None, shifts=None):
-    """Of each of E edges base + shift + sum over terms of x A: a list of images of C channels.
+    """For each of E edges base + shift + sum over terms of x A: a list of images of C channels.
 
     terms: pairs of a list of E images x of K channels and matrices A, (E, K, C); bases: a list of E images; shifts:
     (E, C); either may be None. All images are of one size.
@@ -112,12 +95,6 @@ def mix(terms, bases=None, shifts=None):
         _check(bases, edges, (len(x), C, *x.shape[2:]), x.dtype)
     if shifts is not None:
         _check([shifts], 1, (edges, C), x.dtype)
-    library = _library(x.dtype)
-    if library is None:
-        ys = [sum(_matrix(x) @ A for x, A in of_edge) for of_edge in zip(*[zip(*term) for term in terms])]
-        ys = ys if shifts is None else [y + shift for y, shift in zip(ys, shifts)]
-        ys = [y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2) for y in ys]
-        return [base + y for base, y in zip(bases, ys)] if bases else ys
     ys = [_empty(x, C, *x.shape[2:]) for _ in range(edges)]
     terms = [(_channels_last(images), A.contiguous()) for images, A in terms]
     bases = bases and _channels_last(bases)
@@ -126,29 +103,23 @@ def mix(terms, bases=None, shifts=None):
         (y.data_ptr(), bases[e].data_ptr() if bases else 0, _pointer(shifts, e)) for e, y in enumerate(ys)
     )
     table = _table((images[e].data_ptr(), _pointer(A, e), A.shape[1]) for e in range(edges) for images, A in terms)
-    _run(library.mix, mixtures, edges, table, len(terms), x[:, 0].numel(), C)
+    _call(x.dtype, "mix", mixtures, edges, table, len(terms), x[:, 0].numel(), C)
     return ys
 
 
 def products(a, b):
-    """Of each pair of images, of K and C channels, the sums over their pixels of a, and of a b', in float64.
+    """For each pair of images, of K and C channels, the sums over their pixels of a, and of a b', in float64.
 
-    a, b: lists of images, all of one size. Returns (pairs, K) and (pairs, K, C). Without native.c products are summed
-    as numbers of the images' type.
+    a, b: lists of images, all of one size. Returns (pairs, K) and (pairs, K, C).
     """
     _check(a, len(a), a[0].shape, a[0].dtype)
     _check(b, len(a), (len(a[0]), b[0].shape[1], *a[0].shape[2:]), a[0].dtype)
-    library = _library(a[0].dtype)
-    if library is None:
-        a, b = map(_matrix, a), map(_matrix, b)
-        found = [(left.sum(0, dtype=torch.float64), (left.mT @ right).double()) for left, right in zip(a, b)]
-        return tuple(map(torch.stack, zip(*found)))
     a, b = _channels_last(a), _channels_last(b)
     K, C = a[0].shape[1], b[0].shape[1]
-    sums, found = (torch.empty(shape, dtype=torch.float64) for shape in ((len(a), K), (len(a), K, C)))
+    sums, matrices = (torch.empty(shape, dtype=torch.float64) for shape in ((len(a), K), (len(a), K, C)))
     table = _table((left.data_ptr(), right.data_ptr()) for left, right in zip(a, b))
-    _run(library.products, table, len(a), sums.data_ptr(), found.data_ptr(), a[0][:, 0].numel(), K, C)
-    return sums, found
+    _call(a[0].dtype, "products", table, len(a), sums.data_ptr(), matrices.data_ptr(), a[0][:, 0].numel(), K, C)
+    return sums, matrices
 
 
 def fold(sums, grams, n, M, scale, bias, eps, edges):
@@ -163,21 +134,16 @@ def fold(sums, grams, n, M, scale, bias, eps, edges):
     _check_fold(sums, (count, K), grams, (count, K, K), M, scale)
     if bias is not None:
         _check([bias], 1, (edges, C), M.dtype)
-    library = _library(M.dtype)
-    if library is None:
-        return _plain_fold(sums, grams, n, M, scale, bias, eps, edges)
     sums, grams, M, scale, bias = _contiguous(sums, grams, M, scale, bias)
     A, shifts, mean, var = (M.new_empty(shape) for shape in ((count, K, C), (edges, C), (count, C), (count, C)))
-    kept = M.new_empty(count, K + C * K + C, dtype=torch.float64)
-    _run(
-        library.fold, sums.data_ptr(), grams.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale),
-        _pointer(bias), eps, A.data_ptr(), shifts.data_ptr(), edges, mean.data_ptr(), var.data_ptr(), kept.data_ptr(),
-        count, K, C,
-    )  # fmt: skip
-    return A, shifts, mean, var, kept
+    moments = M.new_empty(count, K + C * K + C, dtype=torch.float64)
+    before = sums.data_ptr(), grams.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale), _pointer(bias), eps
+    outputs = A.data_ptr(), shifts.data_ptr(), edges, mean.data_ptr(), var.data_ptr(), moments.data_ptr()
+    _call(M.dtype, "fold", *before, *outputs, count, K, C)
+    return A, shifts, mean, var, moments
 
 
-def fold_gradients(sums, products, n, M, scale, kept, wants_scale, wants_M, wants_z):
+def fold_gradients(sums, products, n, M, scale, moments, wants_scale, wants_M, wants_z):
     """Of `fold` the gradients of scale and M, and A, D and shift of z's, which is A' g + D' z + shift, None for what is
     not wanted.
 
@@ -186,80 +152,32 @@ def fold_gradients(sums, products, n, M, scale, kept, wants_scale, wants_M, want
     """
     count, C, K = M.shape
     _check_fold(sums, (count, C), products, (count, C, K), M, scale)
-    library = _library(M.dtype)
-    if library is None:
-        found = _plain_fold_gradients(sums, products, n, M, scale, kept)
-        wanted = (wants_scale, wants_M, wants_z, wants_z, wants_z)
-        return [small.to(M.dtype) if wants else None for small, wants in zip(found, wanted)]
     sums, products, M, scale = _contiguous(sums, products, M, scale)
     dscale = torch.empty_like(scale) if wants_scale else None
     dM = torch.empty_like(M) if wants_M else None
     A, D, shift = (M.new_empty(shape) if wants_z else None for shape in ((count, C, K), (count, K, K), (count, K)))
-    _run(
-        library.fold_gradients, sums.data_ptr(), products.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale),
-        kept.data_ptr(), *map(_pointer, (dscale, dM, A, D, shift)), count, K, C,
-    )  # fmt: skip
-    return dscale, dM, A, D, shift
-
-
-def _check_fold(sums, of_sums, products, of_products, M, scale):
-    _check([sums], 1, of_sums, torch.float64)
-    _check([products], 1, of_products, torch.float64)
-    _check([M], 1, M.shape, M.dtype)
-    if scale is not None:
-        _check([scale], 1, (len(M), 1 if scale.shape[1:] == (1,) else M.shape[1]), M.dtype)
-
-
-def _plain_fold(sums, grams, n, M, scale, bias, eps, edges):
-    dtype, M, m = M.dtype, M.double(), (sums / n).unsqueeze(-1)
-    MS = M @ (grams / n - m * m.mT)
-    mean, var = (M @ m).squeeze(-1), (MS * M).sum(-1).clamp(min=0)
-    inverse = (var + eps).rsqrt()
-    factor = inverse if scale is None else inverse * scale
-    shifts = (-factor * mean).unflatten(0, (-1, edges)).sum(0)
-    shifts = shifts if bias is None else shifts + bias
-    A, unbiased = (factor.unsqueeze(-1) * M).mT, var * (n / (n - 1))
-    return *(small.to(dtype) for small in (A, shifts, mean, unbiased)), (m, MS, inverse)
-
-
-def _plain_fold_gradients(sums, products, n, M, scale, kept):
-    M, (m, MS, inverse) = M.double(), kept
-    factor = inverse if scale is None else inverse * scale
-    R = products - sums.unsqueeze(-1) * m.mT
-    v = (M * R).sum(-1)
-    dscale = v * inverse if scale is None else (v * inverse).unflatten(1, (-1, scale.shape[1])).sum(1)
-    c = (factor * inverse.square() * v / n).unsqueeze(-1)
-    dM = factor.unsqueeze(-1) * R - n * c * MS
-    A = factor.unsqueeze(-1) * M
-    D = -M.mT @ (c * M)
-    shift = -(D @ m + A.mT @ (sums.unsqueeze(-1) / n)).squeeze(-1)
+    before = sums.data_ptr(), products.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale), moments.data_ptr()
+    _call(M.dtype, "fold_gradients", *before, *map(_pointer, (dscale, dM, A, D, shift)), count, K, C)
     return dscale, dM, A, D, shift
 
 
 def blend(images, weights):
     """Weighted sums of T images of one size: by weights (E, T), a list of E images."""
     _check(images, weights.shape[1], images[0].shape, weights.dtype)
-    library = _library(weights.dtype)
-    N, C, H, W = images[0].shape
-    if library is None:
-        stacked = torch.stack([_matrix(image) for image in images])
-        return [y.view(N, H, W, C).permute(0, 3, 1, 2) for y in torch.einsum("et,tpc->epc", weights, stacked)]
     images, weights = _channels_last(images), weights.contiguous()
-    ys = [_empty(images[0], C, H, W) for _ in weights.unbind()]
-    _run(library.blend, _pointers(ys), len(ys), _pointers(images), len(images), weights.data_ptr(), ys[0].numel())
+    ys = [_empty(images[0], *images[0].shape[1:]) for _ in weights.unbind()]
+    inputs = _pointers(images), len(images), weights.data_ptr()
+    _call(weights.dtype, "blend", _pointers(ys), len(ys), *inputs, ys[0].numel())
     return ys
 
 
 def dots(a, b):
     """The sums of the products of each image of a with each of b, all of one size: (E, T), in float64."""
     _check(a + b, len(a) + len(b), a[0].shape, a[0].dtype)
-    library = _library(a[0].dtype)
-    if library is None:
-        return torch.stack([torch.stack([(left * right).sum(dtype=torch.float64) for right in b]) for left in a])
     a, b = _channels_last(a), _channels_last(b)
-    found = torch.empty(len(a), len(b), dtype=torch.float64)
-    _run(library.dots, _pointers(a), len(a), _pointers(b), len(b), found.data_ptr(), a[0].numel())
-    return found
+    sums = torch.empty(len(a), len(b), dtype=torch.float64)
+    _call(a[0].dtype, "dots", _pointers(a), len(a), _pointers(b), len(b), sums.data_ptr(), a[0].numel())
+    return sums
 
 
 def _check(tensors, n, shape, dtype):
@@ -270,9 +188,24 @@ def _check(tensors, n, shape, dtype):
         raise ValueError(f"there must be {n}, {tuple(shape)} each, of {dtype}, on the CPU")
 
 
-def _matrix(image):
-    """(N, C, H, W) as (pixels, C)."""
-    return image.permute(0, 2, 3, 1).flatten(0, 2)
+def _check_convolutions(images, kernels, convolutions):
+    x = images[0]
+    _check(images, len(images), x.shape, x.dtype)
+    for _, index, _, (_, padding, dilation) in convolutions:
+        kernel = kernels[index]
+        k = kernel.shape[-1]
+        if kernel.shape[-4:] != (x.shape[1], 1, k, k) or k % 2 == 0 or padding != dilation * (k // 2):
+            raise ValueError("kernels must be (..., C, 1, k, k) with an odd k, and the padding dilation * (k // 2)")
+        if not kernel.is_contiguous() or (kernel.dtype, kernel.device) != (x.dtype, x.device):
+            raise ValueError("kernels must be contiguous, of the images' type, on the CPU")
+
+
+def _check_fold(sums, sums_shape, products, products_shape, M, scale):
+    _check([sums], 1, sums_shape, torch.float64)
+    _check([products], 1, products_shape, torch.float64)
+    _check([M], 1, M.shape, M.dtype)
+    if scale is not None:
+        _check([scale], 1, (len(M), 1 if scale.shape[1:] == (1,) else M.shape[1]), M.dtype)
 
 
 def _channels_last(images):
@@ -285,21 +218,16 @@ def _empty(x, C, H, W):
     return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype]).transpose(0, 3, 1, 2))
 
 
-def _row(kernels, row):
-    """Of kernels (C, 1, k, k), or (rows, C, 1, k, k), a row, (C, 1, k, k)."""
-    return kernels.view(-1, *kernels.shape[-4:])[row]
-
-
-def _convolutions(convolutions, kernels, zs, dkernels, pixels):
-    """native.c's structures of these; pixels: the longer side of the images."""
+def _convolution_table(convolutions, kernels, zs, dkernels, pixels):
+    """native.c's structures of convolutions; pixels: the longer side of the images."""
     rows = []
-    for (image, place, row, (stride, _, dilation)), z in zip(convolutions, zs):
-        weight, dweight = kernels[place], dkernels[place]
+    for (image, index, row, (stride, _, dilation)), z in zip(convolutions, zs):
+        weight, dweight = kernels[index], dkernels[index]
         side = weight.shape[-1]
         skipped = row * weight.shape[-4] * side * side * weight.element_size()
         middle = min(side, 2 * ((pixels - 1) // dilation) + 1)
-        to_gradient = 0 if dweight is None else dweight.data_ptr() + skipped
-        rows.append((weight.data_ptr() + skipped, z.data_ptr(), to_gradient, side, stride, dilation, middle, image, 0))
+        gradient = 0 if dweight is None else dweight.data_ptr() + skipped
+        rows.append((weight.data_ptr() + skipped, z.data_ptr(), gradient, side, stride, dilation, middle, image, 0))
     return _table(rows)
 
 
@@ -320,30 +248,79 @@ def _pointers(tensors):
     return _table([tensor.data_ptr()] for tensor in tensors)
 
 
-def _pointer(tensor, place=0):
-    """To the tensor, or from a place of its first dimension on; null if it is None."""
-    return 0 if tensor is None else tensor.data_ptr() + (place and place * tensor.stride(0) * tensor.element_size())
+def _pointer(tensor, row=0):
+    """To the tensor, or to a row of it; null if it is None."""
+    return 0 if tensor is None else tensor.data_ptr() + (row and row * tensor.stride(0) * tensor.element_size())
 
 
-def _run(function, *arguments):
-    if function(*[given.buffer_info()[0] if type(given) is array else given for given in arguments]):
-        raise MemoryError(f"no memory for {function.__name__}")
+def _call(dtype, name, *arguments):
+    function = getattr(_library(dtype), name)
+    if function(*[value.buffer_info()[0] if type(value) is array else value for value in arguments]):
+        raise MemoryError(f"no memory for {name}")
 
 
-def _library_for(images, kernels, convolutions):
-    """native.c for such images and convolutions; None for those that it doesn't know, or that PyTorch will refuse."""
-    x = images[0]
-    if 0 in x.shape[1:]:
+@functools.cache
+def _library(dtype):
+    """native.c for numbers of a type, or None, which is told in the log."""
+    if dtype not in REAL:
         return None
-    for _, place, _, (_, padding, dilation) in convolutions:
-        weight = kernels[place]
-        C, one, k, width = weight.shape[-4:]
-        if (C, one, k) != (x.shape[1], 1, width) or k % 2 == 0 or padding != dilation * (k // 2):
-            return None
-        if not weight.is_contiguous() or (weight.dtype, weight.device) != (x.dtype, x.device):
-            return None
-    _check(images, len(images), x.shape, x.dtype)
-    return _library(x.dtype)
+    compiler = os.environ.get("CC") or "cc"
+    try:
+        library = _declared(_compiled(shlex.split(compiler), REAL[dtype]))
+    except (AttributeError, OSError, ValueError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        logging.getLogger("darts").warning(
+            f"no {SOURCE.name} by the C compiler {compiler!r} (a gcc with OpenMP is needed; CC names it), so that what "
+            f"runs on the CPU takes longer: {reason}"
+        )
+        return None
+    _keep_freed_memory()
+    return library
+
+
+def _compiled(compiler, real):
+    """The library of native.c with this compiler on this processor, from the cache folder or compiled into it.
+
+    Its name holds a hash of all that it depends on. It gets that name when it is complete, so that processes that
+    compile it at the same time do not disturb each other. Without a folder that is the user's own it is for this
+    process alone.
+    """
+    command = [*compiler, *OPTIONS, f"-DREAL={real}"]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=COMPILE_SECONDS, check=False).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), repr(command).encode(), version, _processor()])).hexdigest()
+    with contextlib.ExitStack() as stack:
+        folder = _cache_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        path = folder / f"native-{real}-{key[:32]}.so"
+        if not path.is_file():
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            compiled, library = scratch / "native.o", scratch / "native.so"
+            for words in ([*command, "-c", SOURCE, "-o", compiled], [*compiler, "-shared", compiled, "-o", library]):
+                # linked without OpenMP's library, so that it takes the one that PyTorch has loaded, and its threads
+                subprocess.run(words, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            os.replace(library, path)
+        return ctypes.CDLL(path)
+
+
+def _cache_folder():
+    """The folder for compiled code, the user's alone; None where there cannot be one."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darts"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # no home
+        return None
+    is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if is_ours and os.access(folder, os.W_OK) else None
+
+
+def _processor():
+    """What -march=native depends on: caches may be shared by machines. On Linux the processor's features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
 
 
 def _keep_freed_memory():
@@ -356,34 +333,8 @@ def _keep_freed_memory():
 
 
 def _declared(library):
-    """The library, its functions' arguments declared: p for a pointer, n for a long, d for a double."""
+    """The library, its functions' arguments declared. Raises AttributeError where one is missing."""
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double}
     for function, arguments in ARGUMENTS.items():
         getattr(library, function).argtypes = [kinds[kind] for kind in arguments]
     return library
-
-
-@functools.cache
-def _library(dtype):
-    """native.c for numbers of a type, or None."""
-    if dtype not in REAL:
-        return None
-    _keep_freed_memory()
-    compiler = os.environ.get("CC") or "cc"
-    source = Path(__file__).with_name("native.c")
-    options = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", f"-DREAL={REAL[dtype]}"]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            compiled, library = Path(folder) / "native.o", Path(folder) / "native.so"
-            for command in ([*options, "-c", source, "-o", compiled], ["-shared", compiled, "-o", library]):
-                # linked without OpenMP's library, so that it takes the one that PyTorch has loaded, and its threads
-                subprocess.run([*shlex.split(compiler), *command], check=True, capture_output=True, text=True)
-            return _declared(ctypes.CDLL(library))
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        why = next((line for line in lines if "error" in line), lines[0])
-        logging.getLogger("darts").warning(
-            f"no {source.name} by the C compiler {compiler!r} (a gcc with OpenMP is needed; CC names it), so that what "
-            f"runs on the CPU takes longer: {why}"
-        )
-        return None

@@ -1,0 +1,55 @@
+"""The fused execution of the augment cell: separable convolutions in half of the steps, on the CPU in C."""
+
+import torch
+from torch import nn
+
+from models.fast import native
+from models.fast.depthwise import convolve, dense_gradient, every_second, pixels_read
+from models.fast.folded_bn import normalised_product
+from models.fast.modules import geometry, has_global_hooks, is_overridden, is_standard_link, links_of, signature
+from models.ops import DilConv, SepConv
+
+
+def fused_node(ops, states):
+    """A node of an augment cell: the sum of its operations, each on the state that its `s_idx` names."""
+    return dense_gradient(sum(run(op, states[op.s_idx]) for op in ops))
+
+
+def run(op, x):
+    """op(x), a `nn.Sequential`'s modules one after the other.
+
+    In training on channels-last CPU images, a chain's ReLU and depthwise convolution are one step in C and its
+    pointwise convolution and BN another; the numbers are the same.
+    """
+    if type(op) is nn.Sequential and not is_overridden(op) and not has_global_hooks():
+        for part in op:
+            x = run(part, x)
+        return x
+    if not (type(op) in (SepConv, DilConv) and op.training and _is_for_native(x) and _is_relu_chain(op, x.dtype)):
+        return op(x)
+    for link in links_of(op):
+        reads_every_second, settings = pixels_read(*geometry(link.depthwise))
+        z = every_second(x) if reads_every_second else x
+        (z,) = convolve([z], [True], [link.depthwise.weight], [(0, 0, 0, settings)])
+        x = normalised_product(z, link.pointwise[0].weight, link.bn)
+    return x
+
+
+def _is_for_native(x):
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return native.can_read(x) and is_channels_last and native.knows(x.dtype) and not torch.is_autocast_enabled("cpu")
+
+
+def _is_relu_chain(op, dtype):
+    if has_global_hooks() or any(weight.dtype != dtype or not weight.is_cpu for weight in op.parameters()):
+        return False
+    known = signature(op)
+    if known not in _RELU_CHAINS:
+        links = links_of(op)
+        _RELU_CHAINS[known] = bool(known and links) and all(
+            is_standard_link(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links
+        )
+    return _RELU_CHAINS[known]
+
+
+_RELU_CHAINS = {}  # signature -> whether it is one

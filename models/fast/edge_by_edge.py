@@ -1,0 +1,138 @@
+"""The search cell's edges one after the other, for the CPU: what lies in its cache is used again.
+
+An edge's images are a channels-last tensor (N, C, H, W), those of E edges a list. Depthwise convolutions, pointwise
+ones with their BN, and weighted sums are in C.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from models.fast import native
+from models.fast.depthwise import convolve, pixels_read
+from models.fast.folded_bn import Mixture
+from models.fast.layout import Inputs, Layout, alike, batch_norm, candidates_of, recorded_scale
+from models.fast.modules import geometry, is_synced
+
+
+class EdgeByEdge(Layout):
+    folded_activations = (nn.ReLU,)
+
+    def mixed(self, states, edges, weights, statistics):
+        n, candidates = len(edges[0]), candidates_of(edges, weights)
+        sources = [state.contiguous(memory_format=torch.channels_last) for state in states]
+        bases = []
+        for i, source in enumerate(sources):
+            from_source = [candidate.of_source(i, n) for candidate in candidates]
+            w, terms, total = self._without_weights(source, from_source, statistics)
+            blended = _Blend.apply(w, *terms) if terms else [0] * n
+            if terms or total is not None:
+                bases += blended if total is None else map(torch.add, total.unbind(), blended)
+        outputs = self._add_chains(bases, Inputs(sources, n, self._repeat), candidates, statistics)
+        return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
+
+    def _repeat(self, sources, n):
+        return [source for source in sources for _ in range(n)]
+
+    def _depthwise(self, jobs):
+        """Of each job (links, kernels (E, C, 1, k, k), images) the depthwise convolutions, a list of E images.
+
+        All convolutions of images of one size are one operation.
+        """
+        by_size = {}
+        for j, (_, _, images) in enumerate(jobs):
+            by_size.setdefault(images[0].shape, []).append(j)
+        outputs = [[] for _ in jobs]
+        for indices in by_size.values():
+            different, convolutions, job_of_output = {}, [], []
+            for place, j in enumerate(indices):
+                links, _, images = jobs[j]
+                relu = type(links[0].activation) in self.folded_activations
+                _, settings = pixels_read(*geometry(links[0].depthwise))
+                for row, image in enumerate(images):
+                    index, *_ = different.setdefault((id(image), relu), (len(different), image, relu))
+                    convolutions.append((index, place, row, settings))
+                    job_of_output.append(j)
+            _, images, relus = zip(*different.values())
+            kernels = [jobs[j][1] for j in indices]
+            for j, z in zip(job_of_output, convolve(images, relus, kernels, convolutions)):
+                outputs[j].append(z)
+        return outputs
+
+    def _unconvolved(self, images):
+        return images
+
+    def _normalised(self, products, statistics):
+        """BN(M z) of each product: a list of E images."""
+        outputs = []
+        for zs, M, bns, _ in alike(products):
+            images = list(itertools.chain(*zs))
+            if bns[0].training:
+                mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, M, *images)
+                statistics.add(bns, mean, var)
+            else:
+                ys = _scaled_products(M, images, *recorded_scale(bns))
+            outputs += _rows(ys, len(zs[0]))
+        return outputs
+
+    def _add_mixture(self, bases, products, statistics):
+        """bases + the sum of w BN(M z) over the products, the last of their chains."""
+        for zs, M, bns, weights in alike(products):
+            w = torch.cat(weights)
+            images, edges = list(itertools.chain(*zs)), len(zs[0])
+            if bns[0].training:
+                mean, var, *bases = Mixture.apply(bns[0].eps, is_synced(bns[0]), edges, w, None, M, *images, *bases)
+                statistics.add(bns, mean, var)
+            else:
+                for ys in _rows(_scaled_products(M, images, *recorded_scale(bns, w)), edges):
+                    bases = [base + y for base, y in zip(bases, ys)] if bases else ys
+        return bases
+
+    def _apply(self, function, x):
+        return function(x)
+
+    def _scaled(self, x, factor, shift):
+        """factor x + shift of each edge, factor and shift (E, C): (E, N, C, H, W)."""
+        return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
+
+    def _separately(self, ops, x):
+        return torch.stack([op(x) for op in ops])
+
+    def _batch_norm(self, x, bns, statistics):
+        """PyTorch's BN of x by the statistics of the batch."""
+        y, moments = batch_norm(x, bns, None)
+        statistics.add(bns, *moments.unsqueeze(1))
+        return y
+
+
+class _Blend(torch.autograd.Function):
+    """Weighted sums of images: weights (E, terms) and the terms, (N, C, h, w), give E images."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, weights, *images):
+        ctx.save_for_backward(weights, *images)
+        return tuple(native.blend(list(images), weights))
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, *gs):
+        weights, *images = ctx.saved_tensors
+        dweights = native.dots(list(gs), images).to(weights.dtype) if ctx.needs_input_grad[0] else None
+        wants_images = any(ctx.needs_input_grad[1:])
+        return dweights, *(native.blend(list(gs), weights.T) if wants_images else [None] * len(images))
+
+
+def _scaled_products(M, images, factor, shift):
+    """factor M z + shift of each product: M (products, C, K), factor and shift (products, C)."""
+    A = factor.unsqueeze(-1) * M
+    return [F.conv2d(z, A_k[:, :, None, None], shift_k) for z, A_k, shift_k in zip(images, A, shift)]
+
+
+def _rows(tensors, n):
+    """A list cut into lists of n."""
+    return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]

@@ -1,0 +1,154 @@
+"""What modules are, so that the fast execution leaves to their own `forward` all that it does not know.
+
+A `Chain` is an operation as a list of links (activation, depthwise convolution, pointwise convolutions, BN).
+`signature` says which modules may run together; it is None for one that only a call of the module itself runs rightly.
+"""
+
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+from torch import nn
+
+from models.ops import DilConv, FactorizedReduce, Identity, MixedOp, PoolBN, SepConv, Zero
+from models.sync_bn import SyncBatchNorm2d
+
+ACTIVATIONS = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # elementwise, so they work in any layout
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
+
+# The classes that the fast execution runs in another way, as they are: a class that is patched later runs its own code.
+FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        *(MixedOp, Identity, Zero, PoolBN, SepConv, DilConv, FactorizedReduce, nn.Sequential, nn.Conv2d),
+        *(*BATCH_NORMS, *ACTIVATIONS, *POOLS),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A step of a chain. depthwise: a convolution, or None, where FactorizedReduce reads even and odd pixels."""
+
+    activation: nn.Module
+    depthwise: nn.Module | None
+    pointwise: list
+    bn: nn.Module
+
+
+def links_of(op):
+    """The links that a SepConv, DilConv or FactorizedReduce chains; none of one that is made of other parts."""
+    kind, parts = type(op), list(op.children())
+    if kind is SepConv and [type(half) for half in parts] == [DilConv, DilConv]:
+        halves = [links_of(half) for half in parts]
+        return halves[0] + halves[1] if all(halves) else []
+    if kind is DilConv and len(parts) == 4:
+        activation, depthwise, pointwise, bn = parts
+        return [Link(activation, depthwise, [pointwise], bn)]
+    return [Link(op.relu, None, [op.conv1, op.conv2], op.bn)] if kind is FactorizedReduce else []
+
+
+def is_overridden(module):
+    """Whether a module has hooks, a `forward` of its own, or a class whose `forward` was patched."""
+    attributes, kind = vars(module), type(module)
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or kind.forward is not FORWARDS.get(kind, kind.forward)
+    )
+
+
+def has_global_hooks():
+    """Whether there are hooks that every call of any module must run, as profilers have them."""
+    hooks = torch.nn.modules.module
+    return any(
+        getattr(hooks, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    )
+
+
+def signature(module):
+    """What a module computes but for its weights: equal for two modules that may run as one; None: see above."""
+    kind, attributes = type(module), vars(module)
+    if is_overridden(module):
+        return None
+    if attributes["_modules"]:
+        parts = [signature(part) for part in attributes["_modules"].values()]
+        return None if None in parts else (kind, *parts)
+    settings = _SETTINGS.get(kind)
+    return (kind, settings and settings(attributes))
+
+
+def _conv_settings(attributes):
+    return (*_OF_CONV(attributes), attributes["_parameters"]["bias"] is None)
+
+
+def _bn_settings(attributes):
+    has_weight, has_statistics = attributes["_parameters"]["weight"], attributes["_buffers"]["running_mean"]
+    return (*_OF_BN(attributes), has_weight is None, has_statistics is None)
+
+
+_OF_CONV = itemgetter(
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+)
+_OF_BN = itemgetter("num_features", "eps", "momentum", "training", "track_running_stats")
+_SETTINGS = {  # what a signature has of a module, and all that `is_standard_link` asks
+    nn.Conv2d: _conv_settings,
+    nn.BatchNorm2d: _bn_settings,
+    SyncBatchNorm2d: _bn_settings,
+    nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    Zero: itemgetter("stride"),
+    nn.Softplus: itemgetter("beta", "threshold"),
+    nn.ELU: itemgetter("alpha"),
+    nn.GELU: itemgetter("approximate"),
+}
+
+
+def is_standard_link(link):
+    """Whether a link is as `models.ops` makes it, but for the activation."""
+    stride = (1, 1) if link.depthwise else (2, 2)
+    return (
+        type(link.activation) in ACTIVATIONS
+        and (link.depthwise is None or _is_standard_depthwise(link.depthwise))
+        and all(_is_standard_pointwise(conv, stride) for conv in link.pointwise)
+        and is_standard_bn(link.bn)
+    )
+
+
+def _is_standard_depthwise(conv):
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and conv.groups == conv.in_channels == conv.out_channels
+        and all(
+            type(size) is tuple and size[0] == size[1]
+            for size in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        )
+        and conv.kernel_size[0] % 2 == 1
+        and conv.padding[0] == conv.dilation[0] * (conv.kernel_size[0] // 2)
+    )
+
+
+def _is_standard_pointwise(conv, stride):
+    shape = conv.kernel_size, conv.stride, conv.padding
+    return type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1 and shape == ((1, 1), stride, (0, 0))
+
+
+def is_standard_bn(bn):
+    """Whether BN is PyTorch's, or that over all ranks, and moves running statistics by a momentum."""
+    return type(bn) in BATCH_NORMS and bn.momentum is not None and bn.running_mean is not None
+
+
+def is_synced(bn):
+    """Whether BN uses the statistics of all ranks' rows."""
+    return type(bn) is SyncBatchNorm2d
+
+
+def geometry(conv):
+    """(stride, padding, dilation) of a square convolution."""
+    return conv.stride[0], conv.padding[0], conv.dilation[0]
