@@ -19,6 +19,7 @@ from running.errors import UserError, warn
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what a file holds, whatever its name ends in
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # which file managers leave behind
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 MAX_ASPECT_RATIO = 100  # scaled until its shorter side fits, a longer image would take gigabytes
 LISTED = 10  # names in a message, at most
 
@@ -118,7 +119,7 @@ def _images_of_class(root, name, left_out):
 
 
 def _is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _leave_out(name, reason, left_out):

@@ -272,7 +272,7 @@ def test_what_is_no_class_and_no_image_is_left_out_with_a_warning_that_counts_it
     assert capsys.readouterr().err == ""
     for name in (
         ".ipynb_checkpoints/left-checkpoint.png", "__MACOSX/left/._1.jpg", "left/._000.png", "left/.hidden/1.png",
-        "right/__MACOSX/1.png", "left/notes.txt", "left/animal.gif", "loose.png",
+        "right/__MACOSX/1.png", "left/@eaDir/000.png/thumbnail.jpg", "left/notes.txt", "left/animal.gif", "loose.png",
         "left/Thumbs.db", "left/.DS_Store", ".DS_Store",
     ):  # fmt: skip
         (train / name).parent.mkdir(exist_ok=True, parents=True)
@@ -283,7 +283,7 @@ def test_what_is_no_class_and_no_image_is_left_out_with_a_warning_that_counts_it
     assert (n_classes, data.source.names) == (2, expected)
     (line,) = capsys.readouterr().err.splitlines()
     for words in (
-        "warning: ", "5 hidden, first .ipynb_checkpoints", "2 that are no files, first left/pipe.png",
+        "warning: ", "6 hidden, first .ipynb_checkpoints", "2 that are no files, first left/pipe.png",
         "2 whose names do not end as an image's, first left/animal.gif", "1 in no class's folder, first loose.png",
     ):  # fmt: skip
         assert words in line
