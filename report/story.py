@@ -15,7 +15,8 @@ from config import AugmentConfig, SearchConfig
 from genotypes import from_str
 from running.errors import UserError
 from running.folder import RunFolder
-from running.run import alpha_tag, quote
+from running.tensorboard import alpha_tag
+from utils import shell_quote
 
 KINDS = ("normal", "reduce")
 
@@ -141,7 +142,7 @@ def commands(story):
     words = []
     for name, value in story.config.as_dict().items():
         if value != defaults[name] and name != "name":
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {quote(str(value))}"))
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shell_quote(str(value))}"))
     lines = [f"python {story.stage}.py {' '.join(words)}".strip()]
     if story.stage == "search":
         lines.append(f"python augment.py {story.config.data_options()} --genotype {shlex.quote(str(story.folder))}")
