@@ -1,8 +1,10 @@
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 from PIL import Image
 
 from genotypes import DARTS_V1, DARTS_V2, PUBLISHED
@@ -27,9 +29,15 @@ def test_nodes_that_are_no_part_of_the_output_have_no_arrow_to_it():
 
 
 @needs_dot
-@pytest.mark.parametrize(("name", "written"), [
-    ("cell", "cell.png"), ("cell.png", "cell.png"), ("cell.svg", "cell.svg"), ("my run.v2", "my run.v2.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("cell", "cell.png"),
+        ("cell.png", "cell.png"),
+        ("cell.svg", "cell.svg"),
+        ("my run.v2", "my run.v2.png"),
+    ],
+)
 def test_plot_writes_the_picture_and_nothing_else(name, written, tmp_path):
     folder = tmp_path / "missing parent"
     assert plot(DARTS_V1.reduce, folder / name, caption="reduce") == folder / written
@@ -41,20 +49,71 @@ def test_plot_writes_the_picture_and_nothing_else(name, written, tmp_path):
         assert "skip_connect" in (folder / written).read_text()
 
 
-def test_without_dot_the_source_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def dot_that_fails(folder):
+    """A folder with a `dot` that writes what a build without SVG writes, and fails."""
+    folder.mkdir()
+    (folder / "dot").write_text("#!/bin/sh\necho 'Format: \"svg\" not recognized.' >&2\nexit 1\n")
+    (folder / "dot").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_where_dot_is_missing_or_fails_the_source_is_written(exists, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(dot_that_fails(tmp_path / "bin") if exists else tmp_path))
     path = plot(DARTS_V1.normal, tmp_path / "cell.svg")
     assert path == tmp_path / "cell.gv"
     assert "digraph" in path.read_text()
+    assert not (tmp_path / "cell.svg").exists()
+
+
+@pytest.mark.parametrize(("exists", "why"), [(False, "install graphviz"), (True, 'Format: "svg" not recognized.')])
+def test_the_command_line_says_why_a_cell_is_not_drawn(exists, why, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(dot_that_fails(tmp_path / "bin") if exists else tmp_path))
+    process = run_script("visualize.py", "DARTS_V1", "--format", "svg", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["DARTS_V1-normal.gv", "DARTS_V1-reduce.gv"]
+    assert all(why in line for line in lines)
 
 
 @needs_dot
 def test_the_command_line_draws_both_cells(tmp_path):
     process = run_script("visualize.py", "DARTS_V2", "--format", "svg", cwd=tmp_path)
     assert process.stdout.split() == ["DARTS_V2-normal.svg", "DARTS_V2-reduce.svg"]
-    process = run_script("visualize.py", str(DARTS_V1), "--output", "out/found", cwd=tmp_path)
-    assert process.stdout.split() == ["out/found-normal.png", "out/found-reduce.png"]
+    process = run_script("visualize.py", str(DARTS_V1), "--output", "out/cell", cwd=tmp_path)
+    assert process.stdout.split() == ["out/cell-normal.png", "out/cell-reduce.png"]
     assert all((tmp_path / name).is_file() for name in process.stdout.split())
+
+
+SLOW_TO_IMPORT = ("torch", "torchvision", "matplotlib", "tensorboard", "onnx", "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("visualize.py", "--help"),
+        ("visualize.py", "DARTS_V2"),
+        ("visualize.py", str(DARTS_V1)),
+        ("cost.py", "--help"),
+        ("export.py", "--help"),
+        ("genotypes.py", "--help"),
+        ("genotypes.py",),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_network_imports_nothing_that_takes_seconds(words, tmp_path):
+    code = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print(*sorted(set(sys.modules) & set({SLOW_TO_IMPORT})), file=sys.stderr))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv = {[str(ROOT / words[0]), *words[1:]]!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert process.stdout
+    assert process.stderr.split() == []
 
 
 def test_a_bad_genotype_is_one_line(tmp_path):
