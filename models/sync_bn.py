@@ -52,6 +52,18 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def refuse_second_derivatives():
+    """Raise RuntimeError in a backward pass whose graph is to be kept, of a step that can be differentiated once only.
+
+    PyTorch's `once_differentiable` lets `autograd.grad` leave out such a step's part without a word.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused execution and BN over ranks can be differentiated once; second derivatives need "
+            "execution='plain', without --sync-bn"
+        )
+
+
 class _SyncedBatchNorm(torch.autograd.Function):
     """Sums over ranks in float64: a variance is a difference of them."""
 
@@ -75,8 +87,8 @@ class _SyncedBatchNorm(torch.autograd.Function):
         return y.to(dtype), mean, unbiased
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g, _, __):
+        refuse_second_derivatives()
         x, weight, mean, inverse, total = ctx.saved_tensors
         dtype, x, g = x.dtype, _precise(x), _precise(g)
         mean, inverse = mean.to(x.dtype), inverse.to(x.dtype)

@@ -21,8 +21,15 @@ def relative_error(found, exact):
     return ((flat(found) - exact).norm() / exact.norm()).item()
 
 
+def by_definition(net):
+    """The same network, its cells run by their definition, which can be differentiated twice."""
+    for cell in net.cells:
+        cell.execution = "plain"
+    return net
+
+
 def unrolled(net, names, trn, xi, optim, momentum, weight_decay):
-    """w'(alpha) as a differentiable function of alpha, by the names of the weights."""
+    """w'(alpha) as a differentiable function of alpha, by the names of the weights. net: `by_definition`."""
     weights = dict(net.named_parameters())
     grads = torch.autograd.grad(net.loss(*trn), [weights[name] for name in names], create_graph=True)
     buffers = [optim.state[weights[name]].get("momentum_buffer", 0.0) for name in names]
@@ -32,8 +39,17 @@ def unrolled(net, names, trn, xi, optim, momentum, weight_decay):
     }
 
 
+def copies(net, optim):
+    """The network by its definition, and its weights' optimizer with the same momentum buffers."""
+    twin = by_definition(copy.deepcopy(net))
+    twin_optim = torch.optim.SGD(twin.weights(), 0.1, momentum=0.9)
+    twin_optim.load_state_dict(optim.state_dict())
+    return twin, twin_optim
+
+
 def exact_alpha_gradient(net, trn, val, xi, optim, momentum=0.9, weight_decay=3e-4):
     """Differentiation straight through the virtual step."""
+    net, optim = copies(net, optim)
     names = [name for name, _ in net.named_parameters() if not name.startswith("alpha")]
     w_virtual = unrolled(net, names, trn, xi, optim, momentum, weight_decay)
     loss = net.criterion(functional_call(net, w_virtual, (val[0],)), val[1])
@@ -42,6 +58,7 @@ def exact_alpha_gradient(net, trn, val, xi, optim, momentum=0.9, weight_decay=3e
 
 def exact_hessian_product(net, d, trn):
     """d2 L_T / (da dw) . d by differentiating twice."""
+    net = by_definition(copy.deepcopy(net))
     grads = torch.autograd.grad(net.loss(*trn), list(net.weights()), create_graph=True)
     return torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, d)), list(net.alphas()))
 
@@ -69,6 +86,7 @@ def test_second_order_differs_from_first_order_at_the_virtual_weights():
     net, trn, val = small_net(smooth=True), batch(seed=1), batch(seed=2)
     optim = sgd(net, steps=2)
     exact = exact_alpha_gradient(net, trn, val, XI, optim)
+    net, optim = copies(net, optim)
     names = [name for name, _ in net.named_parameters() if not name.startswith("alpha")]
     at_virtual = {k: w.detach() for k, w in unrolled(net, names, trn, XI, optim, 0.9, 3e-4).items()}
     loss = net.criterion(functional_call(net, at_virtual, (val[0],)), val[1])

@@ -7,9 +7,9 @@ a larger stride dz has zeros between its pixels first.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from models.fast import native
+from models.sync_bn import refuse_second_derivatives
 
 
 def convolve(images, relus, kernels, convolutions):
@@ -46,9 +46,9 @@ class _Depthwise(torch.autograd.Function):
         return tuple(native.depthwise(images_and_kernels[:n], relus, images_and_kernels[n:], convolutions))
 
     @staticmethod
-    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, *dzs):
+        refuse_second_derivatives()
         relus, convolutions, n = ctx.options
         tensors, (_, _, _, *wanted) = ctx.saved_tensors, ctx.needs_input_grad
         used = [i for i, dz in enumerate(dzs) if dz is not None]

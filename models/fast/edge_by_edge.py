@@ -9,13 +9,13 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from models.fast import native
 from models.fast.depthwise import convolve, pixels_read
 from models.fast.folded_bn import Mixture
 from models.fast.layout import Inputs, Layout, alike, batch_norm, candidates_of, recorded_scale
 from models.fast.modules import geometry, is_synced
+from models.sync_bn import refuse_second_derivatives
 
 
 class EdgeByEdge(Layout):
@@ -118,9 +118,9 @@ class _Blend(torch.autograd.Function):
         return tuple(native.blend(list(images), weights))
 
     @staticmethod
-    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, *gs):
+        refuse_second_derivatives()
         weights, *images = ctx.saved_tensors
         dweights = native.dots(list(gs), images).to(weights.dtype) if ctx.needs_input_grad[0] else None
         wants_images = any(ctx.needs_input_grad[1:])

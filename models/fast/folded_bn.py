@@ -17,11 +17,10 @@ together in float64 (by native.c): variances are differences of such sums.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from models.fast import native
 from models.fast.modules import is_synced
-from models.sync_bn import sum_over_ranks
+from models.sync_bn import refuse_second_derivatives, sum_over_ranks
 
 
 def normalised_product(z, weight, bn):
@@ -68,9 +67,9 @@ class Mixture(torch.autograd.Function):
         return mean, var, *ys
 
     @staticmethod
-    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, _, __, *gs):
+        refuse_second_derivatives()
         w, bias, M, *images = ctx.saved_tensors
         synced, edges, n, moments, has_bases = ctx.options
         _, _, _, wants_w, wants_bias, wants_M, *wants_z = ctx.needs_input_grad

@@ -1,28 +1,26 @@
-"""The C code for the CPU against PyTorch's operations, and what happens without a compiler."""
+"""The C code for the CPU against PyTorch's operations, where it is kept, and what happens without a compiler."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.fast import native
 
+CC = os.environ.get("CC") or "cc"
 COMPILE = native._library.__wrapped__
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 
-@pytest.fixture(scope="module", params=["compiled", "PyTorch's"], autouse=True)
-def way(request):
-    """Everything is tested compiled, and as it is without a compiler."""
-    if request.param == "compiled" and native._library(torch.float32) is None:
-        pytest.skip("needs a C compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param != "compiled":
-            patch.setattr(native, "_library", lambda dtype: None)
-        yield request.param
+needs_compiler = pytest.mark.skipif(not native.knows(torch.float32), reason="needs a C compiler")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,7 +135,7 @@ def test_fold_is_batch_normalisation_of_products_and_its_gradient(
     y = (u - u.mean(1, keepdim=True)) * (u.var(1, keepdim=True, correction=0) + 0.1).rsqrt() * exact_scale[:, None]
 
     sums, grams = z.double().sum(1), z.double().mT @ z.double()
-    A, shifts, mean, var, kept = native.fold(sums, grams, float(n), M, scale, bias, 0.1, edges)
+    A, shifts, mean, var, moments = native.fold(sums, grams, float(n), M, scale, bias, 0.1, edges)
     near(mean, u.mean(1))
     near(var, u.var(1))
     found = (z.double() @ A.double()).unflatten(0, (terms, edges)).sum(0) + shifts.double()[:, None]
@@ -148,7 +146,7 @@ def test_fold_is_batch_normalisation_of_products_and_its_gradient(
     of_g = g.double().sum(1), g.double().mT @ z.double()
     wants_scale = scale is not None
     found_dscale, found_dM, A, D, shift = native.fold_gradients(
-        *of_g, float(n), M, scale, kept, wants_scale, True, True
+        *of_g, float(n), M, scale, moments, wants_scale, True, True
     )
     near(found_dM, dM)
     if wants_scale:
@@ -217,9 +215,7 @@ def test_relu_lets_nan_pass_and_its_gradient_too():
     assert torch.equal(dx == 0, x <= 0)
 
 
-def test_the_number_of_threads_changes_nothing(way):
-    if way != "compiled":
-        pytest.skip("PyTorch's own may depend on it")
+def test_the_number_of_threads_changes_nothing():
     x, weight = images(9, 17, 11, 7, torch.float32), torch.randn(17, 1, 5, 5)
     sums, M = (torch.rand(12, 17).double(), 9 * torch.eye(17).double().repeat(12, 1, 1)), torch.randn(12, 17, 17)
     found = []
@@ -255,15 +251,21 @@ def test_an_empty_batch_gives_an_empty_batch():
     assert not any(found.any() for found in native.products([empty], [empty]))
 
 
-@pytest.mark.parametrize("weight", [torch.randn(4, 1, 3, 3), torch.randn(9, 1, 3, 3).double(), torch.randn(9, 1, 3, 5)])
-def test_what_does_not_fit_is_refused_or_done_by_pytorch(weight):
+@pytest.mark.parametrize(
+    ("weight", "padding"),
+    [
+        (torch.randn(4, 1, 3, 3), 1),
+        (torch.randn(9, 1, 3, 3).double(), 1),
+        (torch.randn(9, 1, 3, 5), 1),
+        (torch.randn(9, 1, 4, 4), 1),
+        (torch.randn(9, 1, 3, 3), 0),
+        (torch.randn(9, 1, 3, 3).mT, 1),
+    ],
+)
+def test_kernels_that_do_not_fit_are_refused(weight, padding):
     x = images(2, 9, 6, 6, torch.float32)
-    convolution = only(weight, (1, 1, 1))
-    if weight.shape[-1] == 5:
-        assert native.depthwise([x], [False], *convolution)[0].shape == (2, 9, 6, 4)
-    else:
-        with pytest.raises(RuntimeError):
-            native.depthwise([x], [False], *convolution)
+    with pytest.raises(ValueError, match="must be"):
+        native.depthwise([x], [False], *only(weight, (1, padding, 1)))
 
 
 def test_a_kernel_may_convolve_several_images():
@@ -303,7 +305,7 @@ def test_tensors_that_do_not_fit_together_are_refused():
         native.depthwise([x, x[..., 1:]], [False, False], kernels, convolutions)
     sums, grams, M = torch.rand(1, 9).double(), torch.rand(1, 9, 9).double(), torch.randn(1, 3, 9)
     scale, bias = torch.rand(1, 3), torch.rand(1, 3)
-    *_, kept = native.fold(sums, grams, 9.0, M, scale, bias, 0.1, 1)
+    *_, moments = native.fold(sums, grams, 9.0, M, scale, bias, 0.1, 1)
     for wrong in (
         (sums[:, :8], grams, M, scale, bias),
         (sums.float(), grams, M, scale, bias),
@@ -318,11 +320,32 @@ def test_tensors_that_do_not_fit_together_are_refused():
             native.fold(*wrong[:2], 9.0, *wrong[2:], 0.1, 1)
     for wrong in ((scale[:, :2], sums[:, :3]), (scale, sums[:, :2]), (scale.double(), sums[:, :3])):
         with pytest.raises(ValueError, match="must be"):
-            native.fold_gradients(wrong[1], M.double(), 9.0, M, wrong[0], kept, True, True, True)
+            native.fold_gradients(wrong[1], M.double(), 9.0, M, wrong[0], moments, True, True, True)
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "'unbalanced"])
-def test_without_a_compiler_one_line_says_so_and_all_works(compiler, monkeypatch, caplog):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "darts"
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", "'unbalanced", "silent", "empty", "slow"])
+def test_without_a_compiler_one_line_says_so(compiler, cache, tmp_path, monkeypatch, caplog):
+    """Missing, failing with and without a message, building a library without the functions, hanging."""
+    scripts = {
+        "silent": "exit 3",
+        "empty": f'for last; do :; done; echo | {CC} -x c - -shared -o "$last"',
+        "slow": "sleep 60",
+    }
+    if compiler in scripts:
+        compiler = str(script(tmp_path / compiler, scripts[compiler]))
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(logging.getLogger("darts"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="darts"):
@@ -330,3 +353,49 @@ def test_without_a_compiler_one_line_says_so_and_all_works(compiler, monkeypatch
     (record,) = caplog.records
     assert compiler in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_what_is_compiled_is_kept_and_found_again(cache, tmp_path, monkeypatch):
+    assert COMPILE(torch.float32) is not None
+    (kept,) = cache.iterdir()
+    run = subprocess.run
+
+    def only_version(command, **options):
+        assert command[-1] == "--version", "nothing is to be compiled"
+        return run(command, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", only_version)
+        assert COMPILE(torch.float32) is not None
+    assert list(cache.iterdir()) == [kept]
+    failing = script(tmp_path / "cc", f'[ "$1" = --version ] && exec {CC} --version; exit 1')
+    monkeypatch.setenv("CC", str(failing))  # another compiler, another library
+    assert COMPILE(torch.float32) is None
+
+
+@pytest.mark.parametrize("change", ["source", "options"])
+def test_another_source_or_other_options_are_compiled_anew(change, cache, tmp_path, monkeypatch):
+    COMPILE(torch.float32)
+    if change == "source":
+        changed = tmp_path / "native.c"
+        changed.write_text(native.SOURCE.read_text() + "/* changed */\n")
+        monkeypatch.setattr(native, "SOURCE", changed)
+    else:
+        monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-g"))
+    COMPILE(torch.float32)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_folder_that_is_not_the_users_own_is_not_trusted(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert native._cache_folder() is None
+    assert COMPILE(torch.float32) is not None  # for this process alone
+    assert not list(cache.iterdir())
+
+
+def test_many_processes_may_compile_at_once(cache):
+    code = "import torch; from models.fast import native; assert native.knows(torch.float32)"
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    assert [path.suffix for path in cache.iterdir()] == [".so"]

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from genotypes import DARTS_V2
-from models import chains, native
 from models.augment_cells import AugmentCell
+from models.augment_cnn import AugmentCNN
+from models.choices import EXECUTIONS
+from models.fast import native
+from models.fast.augment_cell import run
 from models.ops import DilConv, DropPath_, PoolBN, SepConv
 from models.sync_bn import synchronise
 
@@ -58,17 +61,14 @@ def test_a_chain_gives_what_its_modules_give(name, stride, affine, synced, train
     if synced:
         synchronise(op)
     x = channels_last(N, K, H, W)
-    assert_same(results(chains.run, copy.deepcopy(op), x), results(modules, op, x))
+    assert_same(results(run, copy.deepcopy(op), x), results(modules, op, x))
 
 
-def test_it_can_be_differentiated_twice():
+@pytest.mark.skipif(not native.knows(torch.float64), reason="needs a C compiler")
+def test_a_second_derivative_is_refused_rather_than_wrong():
     op, x = SepConv(3, 4, 3, 2, 1).double(), channels_last(4, 3, 5, 6)
-
-    def second(function):
-        g, *gs = torch.autograd.grad(function(op, x).pow(3).sum(), [x, *op.parameters()], create_graph=True)
-        return torch.autograd.grad(sum(part.square().sum() for part in (g, *gs)), [x, *op.parameters()])
-
-    assert_same(second(chains.run), second(modules))
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(run(op, x).pow(3).sum(), x, create_graph=True)
 
 
 @pytest.mark.skipif(not native.knows(torch.float64), reason="needs a C compiler")
@@ -84,7 +84,7 @@ def test_it_takes_two_steps_for_each_link_instead_of_four():
             function = next((f for f in before if "Accumulate" not in type(f).__name__), None)
         return names
 
-    assert steps(chains.run(SepConv(8, 8, 3, 1, 1).double(), x)) == ["MixtureBackward", "_ChannelsLastBackward"] * 2
+    assert steps(run(SepConv(8, 8, 3, 1, 1).double(), x)) == ["MixtureBackward", "_DepthwiseBackward"] * 2
 
 
 @pytest.mark.parametrize("place", ["relu", "depthwise", "pointwise", "bn", "whole"])
@@ -93,7 +93,7 @@ def test_hooks_inside_an_operation_are_called(place, kind):
     op, called = nn.Sequential(DilConv(3, 3, 3, 1, 1, 1).double(), DropPath_()), []
     module = op if place == "whole" else op[0][["relu", "depthwise", "pointwise", "bn"].index(place)]
     getattr(module, f"register_{kind}_hook")(lambda *arguments: called.append(place))
-    y = chains.run(op, channels_last(2, 3, 5, 5))
+    y = run(op, channels_last(2, 3, 5, 5))
     y.sum().backward()
     assert called == [place]
 
@@ -138,10 +138,10 @@ CHANGES = {
 def test_what_has_been_changed_runs_by_itself(change):
     """After an unchanged one has run, whose way it must not take."""
     op, x = SepConv(4, 4, 3, 1, 1).double(), channels_last(2, 4, 6, 6)
-    chains.run(op, x)
+    run(op, x)
     CHANGES[change](op)
     state = copy.deepcopy(op.state_dict())
-    found = results(chains.run, op, x)
+    found = results(run, op, x)
     found = [tensor.clone() for tensor in found]
     op.load_state_dict(state)
     assert_same(found, results(modules, op, x))
@@ -152,9 +152,9 @@ def test_frozen_parameters_get_no_gradient(frozen):
     op, x = DilConv(4, 4, 3, 1, 1, 1).double(), channels_last(2, 4, 6, 6)
     for place, part in enumerate(op):
         part.requires_grad_(frozen != "all but x" and place != ["relu", "depthwise", "pointwise", "bn"].index(frozen))
-    x_alone = torch.autograd.grad(chains.run(op, x).pow(3).sum(), x)
+    x_alone = torch.autograd.grad(run(op, x).pow(3).sum(), x)
     assert_same(x_alone, torch.autograd.grad(modules(op, x).pow(3).sum(), x))
-    chains.run(op, x).sum().backward()
+    run(op, x).sum().backward()
     assert [p.grad is None for p in op.parameters()] == [not p.requires_grad for p in op.parameters()]
 
 
@@ -162,27 +162,54 @@ def test_other_types_run_as_they_are():
     """Mixed precision keeps its type; networks of mixed types, which PyTorch allows, run."""
     op, x = DilConv(4, 4, 3, 1, 1, 1), channels_last(2, 4, 6, 6).detach().float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert chains.run(op, x).dtype == op(x).dtype
+        assert run(op, x).dtype == op(x).dtype
     op[1].bfloat16()
     op[2].bfloat16()
-    assert torch.equal(chains.run(copy.deepcopy(op), x.bfloat16()), op(x.bfloat16()))
+    assert torch.equal(run(copy.deepcopy(op), x.bfloat16()), op(x.bfloat16()))
 
 
 @pytest.mark.parametrize(("reduction_p", "reduction"), [(False, False), (True, False), (False, True)])
-def test_a_cell_gives_what_its_modules_give(reduction_p, reduction, monkeypatch):
-    cell = AugmentCell(DARTS_V2, 6, 8, 4, reduction_p, reduction).double()
+def test_a_cell_gives_what_its_modules_give(reduction_p, reduction):
+    fused = AugmentCell(DARTS_V2, 6, 8, 4, reduction_p, reduction).double()
+    plain = copy.deepcopy(fused)
+    plain.execution = "plain"
     s0, s1 = channels_last(3, 6, *[13 if reduction_p else 7] * 2), channels_last(3, 8, 7, 7)
-    whole = copy.deepcopy(cell)
-    found = results(lambda cell, s0: cell(s0, s1), whole, s0)
-    monkeypatch.setattr(chains, "run", lambda op, x: op(x))
-    assert_same(found, results(lambda cell, s0: cell(s0.contiguous(), s1.contiguous()), cell, s0))
+    assert_same(*(results(lambda cell, s0: cell(s0, s1), cell, s0) for cell in (fused, plain)))
+
+
+def test_a_network_takes_either_execution_and_no_other():
+    for execution in EXECUTIONS:
+        net = AugmentCNN(8, 1, 4, 3, 2, False, DARTS_V2, execution=execution)
+        assert {cell.execution for cell in net.cells} == {execution}
+    with pytest.raises(ValueError, match="fused, plain"):
+        AugmentCNN(8, 1, 4, 3, 2, False, DARTS_V2, execution="faster")
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, DilConv, SepConv])
+def test_a_class_that_is_patched_runs_its_new_forward(kind, monkeypatch):
+    op, x, called = SepConv(4, 4, 3, 1, 1).double(), channels_last(2, 4, 6, 6), []
+    run(op, x)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: (called.append(type(self)), original(self, x))[1])
+    run(op, x)
+    assert kind in called
+
+
+def test_hooks_on_all_modules_are_called():
+    op, x, called = SepConv(4, 4, 3, 1, 1).double(), channels_last(2, 4, 6, 6), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module)))
+    try:
+        run(op, x)
+    finally:
+        handle.remove()
+    assert called.count(nn.Conv2d) == 4
 
 
 def test_drop_path_may_change_its_output_in_place():
     torch.manual_seed(0)
     op, x = nn.Sequential(SepConv(3, 3, 3, 1, 1).double(), DropPath_(0.5)), channels_last(6, 3, 4, 4)
     torch.manual_seed(1)
-    found = results(chains.run, copy.deepcopy(op), x)
+    found = results(run, copy.deepcopy(op), x)
     torch.manual_seed(1)
     assert_same(found, results(modules, op, x))
     assert any(not image.any() for image in found[0])
@@ -190,9 +217,9 @@ def test_drop_path_may_change_its_output_in_place():
 
 def test_other_operations_run_as_they_are():
     op, x = PoolBN("max", 3, 3, 1, 1).double(), channels_last(2, 3, 5, 5)
-    assert_same(results(chains.run, copy.deepcopy(op), x), results(modules, op, x))
+    assert_same(results(run, copy.deepcopy(op), x), results(modules, op, x))
 
 
 def test_one_value_a_channel_is_refused_in_training():
     with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
-        chains.run(DilConv(3, 3, 3, 2, 1, 1).double(), channels_last(1, 3, 2, 2))
+        run(DilConv(3, 3, 3, 2, 1, 1).double(), channels_last(1, 3, 2, 2))
