@@ -68,7 +68,7 @@ class Architect:
         difference of two gradients that lie so near each other would be rounding noise.
         """
         alphas = self.alphas
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dw)))
+        norm = torch.nn.utils.get_total_norm(dw)
         if norm == 0:
             return [torch.zeros_like(alpha) for alpha in alphas]
         eps = self.eps_scale / norm

@@ -9,82 +9,96 @@ torchrun --nproc-per-node 8 augment.py ...                               # the s
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
+from config import AugmentConfig
+
+if __name__ == "__main__":
+    AugmentConfig.answer_help()  # at once: `import torch` takes seconds
+
+import sys
+
 import torch
 from torch import nn
 
-from config import AugmentConfig
 from genotypes import from_str, resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from preproc import preprocessing
 from running import ranks
 from running.costs import cost, describe, describe_latency
+from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
 from running.loading import Loader
-from running.run import Meters, one_line, open_run, seed_generators
-from utils import cosine_lr, exponential_lr, get_data, objects_that_stay, param_size
+from running.progress import Meters
+from running.run import Run
+from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, one_line, param_size
 
 
-def main():
-    config = ranks.first(AugmentConfig)
+def main(network=AugmentCNN):
+    """Train, or evaluate, as the command line says. network: the class to use; a script of yours gives a subclass."""
+    with user_errors_in_one_line("augment.py"), ranks.group():
+        augment(network)
+
+
+def augment(network):
+    config = ranks.on_rank_0(AugmentConfig)
     if config.evaluate:
         if ranks.size() > 1:
             raise ranks.user_error("--evaluate takes one process; leave torchrun out")
-        return ranks.first(lambda: print_accuracy(config))
-    genotype = ranks.first(lambda: resolve(config.genotype))
+        return print_accuracy(config)
+    genotype = ranks.on_rank_0(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # a folder may change; the run's configuration must not
     if config.gpus:
-        ranks.launch(config.gpus, __file__)
-    run = open_run(config)
-    device = run.device
+        ranks.launch(config.gpus, sys.argv[0])
+    run = Run(config)
 
-    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: get_data(
-        config.dataset, config.data_path, config.cutout_length, validation=True,
-        image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
-        skip_bad_images=config.skip_bad_images, crops=config.stem == "imagenet",
-    ))  # fmt: skip
-    if config.aux_weight > 0 and config.batch_size < 2:
-        raise ranks.user_error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
-    if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
-        raise ranks.user_error(
-            "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "
-            f"{size} and {config.init_channels}"
-        )
-    loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
-    trn_loader = Loader(trn_data, range(len(trn_data)), **loading)
-    val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **loading)
+    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config))
+    check_sizes(config, size)
+    options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers, "seed": config.seed}
+    trn_loader = Loader(trn_data, range(len(trn_data)), **options)
+    val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **options)
 
     seed_generators(config.seed)
-    net = AugmentCNN(
-        size, channels, config.init_channels, n_classes, config.layers, config.aux_weight > 0, genotype,
+    net = network(
+        size,
+        channels,
+        config.init_channels,
+        n_classes,
+        config.layers,
+        config.aux_weight > 0,
+        genotype,
         stem=config.stem,
-    )  # fmt: skip
-    net = net.to(device, memory_format=torch.channels_last)
-    if config.init_checkpoint and not ranks.first(run.has_checkpoint):
-        checkpoint = ranks.first(lambda: load_trained(config.init_checkpoint))
+        execution=config.execution,
+    )
+    net = net.to(run.device, memory_format=torch.channels_last)
+    if config.init_checkpoint and not ranks.on_rank_0(run.will_resume):
+        checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint))
         if from_str(checkpoint["config"]["genotype"]) != genotype:
             raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
-        start_from(net, checkpoint)
+        start_from(net, checkpoint, val_data.class_names(n_classes))
     costs = describe(cost(net, channels, size))
-    latency = ranks.first(lambda: describe_latency(net, channels, size))
+    latency = ranks.on_rank_0(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
         synchronise(net)
-    trained = ranks.data_parallel(net, device)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optim = torch.optim.SGD(
         net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
 
-    keeps = {"net": net, "optim": optim}
-    about = {"genotype": config.genotype, "input_size": size, "input_channels": channels}
-    about["preprocessing"] = preprocessing(config.dataset, size, config.stem == "imagenet")
-    about |= {"classes": val_data.class_names(n_classes)} | dict(zip(("mean", "std"), val_data.normalisation()))
-    with run.interruptible(), objects_that_stay():
-        run.start(keeps, top1=0.0, best_top1=0.0, **about)
-        results = run.results
+    results = {
+        "top1": 0.0,
+        "best_top1": 0.0,
+        "genotype": config.genotype,
+        "input_size": size,
+        "input_channels": channels,
+        "preprocessing": preprocessing(config.dataset, size, config.stem == "imagenet"),
+        "classes": val_data.class_names(n_classes),
+        "data": {"training": trn_data.fingerprint(), "test": val_data.fingerprint()},
+    }
+    results["mean"], results["std"] = val_data.normalisation()
+    with run.interruptible(), garbage_collection_of_new_objects():
+        results = run.start({"net": net, "optim": optim}, results, network=network)
         if config.lr_decay:
-            scheduler = exponential_lr(optim, config.lr_decay, run.epoch)
+            scheduler = exponential_lr(optim, config.lr_decay, done=run.epoch)
         else:
             scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
         run.log(
@@ -96,77 +110,115 @@ def main():
 
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
-            if not run.trained:
-                train(epoch, run, trained, net, criterion, trn_loader, optim)
-            top1 = validate(epoch, run, net, nn.CrossEntropyLoss(), val_loader)
+            if not run.position["trained"]:
+                train(epoch, run, net, trn_loader, optim)
+            top1 = validate(epoch, run, net, val_loader)
             scheduler.step()
             is_best = epoch == 1 or top1 > results["best_top1"]
             results |= {"top1": top1, "best_top1": max(top1, results["best_top1"])}
-            run.end_epoch(is_best)
+            run.end_epoch(is_best, results)
+            run.stop_if_asked()
 
-    top1 = results["top1"]
     run.finish(
-        epochs=config.epochs, test_top1=top1, test_error=1 - top1, best_test_top1=results["best_top1"],
+        epochs=config.epochs,
+        test_top1=results["top1"],
+        test_error=1 - results["top1"],
+        best_test_top1=results["best_top1"],
         parameters_M=param_size(net),
-    )  # fmt: skip
+    )
+
+
+def load_data(config):
+    """[size, channels, n_classes, training images, test images]."""
+    return get_data(
+        config.dataset,
+        config.data_path,
+        config.cutout_length,
+        validation=True,
+        image_size=config.image_size,
+        image_channels=config.image_channels,
+        seed=config.seed,
+        skip_bad_images=config.skip_bad_images,
+        crops=config.stem == "imagenet",
+    )
+
+
+def check_sizes(config, size):
+    """Raise UserError unless the network can be trained on batches and images of this size (pixels a side)."""
+    if config.aux_weight > 0 and config.batch_size < 2:
+        raise ranks.user_error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
+    if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
+        raise ranks.user_error(
+            "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "
+            f"{size} and {config.init_channels}"
+        )
 
 
 def print_accuracy(config):
     """The accuracy of a trained network, overall and by class."""
     data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
-    found = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
-    confusion = found.confusion()
-    print(f"{found.checkpoint}: top 1 {found.top1:.2%} of {len(found.labels)} test images")
-    for name, row, hits in zip(found.names, confusion, confusion.diagonal()):
+    evaluation = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
+    confusion = evaluation.confusion()
+    print(f"{evaluation.checkpoint}: top 1 {evaluation.top1:.2%} of {len(evaluation.labels)} test images")
+    for name, row, hits in zip(evaluation.names, confusion, confusion.diagonal()):
         print(f"{hits / max(row.sum(), 1):8.2%} of {row.sum():5}  {name}")
 
 
-def train(epoch, run, trained, net, criterion, loader, optim):
-    """One epoch: the loss, and the auxiliary head's by its weight. trained: the net, or on several ranks its DDP."""
+def train(epoch, run, net, loader, optim):
+    """One epoch of SGD on the loss of the logits, plus that of the auxiliary head's times its weight."""
     config = run.config
-    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", training=True)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    weights = list(net.parameters())
+    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", len(loader), run.position)
 
     net.train()
-    parameters = list(net.parameters())
-    for X, y, n in meters.watch(loader.epoch(epoch, meters.first), len(loader)):
-        net.shared_batch(n, ranks.rows(n))
+    for X, y, n in loader.epoch(epoch, meters.steps_done):
+        net.shared_batch(n, ranks.rows(n))  # drop path draws for the global batch
+        optim.zero_grad()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
-            logits, aux_logits = trained(X)
+            logits, aux_logits = net(X)
             loss = objective = criterion(logits, y)
             if aux_logits is not None:
                 objective = loss + config.aux_weight * criterion(aux_logits, y)
-        optim.zero_grad()
-        (objective * ranks.ddp_weight(n)).backward()
-        if not config.sync_bn:
-            ranks.average_statistics(net, y)
-        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        (objective,) = ranks.average([ranks.row_weighted(objective.detach(), y)], y)
-        run.stop_unless_finite("w", objective, norm, optim.param_groups[0]["lr"], epoch, {"w": loader.samples})
+        ranks.row_weighted(objective, y).backward()
+        objective = ranks.average_step(objective.detach(), net, weights, y, config.sync_bn)
+        norm = nn.utils.clip_grad_norm_(weights, config.grad_clip)
+        run.check_finite("w", objective, norm, optim, {"w": loader})
         optim.step()
 
         run.step += 1
         meters.update(loss.detach(), logits.detach(), y, n)
-        meters.scalars("step", "val")
+        meters.write_scalars("step", "val")
         run.scalar("lr/w", optim.param_groups[0]["lr"])
+        meters.show()
+        if meters.steps_done < len(loader):  # the last step is saved with the lines of the epoch's end, below
+            run.note_position(meters)
+            run.save_if_due()
+            run.stop_if_asked()
 
     meters.finish("train", f"lr {optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
-    run.scalar("speed/steps_per_second", 1 / meters.seconds_a_step)
-    run.after_training(meters, len(loader))
+    run.scalar("speed/steps_per_second", 1 / meters.seconds_per_step())
+    run.note_position(meters)
+    run.save_if_due()
+    run.stop_if_asked()
 
 
 @torch.no_grad()
-def validate(epoch, run, net, criterion, loader):
+def validate(epoch, run, net, loader):
     """Loss and accuracy on the test images; returns top 1 as a fraction."""
-    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  test")
+    criterion = nn.CrossEntropyLoss()
+    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  test", len(loader))
     net.eval()
-    for X, y, n in meters.watch(loader.epoch(epoch), len(loader)):
+    for X, y, n in loader.epoch(epoch):
         logits, _ = net(X)
         meters.update(criterion(logits, y), logits, y, n)
+        meters.show()
+        run.save_if_due()
+        run.stop_if_asked()
     meters.finish("test")
     return meters.top1.avg
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_line("augment.py"), ranks.group():
-        main()
+    main()

@@ -14,7 +14,7 @@ from running.errors import OneLineParser, UserError
 from running.folder import RunFolder, launcher
 
 MAX_NUMBER = 2**31 - 1  # that any option takes
-MAY_CHANGE = ("epochs", "workers", "device", "print_freq")  # when a run is resumed; all else comes from the run
+MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # when a run is resumed; the rest is the run's
 NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # options of the command, not the run
 
 

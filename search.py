@@ -9,49 +9,74 @@ torchrun --nproc-per-node 8 search.py                                    # the s
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run
 """
 
+from config import AugmentConfig, SearchConfig
+
+if __name__ == "__main__":
+    SearchConfig.answer_help()  # at once: `import torch` takes seconds
+
+import shutil
+import sys
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from architect import Architect
-from config import AugmentConfig, SearchConfig
-from genotypes import GENOTYPE_FILE, PRIMITIVES, as_lists, from_str
+from genotypes import as_lists, from_str
 from models.augment_cnn import AugmentCNN
-from models.search_cnn import SearchCNN, softmax
+from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
+from report.cells import HOW_TO_INSTALL, plot
 from running import ranks
 from running.costs import cost, describe, describe_latency
 from running.data_sets import stratified_split
+from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
+from running.folder import write_json
 from running.loading import Loader, mix
-from running.run import HISTORY, Meters, alpha_tag, one_line, open_run, quote, seed_generators
-from utils import cosine_lr, get_data, objects_that_stay, param_size
+from running.progress import Meters
+from running.run import Run
+from running.tensorboard import alpha_tag
+from utils import cosine_lr, garbage_collection_of_new_objects, get_data, one_line, param_size, shell_quote
 
 
-def main():
-    config = ranks.first(SearchConfig)
+def main(network=SearchCNN, architect=Architect):
+    """Run the search that the command line describes.
+
+    network, architect: the classes to use; a script of yours gives subclasses of these.
+    """
+    with user_errors_in_one_line("search.py"), ranks.group():
+        search(network, architect)
+
+
+def search(network, architect):
+    config = ranks.on_rank_0(SearchConfig)
     if config.gpus:
-        ranks.launch(config.gpus, __file__)
-    run = open_run(config)
-    device = run.device
+        ranks.launch(config.gpus, sys.argv[0])
+    run = Run(config)
 
     # the training set in two halves: w learns on one, alpha on the other
-    size, channels, n_classes, data = ranks.in_turn(lambda: get_data(
-        config.dataset, config.data_path, cutout_length=0, validation=False,
-        image_size=config.image_size, image_channels=config.image_channels, seed=config.seed,
-        skip_bad_images=config.skip_bad_images,
-    ))  # fmt: skip
+    size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config))
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
-    loading = {"batch_size": config.batch_size, "device": device, "workers": config.workers, "seed": config.seed}
-    trn_loader = Loader(data, w_half, **loading)
-    val_loader = Loader(data, alpha_half, **loading | {"seed": mix(config.seed, 1)})
-    eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **loading)
+    options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers}
+    trn_loader = Loader(data, w_half, seed=config.seed, **options)
+    val_loader = Loader(data, alpha_half, seed=mix(config.seed, 1), **options)
+    eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **options)
 
     seed_generators(config.seed)
-    net = SearchCNN(
-        channels, config.init_channels, n_classes, config.layers, nn.CrossEntropyLoss(), config.nodes,
-        execution=config.execution, recompute=config.recompute,
-    )  # fmt: skip
-    net = net.to(device, memory_format=torch.channels_last)
+    net = network(
+        channels,
+        config.init_channels,
+        n_classes,
+        config.layers,
+        nn.CrossEntropyLoss(),
+        config.nodes,
+        execution=config.execution,
+        recompute=config.recompute,
+        primitives=config.primitives.split(","),
+    )
+    net = net.to(run.device, memory_format=torch.channels_last)
     if config.sync_bn:
         synchronise(net)
     w_optim = torch.optim.SGD(
@@ -60,107 +85,186 @@ def main():
     alpha_optim = torch.optim.Adam(
         net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
     )
-    architect = Architect(net, config.w_momentum, config.w_weight_decay)
+    bilevel = architect(net, config.w_momentum, config.w_weight_decay)
 
-    keeps = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
-    with run.interruptible(), objects_that_stay():
-        run.start(keeps, found={}, history=[])
-        found, history = run.results["found"], run.results["history"]
-        scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, run.epoch)
-        chart_edges(run, config.nodes)
+    state = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
+    with run.interruptible(), garbage_collection_of_new_objects():
+        results = run.start(state, {"found": {}, "history": []}, network=network, architect=architect)
+        genotypes, history = results["found"], results["history"]  # "last" and "best"; of each epoch
+        scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done=run.epoch)
+        chart_edges(run, net)
         run.log(
             f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
             f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
         )
+        if shutil.which("dot") is None:
+            run.log(f"cells are kept as graphviz sources in {run.folder.plots}; {HOW_TO_INSTALL}")
 
         for epoch in range(run.epoch + 1, config.epochs + 1):
-            if not run.trained:
-                train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
+            if not run.position["trained"]:
+                train(epoch, run, net, bilevel, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
-            found["last"] = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
-            history.append(found["last"])
-            is_best = "best" not in found or top1 > found["best"]["valid_top1"]
-            if is_best:
-                found["best"] = found["last"]
-            show(epoch, run, net, found, history)
-            run.end_epoch(is_best)
+            last = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
+            is_best = "best" not in genotypes or top1 > genotypes["best"]["valid_top1"]
+            genotypes = {"last": last, "best": last if is_best else genotypes["best"]}
+            history.append(last)
+            if ranks.rank() == 0:
+                show(epoch, run, net, genotypes, history)
+            run.end_epoch(is_best, {"found": genotypes, "history": history})
+            run.stop_if_asked()
 
-    last, best = found["last"], found["best"]
+    last, best = genotypes["last"], genotypes["best"]
     run.finish(
-        epochs=last["epoch"], valid_top1=last["valid_top1"], best_valid_top1=best["valid_top1"],
-        best_epoch=best["epoch"], genotype=last["string"],
-    )  # fmt: skip
+        epochs=last["epoch"],
+        valid_top1=last["valid_top1"],
+        best_valid_top1=best["valid_top1"],
+        best_epoch=best["epoch"],
+        genotype=last["string"],
+    )
     if ranks.rank() == 0:
         show_cost(run, from_str(last["string"]), size, channels, n_classes)
-    run.log("train what was found:")
-    if ranks.rank() == 0:
-        print(f"python augment.py {config.data_options()} --genotype {quote(last['string'])}")
+        run.log("train the cell:")
+        print(f"python augment.py {config.data_options()} --genotype {shell_quote(last['string'])}")
+
+
+def load_data(config):
+    """(size, channels, n_classes, training images)."""
+    return get_data(
+        config.dataset,
+        config.data_path,
+        cutout_length=0,
+        validation=False,
+        image_size=config.image_size,
+        image_channels=config.image_channels,
+        seed=config.seed,
+        skip_bad_images=config.skip_bad_images,
+    )
 
 
 def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):
     """One epoch of Algorithm 1: alpha descends L_V through a virtual step of w, then w descends L_T."""
     config = run.config
-    xi = scheduler.get_last_lr()[0] if config.order == "second" else 0.0
-    weights = list(net.weights())
-    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", training=True)
-    steps = min(len(trn_loader), len(val_loader))
-
-    def stop_unless_finite(phase, loss, gradient_norm):
-        optim = alpha_optim if phase == "alpha" else w_optim
-        batch = {"w": trn_loader.samples, "alpha": val_loader.samples}
-        run.stop_unless_finite(phase, loss, gradient_norm, optim.param_groups[0]["lr"], epoch, batch)
+    xi = scheduler.get_last_lr()[0] if config.order == "second" else 0.0  # of eq. 6; w's learning rate, or first order
+    weights, alphas = list(net.weights()), list(net.alphas())
+    loaders = {"w": trn_loader, "alpha": val_loader}
+    n_steps = min(len(trn_loader), len(val_loader))
+    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", n_steps, run.position)
+    mixed_precision = torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp)
 
     net.train()
-    batches = zip(trn_loader.epoch(epoch, meters.first), val_loader.epoch(epoch, meters.first))
-    for (trn_X, trn_y, n), (val_X, val_y, _) in meters.watch(batches, steps):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
+    batches = zip(trn_loader.epoch(epoch, meters.steps_done), val_loader.epoch(epoch, meters.steps_done))
+    for (trn_X, trn_y, n), (val_X, val_y, _) in batches:
+        # one draw for all passes of the step: else eq. 7 divides the difference of two draws by 2 eps
+        net.noise = net.draw_noise()
+
+        # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
+        with mixed_precision:
             val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
-        stop_unless_finite("alpha", val_loss, norm([alpha.grad for alpha in architect.alphas]))
+        alpha_norm = nn.utils.get_total_norm([alpha.grad for alpha in alphas])
+        run.check_finite("alpha", val_loss, alpha_norm, alpha_optim, loaders)
         alpha_optim.step()
 
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
+        # w: a step by the gradient of L_T(w, alpha), at the new alpha
+        w_optim.zero_grad()
+        with mixed_precision:
             logits = net(trn_X)
             loss = net.criterion(logits, trn_y)
-        w_optim.zero_grad()
         ranks.row_weighted(loss, trn_y).backward(inputs=weights)
-        loss = of_all_ranks(loss.detach(), net, weights, trn_y, config.sync_bn)
-        stop_unless_finite("w", loss, nn.utils.clip_grad_norm_(weights, config.w_grad_clip))
+        trn_loss = ranks.average_step(loss.detach(), net, weights, trn_y, config.sync_bn)
+        w_norm = nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
+        run.check_finite("w", trn_loss, w_norm, w_optim, loaders)
         w_optim.step()
 
         run.step += 1
-        meters.update(loss, logits.detach(), trn_y, n)
-        meters.scalars("step", "val")
+        meters.update(trn_loss, logits.detach(), trn_y, n)
+        meters.write_scalars("step", "val")
         run.scalar("step/alpha_loss", val_loss.item())
         run.scalar("lr/w", w_optim.param_groups[0]["lr"])
         run.scalar("lr/alpha", alpha_optim.param_groups[0]["lr"])
+        meters.show()
+        if meters.steps_done < n_steps:  # the last step is saved with the lines of the epoch's end, below
+            run.note_position(meters)
+            run.save_if_due()
+            run.stop_if_asked()
 
     meters.finish("train", f"w_lr {w_optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
-    run.scalar("speed/steps_per_second", 1 / meters.seconds_a_step)
-    run.after_training(meters, steps)
-
-
-def of_all_ranks(loss, net, weights, y, sync_bn):
-    """The global batch's loss; and gives every rank its gradient and the mean of BN's running statistics."""
-    loss, *grads = ranks.average([ranks.row_weighted(loss, y), *(w.grad for w in weights)], y)
-    for w, grad in zip(weights, grads):
-        w.grad = grad
-    if not sync_bn:
-        ranks.average_statistics(net, y)
-    return loss
+    run.scalar("speed/steps_per_second", 1 / meters.seconds_per_step())
+    run.note_position(meters)
+    run.save_if_due()
+    run.stop_if_asked()
 
 
 @torch.no_grad()
 def validate(epoch, run, net, loader):
     """Loss and accuracy on the alphas' half, without augmentation; returns top 1 as a fraction."""
-    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  valid")
+    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  valid", len(loader))
     net.eval()
-    for X, y, n in meters.watch(loader.epoch(epoch), len(loader)):
+    for X, y, n in loader.epoch(epoch):
         logits = net(X)
         meters.update(net.criterion(logits, y), logits, y, n)
+        meters.show()
+        run.save_if_due()
+        run.stop_if_asked()
     meters.finish("valid")
     return meters.top1.avg
+
+
+def chart_edges(run, net):
+    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
+    charts = {}
+    for kind, nodes in net.edge_weights().items():
+        edges = [(node, source) for node, weights in enumerate(nodes) for source in range(len(weights))]
+        charts[f"alpha_{kind}"] = {
+            f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in net.primitives]]
+            for node, source in edges
+        }
+    run.tensorboard.add_custom_scalars(charts)
+
+
+@torch.no_grad()
+def show(epoch, run, net, genotypes, history):
+    """The state of the search: edge weights and genotype in the log, TensorBoard, pictures, genotype.json, history."""
+    genotype = net.genotype()
+    for kind, weights in net.edge_weights().items():
+        gene = getattr(genotype, kind)
+        show_edges(run, kind, net.primitives, weights)
+        for line in cell_in_words(kind, gene, net.primitives, weights):
+            run.log(line)
+        with run.surviving_full_disk("a picture"):
+            path = plot(gene, run.folder.plots / f"epoch{epoch:03d}-{kind}", f"{kind} cell, epoch {epoch}")
+            if path.suffix == ".png":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                run.tensorboard.add_image(f"cell/{kind}", pixels, run.step, dataformats="HWC")
+    run.log(f"genotype = {genotype}")
+    with run.surviving_full_disk(run.folder.genotype.name):
+        write_json(run.folder.history, history)
+        forms = {which: entry | as_lists(from_str(entry["string"])) for which, entry in genotypes.items()}
+        write_json(run.folder.genotype, forms)
+
+
+def show_edges(run, kind, primitives, weights):
+    """The candidates' weights on every edge, in the log in percent, and in TensorBoard."""
+    run.log(f"weights of alpha_{kind}, %:  " + "  ".join(primitives))
+    for node, edges in enumerate(weights):
+        for source, row in enumerate(edges.tolist()):
+            columns = (f"{100 * weight:{len(op)}.2f}" for op, weight in zip(primitives, row))
+            run.log(f"node {node} from {source}".rjust(25) + ":  " + "  ".join(columns))
+            for op, weight in zip(primitives, row):
+                run.scalar(alpha_tag(kind, node, source, op), weight)
+
+
+def cell_in_words(kind, gene, primitives, weights):
+    """A line for each node of a cell: the operations chosen, their sources and weights."""
+    inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
+    for i, (edges, node_weights) in enumerate(zip(gene, weights)):
+        terms = []
+        for op, source in edges:
+            percent = 100 * node_weights[source, primitives.index(op)]
+            terms.append(f"{op:>12} of {inputs.get(source, f'node {source - 2}')} ({percent:.2f} %)")
+        yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
 
 
 def show_cost(run, genotype, size, channels, n_classes):
@@ -173,54 +277,5 @@ def show_cost(run, genotype, size, channels, n_classes):
     run.log(f"a forward pass takes {describe_latency(net, channels, size)}")
 
 
-def chart_edges(run, n_nodes):
-    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
-    edges = [(node, source) for node in range(n_nodes) for source in range(node + 2)]
-    run.tensorboard.add_custom_scalars(
-        {
-            f"alpha_{kind}": {
-                f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in PRIMITIVES]]
-                for node, source in edges
-            }
-            for kind in ("normal", "reduce")
-        }
-    )
-
-
-def norm(tensors):
-    """The Euclidean norm of all of them together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
-def cell_in_words(kind, gene, alpha):
-    """A line for each node of a cell: the operations chosen, where from, and their softmax weights."""
-    names = {0: "c_{k-2}", 1: "c_{k-1}"}
-    for i, (edges, weights) in enumerate(zip(gene, softmax(alpha))):
-        chosen = [(op, source, weights[source, PRIMITIVES.index(op)]) for op, source in edges]
-        terms = (f"{op:>12} of {names.get(source, f'node {source - 2}')} ({100 * w:.2f} %)" for op, source, w in chosen)
-        yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
-
-
-def show(epoch, run, net, found, history):
-    """The state of the search: softmax weights and genotype in the log, TensorBoard, pictures and genotype.json."""
-    genotype = net.genotype()
-    for kind, alpha in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
-        run.log(f"softmax of alpha_{kind}, %:  " + "  ".join(PRIMITIVES))
-        for i, edges in enumerate(softmax(alpha)):
-            for source, row in enumerate(edges.tolist()):
-                columns = (f"{100 * w:{len(op)}.2f}" for op, w in zip(PRIMITIVES, row))
-                run.log(f"node {i} from {source}".rjust(25) + ":  " + "  ".join(columns))
-                for op, w in zip(PRIMITIVES, row):
-                    run.scalar(alpha_tag(kind, i, source, op), w)
-        for line in cell_in_words(kind, getattr(genotype, kind), alpha):
-            run.log(line)
-        run.draw(getattr(genotype, kind), f"epoch{epoch:03d}-{kind}", f"cell/{kind}", f"{kind} cell, epoch {epoch}")
-    run.log(f"genotype = {genotype}")
-    with run.losing_only(GENOTYPE_FILE):
-        run.write_json(HISTORY, history)
-        run.write_json(GENOTYPE_FILE, {which: of | as_lists(from_str(of["string"])) for which, of in found.items()})
-
-
 if __name__ == "__main__":
-    with user_errors_in_one_line("search.py"), ranks.group():
-        main()
+    main()

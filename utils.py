@@ -6,12 +6,13 @@ import functools
 import gc
 import logging
 import math
+import shlex
 import sys
 
 import torch
 
 from preproc import data_transforms
-from running.checkpoints import save_checkpoint  # noqa: F401 -- offered here, as older DARTS code has it
+from running.checkpoints import save_checkpoint  # noqa: F401 - where users of older DARTS code look for it
 from running.data_sets import DATASETS, pixel_statistics
 from running.errors import UserError
 from running.image_folder import listed
@@ -19,9 +20,18 @@ from running.loading import Images
 
 
 def get_data(
-    dataset, data_path, cutout_length, validation, image_size=None, image_channels=None, seed=0, skip_bad_images=False,
-    crops=False, mean_std=None, hold_out_by_name=True,
-):  # fmt: skip
+    dataset,
+    data_path,
+    cutout_length,
+    validation,
+    image_size=None,
+    image_channels=None,
+    seed=0,
+    skip_bad_images=False,
+    crops=False,
+    mean_std=None,
+    hold_out_by_name=True,
+):
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
     dataset: a key of `DATASETS`; data_path: its folder; cutout_length: pixels, in training, at most half the image's
@@ -48,9 +58,15 @@ def get_data(
 
 
 def get_test_data(
-    dataset, data_path, mean_std, image_size=None, image_channels=None, skip_bad_images=False, crops=False,
+    dataset,
+    data_path,
+    mean_std,
+    image_size=None,
+    image_channels=None,
+    skip_bad_images=False,
+    crops=False,
     hold_out_by_name=True,
-):  # fmt: skip
+):
     """The test images alone, `valid_data` of `get_data`: of a `folder` with val/, train/ may be missing."""
     folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
     size, _, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
@@ -89,13 +105,13 @@ def get_logger(file_path):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that on a full disk costs lines, not the run."""
+    """A log file that on a full disk loses lines, and does not end the run."""
 
-    told = False
+    warned = False
 
     def handleError(self, record):
-        if not self.told:
-            self.told = True
+        if not self.warned:
+            self.warned = True
             print(f"warning: cannot write to {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
     def close(self):
@@ -112,16 +128,28 @@ def param_size(model):
 
 
 @contextlib.contextmanager
-def objects_that_stay():
-    """Within this, garbage collection leaves alone what was there before: modules and the network, 260,000 objects in
-    a search, which it would go through every third step, in a fifth of a second."""
+def garbage_collection_of_new_objects():
+    """Inside, garbage collection skips the objects that exist now: modules and the network, 260,000 in a search.
+
+    It would go through them every third step, in a fifth of a second.
+    """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.freeze)  # at the interpreter's end too, where it takes a second
+    atexit.register(gc.freeze)  # the collection at the interpreter's end would take a second too
     try:
         yield
     finally:
         gc.unfreeze()
+
+
+def shell_quote(text):
+    """The text as one word of a shell's: as it is, in double quotes where that is enough, as for a genotype."""
+    return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
+
+
+def one_line(value):
+    """The value as text without line breaks."""
+    return " ".join(str(value).split())
 
 
 class AverageMeter:

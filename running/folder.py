@@ -95,12 +95,12 @@ class RunFolder:
                 os.truncate(path, size)
 
 
-def write_atomically(path, data):
-    """Write bytes to a file so that a reader, or a kill, finds the old file or the new one, never a part.
+def write_temporary(path, data):
+    """Write bytes to a temporary file beside `path`, flushed to disk; returns it, to be renamed.
 
-    Raises OSError if it cannot be written; the old file stays.
+    Raises OSError if it cannot be written, and leaves nothing then.
     """
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -109,12 +109,15 @@ def write_atomically(path, data):
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
+    return temporary
 
 
 def write_json(path, content):
-    """Write a JSON file, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write a JSON file atomically: a reader, or a kill, finds the old file or the new one, never a part.
+
+    Raises OSError if it cannot be written; the old file stays then.
+    """
+    os.replace(write_temporary(path, (json.dumps(content, indent=2) + "\n").encode()), path)
 
 
 def launcher():

@@ -15,8 +15,7 @@ from torchvision import transforms
 from running import ranks
 from running.errors import UserError
 from running.image_folder import listed
-
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+from running.signals import STOP_SIGNALS
 
 
 class Images(Dataset):
@@ -182,7 +181,7 @@ class Loader:
 
 
 def _leave_signals_to_the_main_process(worker):
-    for name in STOPPING:
+    for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
 
 

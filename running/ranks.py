@@ -1,8 +1,8 @@
-"""One run on many processes, the ranks, each with a part of every batch: what torch.distributed leaves to the program.
+"""One run on several processes, the ranks, each with some rows of every batch.
 
-torchrun starts the ranks and brings them together; without it there is one, and nothing here does anything. A rank
-takes some rows of every global batch. With L_r the mean loss over the n_r rows of rank r, the global batch's loss is
-sum_r n_r L_r / sum_r n_r, and so is every gradient of it. Weights, alphas and optimizers are the same on every rank.
+torchrun starts the ranks and connects them. Without it there is one rank, and the functions here return at once. With
+L_r the mean loss over the n_r rows of rank r, the loss of the global batch is sum_r n_r L_r / sum_r n_r, and its
+gradients are averaged likewise. Weights, alphas and optimizers are the same on every rank.
 """
 
 import contextlib
@@ -10,13 +10,10 @@ import hashlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import uuid
-import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,28 +21,30 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from running.errors import OtherRankError, UserError
 
-FEWEST = 2  # rows of a rank: BN has no statistics of a single value
-PATIENCE = timedelta(hours=1)  # for a rank that is still downloading, or reading all images of a folder
+MIN_ROWS_PER_RANK = 2  # BN has no statistics of a single value
+TIMEOUT = timedelta(hours=1)  # for a rank that is still downloading, or reading all images of a folder
 
 
 @contextlib.contextmanager
 def group():
-    """Join the ranks that torchrun has started, if it has, for as long as the run takes."""
+    """Inside, this process is connected with the other ranks, if torchrun has started it."""
     if not dist.is_torchelastic_launched():
         yield
         return
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_unused_part(store, rank, size), rank=rank, world_size=size,
-        timeout=PATIENCE,
-    )  # fmt: skip
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=_fresh_store(store, rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     try:
         yield
         dist.barrier()
@@ -54,25 +53,25 @@ def group():
             dist.destroy_process_group()
 
 
-def _unused_part(store, rank, size):
-    """A part of torchrun's store in which nothing is left of an earlier attempt, the same for all ranks.
+def _fresh_store(store, rank, size):
+    """A part of torchrun's store that holds nothing of an earlier attempt, the same part on all ranks.
 
-    torchrun keeps its store when it restarts the ranks, and a rank would find addresses of those that are gone; its
-    count of restarts is each machine's own. So each rank leaves a word never used before, and goes on as soon as rank 0
-    has read it; the part's name is rank 0's word.
+    torchrun keeps its store when it restarts the ranks, and they would find addresses of processes that are gone. Its
+    count of restarts cannot tell the attempts apart: each machine has its own. So each rank stores a new random word,
+    and goes on when rank 0 has read it. Rank 0's word names the part.
     """
-    words, own = [f"word of {i}" for i in range(size)], uuid.uuid4().hex
-    store.set(words[rank], own)
+    keys, word = [f"word of {i}" for i in range(size)], uuid.uuid4().hex
+    store.set(keys[rank], word)
     if rank == 0:
-        answers = [f"{own} has been read by {i}" for i in range(1, size)]
-        while answers and not store.check(answers):  # some of the words may be old
-            store.set("words", " ".join(store.get(word).decode() for word in words))
+        answers = [f"{word} has been read by {i}" for i in range(1, size)]
+        while answers and not store.check(answers):  # until then some of the words may be of an earlier attempt
+            store.set("words", " ".join(store.get(key).decode() for key in keys))
             time.sleep(0.05)
-        return dist.PrefixStore(own, store)
-    while own not in (read := store.get("words").decode().split()):
+        return dist.PrefixStore(word, store)
+    while word not in (words := store.get("words").decode().split()):
         time.sleep(0.05)
-    store.set(f"{read[0]} has been read by {rank}", "")
-    return dist.PrefixStore(read[0], store)
+    store.set(f"{words[0]} has been read by {rank}", "")
+    return dist.PrefixStore(words[0], store)
 
 
 def rank():
@@ -91,62 +90,55 @@ def local_rank():
 
 
 def rows(n):
-    """The rows of a global batch of n that this rank takes, a slice: the ranks' follow each other, as even as can be.
+    """The rows of a global batch of n that this rank takes, a slice. The ranks' parts are as even as possible.
 
-    A batch too small to give each rank two rows goes to every rank as a whole, which leaves all means as they are.
+    A batch too small to give each rank `MIN_ROWS_PER_RANK` goes to every rank as a whole, which changes no mean.
     """
-    if n < FEWEST * size():
+    if n < MIN_ROWS_PER_RANK * size():
         return slice(0, n)
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def data_parallel(net, device):
-    """DistributedDataParallel of a network, which takes the mean of the ranks' gradients; itself on one rank.
-
-    Buffers are left to `average_statistics`. For unequal parts of a batch see `ddp_weight`.
-    """
-    if size() == 1:
-        return net
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the argument gets another name
-        return DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False)
-
-
-def ddp_weight(n):
-    """What turns this rank's mean loss over its rows of n into its part of the global one, by the mean over ranks."""
-    if n < FEWEST * size():
-        return 1.0
-    own = rows(n)
-    return (own.stop - own.start) * size() / n
-
-
 def row_weighted(loss, y):
-    """A mean loss over this rank's rows, of labels y, as it enters `average`: their sum. On one rank, the mean."""
+    """This rank's mean loss, times its number of rows, as `average` takes it; on one rank the mean loss itself.
+
+    y: the labels of the rank's rows.
+    """
     return loss * len(y) if size() > 1 else loss
 
 
-def average(parts, y):
-    """Of each tensor, computed from `row_weighted` of a loss at labels y, the one of the mean over all ranks' rows.
+def average(tensors, y):
+    """Average over the ranks, weighted by their numbers of rows: sum_r t_r / sum_r n_r, a list of tensors.
 
-    All of one floating type and on one device; sent as one message. The results have the same bits on every rank.
+    tensors: this rank's row-weighted values t_r (see `row_weighted`) and gradients of such, of one floating type and on
+    one device; y: the labels of its n_r rows. They are sent as one message. All ranks get the same bits. On one rank,
+    the tensors themselves.
     """
     if size() == 1:
-        return parts
-    flat = torch.cat([*(tensor.flatten() for tensor in parts), parts[0].new_tensor([len(y)])])
+        return tensors
+    flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_tensor([len(y)])])
     dist.all_reduce(flat)
-    found = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in parts])
-    means = [torch.empty_like(tensor) for tensor in parts]  # as they lie in memory
-    torch._foreach_copy_(means, [values.view(tensor.shape) for values, tensor in zip(found, parts)])
-    return means
+    averages = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])
+    results = [torch.empty_like(tensor) for tensor in tensors]  # of the same memory format
+    torch._foreach_copy_(results, [values.view(tensor.shape) for values, tensor in zip(averages, tensors)])
+    return results
 
 
-def average_statistics(net, y):
-    """Give all ranks one set of BN's running statistics: the mean, weighted by their rows, of labels y.
+def average_step(loss, net, parameters, y, sync_bn):
+    """After backward of a row-weighted loss: average gradients, running statistics and the loss over the ranks.
 
-    A statistic updated by the mean of some values is the mean of the statistic updated by each.
+    loss: this rank's mean loss over its rows, of labels y; parameters: those whose gradients are averaged, in place.
+    One without a gradient, as of a node that a genotype does not use, has none on any rank, and is left out. Unless
+    `sync_bn` has made them equal, BN's running statistics become the ranks' mean: a statistic updated by the mean of
+    some values is the mean of the statistics updated by each. Returns the loss over the global batch.
     """
-    statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
-    if size() > 1 and statistics:
-        torch._foreach_copy_(statistics, average(torch._foreach_mul(statistics, len(y)), y))
+    if size() == 1:
+        return loss
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    statistics = [] if sync_bn else [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    loss, *averages = average([loss * len(y), *gradients, *(buffer * len(y) for buffer in statistics)], y)
+    torch._foreach_copy_(gradients + statistics, averages)
+    return loss
 
 
 def wait():
@@ -156,56 +148,59 @@ def wait():
 
 
 def user_error(message):
-    """The UserError that all ranks meet alike, for rank 0 to tell."""
+    """A UserError to be raised on all ranks alike, which rank 0 alone prints."""
     return UserError(message) if rank() == 0 else OtherRankError(message)
 
 
-def first(function):
-    """Call on rank 0 while the others wait. All return what it returned, or end as it did, without a word."""
+def on_rank_0(function):
+    """Run on rank 0 and return its result on every rank. If it raises, every rank stops; only rank 0 prints."""
     if size() == 1:
         return function()
-    found, failure = None, None
+    result = failure = None
     if rank() == 0:
         try:
-            found = function()
-        except (UserError, OSError, SystemExit) as complaint:
-            failure = complaint
+            result = function()
+        except (UserError, OSError, SystemExit) as error:
+            failure = error
     code = failure.code if isinstance(failure, SystemExit) else 2
-    message = [found, failure is not None, str(failure), code]
+    message = [result, failure is not None, str(failure), code]
     dist.broadcast_object_list(message, device=torch.device("cpu"))
     if failure is not None:
         raise failure
-    found, failed, text, code = message
+    result, failed, text, code = message
     if failed and code != 2:
         sys.exit(code)
     if failed:
         raise OtherRankError(text)
-    return found
+    return result
 
 
 def in_turn(function):
-    """Call on rank 0, then on one rank of each other machine, then on the others: what a rank downloads, they find."""
+    """Run on rank 0, then on one rank of each other machine, then on the rest, and return each rank's own result.
+
+    So each machine downloads data once, and the other ranks find it. If it raises on a rank, every rank stops.
+    """
     if size() == 1:
         return function()
-    found = failure = None
+    result = failure = None
     turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     for i in range(3):
         if i == turn:
             try:
-                found = function()
-            except (UserError, OSError) as complaint:
-                failure = complaint
+                result = function()
+            except (UserError, OSError) as error:
+                failure = error
         failed = torch.tensor(float(failure is not None))
         dist.all_reduce(failed)
         if failure is not None:
             raise failure
         if failed:
             raise OtherRankError("a rank before this one failed")
-    return found
+    return result
 
 
 def check_equal(tensors, when):
-    """Raise UserError unless these tensors have the same bits on all ranks, by a hash."""
+    """Raise UserError unless these tensors have the same bits on all ranks, which a hash tells."""
     if size() == 1:
         return
     digest = hashlib.sha256()
@@ -213,7 +208,7 @@ def check_equal(tensors, when):
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     digests = [None] * size()
     dist.all_gather_object(digests, digest.hexdigest())
-    others = [i for i, found in enumerate(digests) if found != digests[0]]
+    others = [i for i, other in enumerate(digests) if other != digests[0]]
     if others:
         raise user_error(
             f"{when} the state of rank {', '.join(map(str, others))} differs from rank 0's; the checkpoints are from "
@@ -221,29 +216,20 @@ def check_equal(tensors, when):
         )
 
 
-def launcher():
-    """Who started this process, in words that no other process's will be: on a restart by torchrun, the same.
-
-    torchrun's own count of restarts leaves out those that another machine's ranks were the cause of.
-    """
-    started = Path(f"/proc/{os.getppid()}/stat")  # Linux has it, the 22nd field of the file
-    when = started.read_text().rpartition(")")[2].split()[19] if started.is_file() else ""
-    return f"{socket.gethostname()} {os.getppid()} {when}"
-
-
 def launch(gpus, script):
     """Run this command on several GPUs of this machine, a rank each, as torchrun does, and exit with its code.
 
-    gpus: `all`, or CUDA devices' numbers, as in 0,1,2. Raises UserError where they are not there.
+    gpus: `all`, or CUDA devices' numbers, as in 0,1,2; script: the file that was run. Raises UserError where there are
+    no such devices.
     """
     if dist.is_torchelastic_launched():
         raise user_error("--gpus starts the ranks itself; with torchrun leave it out")
-    there = range(torch.cuda.device_count())
-    chosen = list(there) if gpus == "all" else [int(number) for number in gpus.split(",")]
-    if not chosen or not set(chosen) <= set(there):
+    n_gpus = torch.cuda.device_count()
+    chosen = list(range(n_gpus)) if gpus == "all" else [int(number) for number in gpus.split(",")]
+    if not chosen or max(chosen) >= n_gpus:
         raise UserError(
-            f"--gpus {gpus}: this machine has the GPUs {', '.join(map(str, there)) or '(none)'}; on CPUs several ranks "
-            "are started by torchrun --nproc-per-node N"
+            f"--gpus {gpus}: this machine has the GPUs {', '.join(map(str, range(n_gpus))) or '(none)'}; on CPUs "
+            "several ranks are started by torchrun --nproc-per-node N"
         )
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if len(names) > i and names[i] else str(i) for i in chosen)
@@ -263,13 +249,18 @@ def _without_gpus(words):
 
 
 def run_ranks(n, command):
-    """Run a Python script with its words on n ranks here; returns the code of the first that failed, or 0."""
+    """Run a Python script with its words on n ranks of this machine; returns the first failure's exit code, or 0."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what is wrong
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=str(os.getpid()), rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0,
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
 
     def pass_on(number, frame):
         raise SignalException("", signal.Signals(number))

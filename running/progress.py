@@ -1,0 +1,87 @@
+"""Averages over a pass through the data, shown as it goes on."""
+
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from running import ranks
+from running.checkpoints import EPOCH_START
+from utils import AverageMeter, accuracy
+
+
+class Meters:
+    """Averages of loss, top 1 and top 5 (fractions) over a pass through the data of n_steps batches.
+
+    `show` shows them: on a terminal as a progress bar with the time left, elsewhere as a log line every `print_freq`
+    steps. position: that of the run (see `EPOCH_START`) in an epoch's training, which may have been interrupted.
+    steps_done: batches so far, those before an interruption included.
+    """
+
+    def __init__(self, run, title, n_steps, position=EPOCH_START):
+        self.run = run
+        self.title = title
+        self.n_steps = n_steps
+        self.loss, self.top1, self.top5 = AverageMeter(), AverageMeter(), AverageMeter()
+        for meter, state in zip(self._all(), position["meters"]):
+            vars(meter).update(state)
+        self.steps_done = self.steps_before = position["batches"]
+        self.started = time.monotonic()
+        on_terminal = ranks.rank() == 0 and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=n_steps,
+            initial=self.steps_before,
+            desc=title,
+            leave=False,
+            dynamic_ncols=True,
+            disable=not on_terminal,
+        )
+
+    def _all(self):
+        return self.loss, self.top1, self.top5
+
+    def state(self):
+        """The averages, in built-in types."""
+        return [dict(vars(meter)) for meter in self._all()]
+
+    def update(self, loss, logits, y, n):
+        """Add a batch of n images, over all ranks. loss and logits: this rank's, at labels y.
+
+        Reading the numbers waits for the device, so: once a step, after its work is queued. On several ranks the
+        signals that any of them received come in the same message, so that all stop after the same step.
+        """
+        means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
+        if ranks.size() > 1:
+            signals = self.run.signals
+            means, flags = ranks.average([ranks.row_weighted(means, y), means.new_tensor(signals.flags())], y)
+            signals.agree(flags.tolist())
+        for meter, value in zip(self._all(), means.tolist()):
+            meter.update(value, n)
+        self.steps_done += 1
+
+    def show(self):
+        """Show the step: move the progress bar, or log a line if it is time for one."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(str(self), refresh=False)
+            self.bar.update()
+        elif self.steps_done % self.run.config.print_freq == 0 and self.steps_done < self.n_steps:
+            seconds_left = self.seconds_per_step() * (self.n_steps - self.steps_done)
+            self.run.log(f"{self.title}  step {self.steps_done}/{self.n_steps}  {self}  {seconds_left:.0f} s left")
+
+    def seconds_per_step(self):
+        return (time.monotonic() - self.started) / max(self.steps_done - self.steps_before, 1)
+
+    def write_scalars(self, prefix, attribute="avg"):
+        """Write the averages, or the last values (`val`), to TensorBoard."""
+        for name in ("loss", "top1", "top5"):
+            self.run.scalar(f"{prefix}/{name}", getattr(getattr(self, name), attribute))
+
+    def finish(self, prefix, note=""):
+        """Log the averages of the whole pass, and write them to TensorBoard."""
+        self.bar.close()
+        self.write_scalars(prefix)
+        self.run.log(f"{self.title}  {self}  {note}{self.seconds_per_step():.2f} s a step")
+
+    def __str__(self):
+        return f"loss {self.loss.avg:.4f}  top1 {self.top1.avg:.2%}  top5 {self.top5.avg:.2%}"
