@@ -7,10 +7,10 @@ import torch
 from conftest import assert_one_line_error, run_script
 from torch import nn
 
-from cost import cost, describe_latency, kept_bytes
 from genotypes import DARTS_V2, PUBLISHED
 from models.augment_cnn import AugmentCNN
 from models.ops import PoolBN
+from running.costs import activation_bytes, cost, describe_latency
 from utils import param_size
 
 # (cell, channels at CIFAR-10's size) for which 20 cells have the parameters that the paper gives
@@ -85,9 +85,7 @@ def test_multiply_adds_are_those_counted_by_hand():
     gene = [[("sep_conv_3x3", 0), ("dil_conv_5x5", 1)], [("conv_7x1_1x7", 0), ("sep_conv_7x7", 2)]]
     genotype = DARTS_V2._replace(normal=gene, normal_concat=[2, 3])
     net = AugmentCNN(16, 3, 8, 10, 1, False, genotype)
-    net.cells[0] = type(net.cells[0])(
-        genotype, 24, 24, 8, False, False
-    )  # without FactorizedReduce, which has no module
+    net.cells[0] = type(net.cells[0])(genotype, 24, 24, 8, False, False)  # hooks do not see FactorizedReduce
     net.linear = nn.Linear(16, 10)
     assert cost(net, 3, 16)["multiply_adds_M"] == pytest.approx(by_hand(net, 16))
 
@@ -96,7 +94,7 @@ def test_kept_memory_is_that_of_a_chain_worked_out():
     net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 5))
     x = torch.randn(2, 3, 8, 8)
     # the convolution keeps its input, ReLU its output, which the linear layer keeps too
-    assert kept_bytes(net, x) == 4 * (x.numel() + 2 * 4 * 64)
+    assert activation_bytes(net, x) == 4 * (x.numel() + 2 * 4 * 64)
 
 
 def test_measuring_leaves_the_network_as_it_was():
@@ -109,11 +107,13 @@ def test_measuring_leaves_the_network_as_it_was():
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_the_command_prints_a_table_and_refuses_small_images(tmp_path):
+def test_the_command_prints_a_table_and_refuses_what_is_too_small(tmp_path):
     words = ("--layers", 3, "--init-channels", 4, "--rounds", 1)
     process = run_script("cost.py", "DARTS_V1", "DARTS_V2", *words, cwd=tmp_path)
     assert [line.split()[0] for line in process.stdout.splitlines()[1:]] == ["cell", "DARTS_V1", "DARTS_V2"]
-    assert_one_line_error(run_script("cost.py", "--stem", "imagenet", "--image-size", 63, cwd=tmp_path), "64")
+    for option, too_small, smallest in (("--image-size", 63, 64), ("--init-channels", 1, 2)):
+        process = run_script("cost.py", "DARTS_V2", "--stem", "imagenet", option, too_small, cwd=tmp_path)
+        assert_one_line_error(process, f"{option} {too_small}", f"at least {smallest}")
 
 
 def test_training_on_images_of_any_size_with_the_imagenet_stem(tmp_path, image_folder):

@@ -71,11 +71,11 @@ def test_fine_tuning_starts_from_the_weights_on_data_of_other_classes(cwd, image
 def test_weights_are_loaded_whole_or_not_at_all(cwd):
     checkpoint = load_trained(cwd / "runs/augment/digits")
     net = AugmentCNN(8, 1, 4, 10, 3, True, DARTS_V1)
-    start_from(net, checkpoint)
+    start_from(net, checkpoint, checkpoint["results"]["classes"])
     trained = load_network(checkpoint, torch.device("cpu"))
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in trained.state_dict().items())
     other = AugmentCNN(8, 1, 4, 10, 3, True, DARTS_V2)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match="another network"):
-        start_from(other, checkpoint)
+        start_from(other, checkpoint, checkpoint["results"]["classes"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())

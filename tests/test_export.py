@@ -1,19 +1,22 @@
 """Exported networks: the file alone says of images what the trained network says."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 from PIL import Image
 
-from export import Classifier, check, read_onnx, write_onnx
-from genotypes import Genotype
+from genotypes import DARTS_V1, Genotype
 from models.augment_cnn import AugmentCNN
 from models.ops import OPS
+from running.checkpoints import save_checkpoint
 from running.evaluation import evaluate, images_of, load_network, load_trained
+from running.exporting import ONNX_PACKAGES, Classifier, check, read_onnx, write_onnx
 
 TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--genotype", "DARTS_V2")
 
@@ -31,11 +34,11 @@ def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
         assert "24 of the same class" in process.stdout
 
     session = onnxruntime.InferenceSession(run / "best.onnx")
-    about = session.get_modelmeta().custom_metadata_map
-    assert json.loads(about["classes"]) == ["left", "right"]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ["left", "right"]
     files = {"about.json": ""}
     module = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
-    assert json.loads(files["about.json"]) == about
+    assert json.loads(files["about.json"]) == metadata
 
     expected = evaluate(run).probabilities  # by the data set's own transforms
     images = [Image.open(path) for path in sorted((root / "val").rglob("*.png"))]
@@ -49,7 +52,7 @@ def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
     assert_one_line_error(run_script("export.py", run, "--output", "x/y.pt2", cwd=tmp_path), "no folder x")
     (root / "val/left").rename(root / "val/other")
     (root / "train/left").rename(root / "train/other")
-    assert_one_line_error(run_script("augment.py", "--evaluate", run, cwd=tmp_path), "left, right")
+    assert_one_line_error(run_script("augment.py", "--evaluate", run, cwd=tmp_path), "without class left")
     (root / "val/other").rename(root / "val/left")
     (root / "train/other").rename(root / "train/left")
 
@@ -76,8 +79,8 @@ def test_large_grey_images_of_which_few_are_there(tmp_path, image_folder):
     assert process.returncode == 0, process.stderr
     assert "4 test images" in process.stdout
     assert "4 of the same class" in process.stdout
-    about = onnxruntime.InferenceSession(tmp_path / "runs/augment/folder/best.onnx").get_modelmeta()
-    assert "(N, 1, 64, 64): grey" in about.custom_metadata_map["input"]
+    metadata = onnxruntime.InferenceSession(tmp_path / "runs/augment/folder/best.onnx").get_modelmeta()
+    assert "(N, 1, 64, 64): grey" in metadata.custom_metadata_map["input"]
 
 
 def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
@@ -85,18 +88,40 @@ def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
     gene = [[(name, 0), (name, 1)] for name in ops]
     concat = range(2, 2 + len(ops))
     torch.manual_seed(0)
-    net = (
-        AugmentCNN(15, 3, 4, 5, 3, True, Genotype(gene, concat, gene, concat))
-        .eval()
-        .to(memory_format=torch.channels_last)
-    )
-    about = {"input_size": 15, "input_channels": 3, "classes": list("abcde"), "mean": [0.5, 0.4, 0.3],
-             "std": [0.2, 0.3, 0.4], "genotype": "-", "preprocessing": "-"}  # fmt: skip
-    write_onnx(Classifier(net, about), about, tmp_path / "all.onnx")
+    net = AugmentCNN(15, 3, 4, 5, 3, True, Genotype(gene, concat, gene, concat)).eval()
+    net = net.to(memory_format=torch.channels_last)
+    results = {
+        "input_size": 15,
+        "input_channels": 3,
+        "classes": list("abcde"),
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+        "genotype": "-",
+        "preprocessing": "-",
+    }
+    write_onnx(Classifier(net, results["mean"], results["std"]), results, tmp_path / "all.onnx")
     classify = read_onnx(tmp_path / "all.onnx")
-    mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(results[name]).view(3, 1, 1) for name in ("mean", "std"))
     for n in (1, 2, 7):
         images = torch.rand(n, 3, 15, 15)
         with torch.no_grad():
             expected = net((images - mean) / std)[0].numpy()
         np.testing.assert_allclose(classify(images.numpy()), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("missing", ONNX_PACKAGES)
+def test_without_a_package_that_onnx_needs_the_command_says_what_to_install(missing, tmp_path):
+    net = AugmentCNN(8, 1, 2, 2, 1, False, DARTS_V1)
+    config = {"genotype": "DARTS_V1", "init_channels": 2, "layers": 1, "aux_weight": 0}
+    results = {"input_size": 8, "input_channels": 1, "mean": [0.5], "std": [0.2], "preprocessing": "-"}
+    checkpoint = {"stage": "augment", "config": config, "keeps": {"net": net.state_dict()}, "results": results}
+    save_checkpoint(checkpoint, tmp_path)
+    code = (  # None in sys.modules is a module that is not to be found
+        f"import runpy, sys; sys.modules[{missing!r}] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv = ['export.py', 'checkpoint.pt']; runpy.run_path({str(ROOT / 'export.py')!r}, run_name='__main__')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert_one_line_error(process, missing, "requirements-export.txt", ".pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
