@@ -28,7 +28,7 @@ from running.costs import cost, describe, describe_latency
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
-from running.loading import Loader
+from running.loading import Loader, check_unchanged
 from running.progress import Meters
 from running.run import Run
 from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, one_line, param_size
@@ -51,8 +51,9 @@ def augment(network):
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
     run = Run(config)
+    saved = run.saved_results()
 
-    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config))
+    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config, saved))
     check_sizes(config, size)
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **options)
@@ -106,6 +107,7 @@ def augment(network):
             f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
             f"{one_line(trn_data.transform)}"
         )
+        run.log(f"images of each class: {trn_data.describe_classes()}")
         run.log(f"the network: {costs}; a forward pass takes {latency}")
 
         for epoch in range(run.epoch + 1, config.epochs + 1):
@@ -128,9 +130,12 @@ def augment(network):
     )
 
 
-def load_data(config):
-    """[size, channels, n_classes, training images, test images]."""
-    return get_data(
+def load_data(config, saved):
+    """[size, channels, n_classes, training images, test images].
+
+    saved: results of the run to resume, or None. Raises UserError where its images were others.
+    """
+    data = get_data(
         config.dataset,
         config.data_path,
         config.cutout_length,
@@ -140,7 +145,10 @@ def load_data(config):
         seed=config.seed,
         skip_bad_images=config.skip_bad_images,
         crops=config.stem == "imagenet",
+        hold_out_by_name=saved is None or "data" in saved,  # older runs held out other images
     )
+    check_unchanged({"training": data[3], "test": data[4]}, saved or {})
+    return data
 
 
 def check_sizes(config, size):

@@ -34,7 +34,7 @@ from running.data_sets import stratified_split
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
 from running.folder import write_json
-from running.loading import Loader, mix
+from running.loading import Loader, check_unchanged, mix
 from running.progress import Meters
 from running.run import Run
 from running.tensorboard import alpha_tag
@@ -56,8 +56,9 @@ def search(network, architect):
         ranks.launch(config.gpus, sys.argv[0])
     run = Run(config)
 
+    saved = run.saved_results()
     # the training set in two halves: w learns on one, alpha on the other
-    size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config))
+    size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config, saved))
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers}
     trn_loader = Loader(data, w_half, seed=config.seed, **options)
@@ -89,7 +90,8 @@ def search(network, architect):
 
     state = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
     with run.interruptible(), garbage_collection_of_new_objects():
-        results = run.start(state, {"found": {}, "history": []}, network=network, architect=architect)
+        results = {"found": {}, "history": [], "data": {"training": data.fingerprint()}}
+        results = run.start(state, results, network=network, architect=architect)
         genotypes, history = results["found"], results["history"]  # "last" and "best"; of each epoch
         scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done=run.epoch)
         chart_edges(run, net)
@@ -97,6 +99,7 @@ def search(network, architect):
             f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
             f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
         )
+        run.log(f"images of each class: {data.describe_classes()}")
         if shutil.which("dot") is None:
             run.log(f"cells are kept as graphviz sources in {run.folder.plots}; {HOW_TO_INSTALL}")
 
@@ -111,7 +114,7 @@ def search(network, architect):
             history.append(last)
             if ranks.rank() == 0:
                 show(epoch, run, net, genotypes, history)
-            run.end_epoch(is_best, {"found": genotypes, "history": history})
+            run.end_epoch(is_best, results | {"found": genotypes, "history": history})
             run.stop_if_asked()
 
     last, best = genotypes["last"], genotypes["best"]
@@ -128,9 +131,12 @@ def search(network, architect):
         print(f"python augment.py {config.data_options()} --genotype {shell_quote(last['string'])}")
 
 
-def load_data(config):
-    """(size, channels, n_classes, training images)."""
-    return get_data(
+def load_data(config, saved):
+    """[size, channels, n_classes, training images].
+
+    saved: results of the run to resume, or None. Raises UserError where its images were others.
+    """
+    data = get_data(
         config.dataset,
         config.data_path,
         cutout_length=0,
@@ -139,7 +145,10 @@ def load_data(config):
         image_channels=config.image_channels,
         seed=config.seed,
         skip_bad_images=config.skip_bad_images,
+        hold_out_by_name=saved is None or "data" in saved,  # older runs held out other images
     )
+    check_unchanged({"training": data[3]}, saved or {})
+    return data
 
 
 def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):

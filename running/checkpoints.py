@@ -125,7 +125,10 @@ def check_fits(checkpoint, path, config, classes):
     if checkpoint["within"].keys() != EPOCH_START.keys():
         raise UserError(f"{path} is not a checkpoint that this program wrote: within has other keys")
     saved, options = config.completed(checkpoint["config"], path), config.as_dict()
-    for name in sorted(options.keys() - set(MAY_CHANGE)):
+    fixed = options.keys() - set(MAY_CHANGE)
+    if "data" not in checkpoint["results"]:  # an older version: nothing tells whether other data are the same
+        fixed |= {"data_path"}
+    for name in sorted(fixed):
         if saved[name] != options[name]:
             raise UserError(f"{path} is of a run with {name} {saved[name]!r}, not {options[name]!r}")
     for role, name in checkpoint.get("classes", {}).items():

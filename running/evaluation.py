@@ -126,7 +126,7 @@ def images_of(checkpoint, data_path=None):
         crops=config.stem == "imagenet",
         hold_out_by_name="data" in results,  # older runs chose their test images otherwise
     )
-    check_unchanged({"test": images}, results.get("data", {}))
+    check_unchanged({"test": images}, results)
     classes = results["classes"]  # of an older run they are all that is known
     if images.class_names(len(classes)) != classes:
         raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(classes)}")

@@ -59,17 +59,25 @@ class Images(Dataset):
         names = getattr(source, "classes", None)
         return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
 
-    def fingerprint(self):
-        """What tells whether these are the images of another day, without reading them: built-in types.
-
-        classes: name -> number of images, in the order of labels; sha256: of the labels in order, each with its file's
-        name where images are files (see `ImageFolder`).
-        """
+    def class_counts(self):
+        """The number of images of each class: name -> number, in the order of labels."""
         counts = np.bincount(self.labels).tolist()
+        return dict(zip(self.class_names(len(counts)), counts))
+
+    def describe_classes(self):
+        """The classes with their numbers of images, for a log line; of many the first."""
+        return listed([f"{name} {count}" for name, count in self.class_counts().items()])
+
+    def fingerprint(self):
+        """What is saved with a run, to tell later whether these are still its images; of built-in types.
+
+        classes: `class_counts`; sha256: of the labels in order, each with its file's name where images are files. No
+        image is read: pixels that change under the same name are not noticed.
+        """
         names = getattr(self.source, "names", [""] * len(self))
         lines = (os.fsencode(name) + b"\0%d\n" % label for name, label in zip(names, self.labels))
         digest = hashlib.sha256(b"".join(lines)).hexdigest()
-        return {"classes": dict(zip(self.class_names(len(counts)), counts)), "sha256": digest}
+        return {"classes": self.class_counts(), "sha256": digest}
 
     def normalisation(self):
         """The (mean, std) per channel by which the pixels, in [0, 1], are normalised."""
@@ -91,11 +99,13 @@ def difference(before, now):
     return "; ".join(words) or None
 
 
-def check_unchanged(images, before):
-    """Raise UserError unless these images, by name -> `Images`, are those of a run, by its name -> fingerprint.
+def check_unchanged(images, results):
+    """Raise UserError, saying what differs, unless these images are those of a run.
 
-    Those that the run, written by an older version, has no fingerprint of are accepted.
+    images: "training" or "test" -> `Images`; results: those saved with the run, whose "data" has fingerprints under the
+    same names. A run of an older version has none, and is accepted.
     """
+    before = results.get("data", {})
     for name in images.keys() & before.keys():
         changed = difference(before[name], images[name].fingerprint())
         if changed:

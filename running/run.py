@@ -75,6 +75,17 @@ class Run:
         files = self.folder.checkpoint, self.folder.previous
         return self.config.resume is not None and any(path.is_file() for path in files)
 
+    def saved_results(self):
+        """The results in the checkpoint of the run to resume, on every rank; None if the run starts."""
+        return ranks.on_rank_0(self._saved_results)
+
+    def _saved_results(self):
+        if self.config.resume is None:
+            return None
+        checkpoint, _, _ = find_checkpoint(self.folder, preferred=self.config.resume)
+        results = checkpoint.get("results") if isinstance(checkpoint, dict) else None
+        return results if isinstance(results, dict) else None
+
     def _find_checkpoint(self):
         """The checkpoint to go on from, or None at the start, and a warning if it is not the last, or None."""
         if self.config.resume is None:

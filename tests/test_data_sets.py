@@ -416,12 +416,12 @@ def test_images_that_changed_under_a_run_are_refused_by_what_differs(change, men
     root = image_folder(classes=("left", "right", "up"))
     before = fingerprint(root)
     data = {"training": get_data("folder", root, 0, False)[3]}
-    check_unchanged(data, {"training": before})
+    check_unchanged(data, {"data": {"training": before}})
     check_unchanged(data, {})  # of a run from before there were fingerprints
     change(root / "train")
     data = {"training": get_data("folder", root, 0, False)[3]}
     with pytest.raises(UserError, match=f"the training images .*{mention}"):
-        check_unchanged(data, {"training": before})
+        check_unchanged(data, {"data": {"training": before}})
 
 
 def test_images_that_only_moved_are_the_same(image_folder, tmp_path):

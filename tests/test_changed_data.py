@@ -1,0 +1,106 @@
+"""Runs whose data set changed, moved, or lacks what is not needed: the command line, run as processes."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import assert_one_line_error, run_script
+
+from genotypes import DARTS_V1
+from models.augment_cnn import AugmentCNN
+from running.checkpoints import load_checkpoint, save_checkpoint
+from running.evaluation import evaluate, images_of, load_trained, start_from
+
+TINY = ("--layers", 1, "--init-channels", 2, "--batch-size", 8, "--workers", 0)
+DATA = ("--dataset", "folder", "--image-size", 8, "--image-channels", 1)
+SEARCH = ("search.py", *TINY, "--nodes", 1, "--order", "first", *DATA, "--epochs")
+AUGMENT = ("augment.py", *TINY, "--genotype", "DARTS_V1", "--aux-weight", 0, *DATA, "--epochs")
+
+
+def succeed(*words, cwd):
+    process = run_script(*words, cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def change_checkpoints(run, change):
+    """Save a run's checkpoints anew, after `change` of their content."""
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
+    change(checkpoint)
+    save_checkpoint(checkpoint, run, is_best=True)
+
+
+def forget_fingerprints(checkpoint):
+    """Let a checkpoint be as one that was saved before there were fingerprints."""
+    del checkpoint["results"]["data"]
+
+
+def test_a_search_is_not_resumed_on_other_images(image_folder, tmp_path):
+    images, run = image_folder(), tmp_path / "runs/search/folder"
+    log = succeed(*SEARCH, 1, "--data-path", images, cwd=tmp_path)
+    assert "images of each class: left 12, right 12" in log
+    shutil.copy(images / "train/left/000.png", images / "train/left/new.png")
+    before = (run / "log.txt").read_bytes()
+    resumed = run_script("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
+    assert_one_line_error(resumed, "training images", "13 of left, not 12")
+    assert (run / "log.txt").read_bytes() == before
+    (images / "train/left/new.png").unlink()
+    succeed("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
+
+
+def test_renamed_classes_stop_training_evaluation_and_report(image_folder, tmp_path):
+    images, run = image_folder(), tmp_path / "runs/augment/folder"
+    log = succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
+    assert "images of each class: left 12, right 12" in log
+    for split in ("train", "val"):
+        (images / split / "left").rename(images / split / "zzz")
+    for words in (("--resume", run, "--epochs", 2), ("--evaluate", run)):
+        process = run_script("augment.py", *words, cwd=tmp_path)
+        assert_one_line_error(process, "without class left; with new class zzz")
+    succeed("visualize.py", run, cwd=tmp_path)
+    assert "without class left; with new class zzz" in (run / "report.html").read_text()
+
+
+def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
+    images, run = image_folder(), tmp_path / "runs/augment/folder"
+    succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
+    moved = images.rename(tmp_path / "moved")
+    assert_one_line_error(run_script("augment.py", "--resume", run, "--epochs", 2, cwd=tmp_path), "does not exist")
+    succeed("augment.py", "--resume", run, "--epochs", 2, "--data-path", moved, cwd=tmp_path)
+    succeed("augment.py", "--resume", run, "--epochs", 3, cwd=tmp_path)  # which knows the new place
+    top1 = load_checkpoint(run / "checkpoint.pt")["results"]["top1"]
+    shutil.rmtree(moved / "train")  # which is not evaluated on
+    line = succeed("augment.py", "--evaluate", run / "checkpoint.pt", cwd=tmp_path).splitlines()[0]
+    assert f"top 1 {top1:.2%} of 24 test images" in line
+    assert len(images_of(load_trained(run), moved)) == 24  # on which export.py checks a file
+    (moved / "val/left/000.png").unlink()
+    process = run_script("augment.py", "--evaluate", run, "--data-path", moved, cwd=tmp_path)
+    assert_one_line_error(process, "test images", "11 of left, not 12")
+
+
+def test_runs_from_before_fingerprints_go_on_with_the_images_they_held_out(image_folder, tmp_path):
+    images, run = image_folder(splits=("train",)), tmp_path / "runs/augment/folder"
+    succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
+    by_name = len(images_of(load_trained(run)))
+    change_checkpoints(run, forget_fingerprints)
+    assert by_name != 5
+    assert len(images_of(load_trained(run))) == 5  # every fifth of 24, by a permutation
+    log = succeed("augment.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
+    assert "19 training and 5 test images" in log
+    assert len(evaluate(run, device="cpu").labels) == 5
+    moved = images.rename(tmp_path / "moved")  # nothing tells whether these are the same
+    process = run_script("augment.py", "--resume", run, "--epochs", 3, "--data-path", moved, cwd=tmp_path)
+    assert_one_line_error(process, "data_path")
+
+
+@pytest.mark.parametrize(("classes", "same"), [(["a", "b", "c"], True), (["a", "c", "b"], False), (["a", "b"], False)])
+def test_classifiers_start_anew_unless_the_classes_are_the_same(classes, same):
+    torch.manual_seed(0)
+    trained, net = (AugmentCNN(8, 1, 4, n, 3, True, DARTS_V1) for n in (3, len(classes)))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    start_from(net, {"keeps": {"net": trained.state_dict()}, "results": {"classes": ["a", "b", "c"]}}, classes)
+    for name, tensor in net.state_dict().items():
+        if name in ("linear.weight", "linear.bias", "aux_head.linear.weight", "aux_head.linear.bias"):
+            assert torch.equal(tensor, trained.state_dict()[name] if same else before[name]), name
+        else:
+            assert torch.equal(tensor, trained.state_dict()[name]), name
