@@ -14,7 +14,7 @@ DEFAULTS = {
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},
     "imagenet": {name: IMAGENET[name] for name in ("layers", "init_channels", "image_size")} | {"classes": 1000},
 }
-SMALLEST = {  # of what the stems can do
+SMALLEST = {  # that the stem can handle
     "cifar": {"init_channels": 1, "image_size": 8},
     "imagenet": {"init_channels": 2, "image_size": 64},
 }

@@ -22,7 +22,7 @@ def main():
 
 
 def export(path, output, data_path):
-    """Write the trained network as `output`, once the file says of test images what the network says."""
+    """Write the trained network to `output`, after a check that the file gives the network's logits on test images."""
     import torch  # which takes seconds, as do the modules that import it
 
     from running.evaluation import file_of, images_of, load_network, load_trained

@@ -60,7 +60,7 @@ def render(graph, picture_format):
     except subprocess.CalledProcessError as error:
         message = error.stderr.decode(errors="replace") if error.stderr else str(error)
         raise NotDrawnError(f"graphviz's `dot` failed: {' '.join(message.split())}") from None
-    except OSError as error:  # it is there, and cannot be run
+    except OSError as error:  # such as a file without permission to run it
         raise NotDrawnError(f"graphviz's `dot` cannot be run: {error}") from None
 
 

@@ -12,10 +12,10 @@ from torchvision import transforms
 from running.errors import UserError
 from running.loading import Images
 
-N_CHECKED = 100  # images on which an exported file must say what the network says
-BATCH_SIZES = (1, 7)  # in which it is given them
+N_CHECKED = 100  # test images on which the file's logits are compared with the network's
+BATCH_SIZES = (1, 7)  # in which the file gets these images
 TOLERANCE = 1e-4  # of logits
-METADATA_FILE = "about.json"  # the file in a .pt2 that says what ONNX has as metadata
+METADATA_FILE = "about.json"  # in a .pt2; ONNX has a place for metadata
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 

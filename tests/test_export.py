@@ -1,4 +1,4 @@
-"""Exported networks: the file alone says of images what the trained network says."""
+"""Exported networks: the file gives the trained network's logits, without this code."""
 
 import json
 import subprocess

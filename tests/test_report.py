@@ -1,4 +1,4 @@
-"""Reports of runs: what they say, that they are whole, and that a browser shows them without a request."""
+"""Reports of runs: their content, for any search space and any names, and that a browser shows them offline."""
 
 import functools
 import html
@@ -234,11 +234,14 @@ def put_dot_on_path(folder, script, monkeypatch):
     monkeypatch.setenv("PATH", str(folder))
 
 
-@pytest.mark.parametrize(("script", "message"), [
-    ("echo 'Format: \"svg\" not recognized. Use one of:' >&2; exit 1", 'Format: "svg" not recognized'),
-    ("kill -9 $$", "graphviz's `dot` failed"),
-    (None, "install graphviz's `dot`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'Format: \"svg\" not recognized. Use one of:' >&2; exit 1", 'Format: "svg" not recognized'),
+        ("kill -9 $$", "graphviz's `dot` failed"),
+        (None, "install graphviz's `dot`"),
+    ],
+)
 def test_where_dot_is_missing_or_fails_the_report_has_the_cells_in_words(
     tmp_path, monkeypatch, unmeasured, script, message
 ):
