@@ -33,7 +33,7 @@ class Architect:
 
         xi: the weights' learning rate; buf: the momentum buffers of `w_optim`, none before its first step.
         """
-        _, *grads = ranks.average(self._grad(trn_X, trn_y, self.weights), trn_y)
+        _, *grads = ranks.average(self._grad(self.net.loss, trn_X, trn_y, self.weights), trn_y)
         with torch.no_grad():
             steps = torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay)
         buffers = [w_optim.state.get(w, {}).get("momentum_buffer") for w in self.weights]
@@ -49,10 +49,12 @@ class Architect:
         """
         alphas = self.alphas
         if xi == 0:
-            loss, *dalpha = ranks.average(self._grad(val_X, val_y, alphas), val_y)
+            loss, *dalpha = ranks.average(self._grad(self.alpha_objective, val_X, val_y, alphas), val_y)
         else:
             with self._weights_at(self.virtual_step(trn_X, trn_y, xi, w_optim)):
-                loss, *grads = ranks.average(self._grad(val_X, val_y, alphas + self.weights), val_y)
+                loss, *grads = ranks.average(
+                    self._grad(self.alpha_objective, val_X, val_y, alphas + self.weights), val_y
+                )
             dalpha, d = grads[: len(alphas)], grads[len(alphas) :]
             hessian = self.compute_hessian(d, trn_X, trn_y)
             dalpha = [da - xi * h for da, h in zip(dalpha, hessian)]
@@ -75,19 +77,23 @@ class Architect:
         shifts = torch._foreach_mul(dw, eps)
         with torch.autocast(trn_X.device.type, enabled=False):
             with self._weights_at(self._weights_plus(shifts, 1)):
-                _, *dalpha_pos = self._grad(trn_X, trn_y, alphas)
+                _, *dalpha_pos = self._grad(self.net.loss, trn_X, trn_y, alphas)
             with self._weights_at(self._weights_plus(shifts, -1)):
-                _, *dalpha_neg = self._grad(trn_X, trn_y, alphas)
+                _, *dalpha_neg = self._grad(self.net.loss, trn_X, trn_y, alphas)
         return ranks.average([(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)], trn_y)
 
-    def _grad(self, X, y, wrt):
-        """The loss at a batch, and its gradients with respect to `wrt`, zeros where it does not depend on them.
+    def alpha_objective(self, X, y):
+        """What alpha descends: L_V, a scalar, at a validation batch. Override it to add a regulariser of alpha."""
+        return self.net.loss(X, y)
+
+    def _grad(self, objective, X, y, wrt):
+        """objective(X, y), and its gradients with respect to `wrt`, zeros where it does not depend on them.
 
         Other parameters are set not to need any meanwhile, so that nothing is computed or kept for them. All are this
         rank's parts: see `ranks.average`.
         """
         with frozen_statistics(self.tracking), _only_requiring_grad(self.alphas + self.weights, wrt):
-            loss = ranks.row_weighted(self.net.loss(X, y), y)
+            loss = ranks.row_weighted(objective(X, y), y)
             return loss.detach(), *torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import batch, sgd, small_net
+from exact import by_definition, hessian_product
 from torch.func import functional_call
 
 from architect import Architect
@@ -19,13 +20,6 @@ def flat(tensors):
 def relative_error(found, exact):
     exact = flat(exact)
     return ((flat(found) - exact).norm() / exact.norm()).item()
-
-
-def by_definition(net):
-    """The same network, its cells run by their definition, which can be differentiated twice."""
-    for cell in net.cells:
-        cell.execution = "plain"
-    return net
 
 
 def unrolled(net, names, trn, xi, optim, momentum, weight_decay):
@@ -56,20 +50,13 @@ def exact_alpha_gradient(net, trn, val, xi, optim, momentum=0.9, weight_decay=3e
     return torch.autograd.grad(loss, list(net.alphas()))
 
 
-def exact_hessian_product(net, d, trn):
-    """d2 L_T / (da dw) . d by differentiating twice."""
-    net = by_definition(copy.deepcopy(net))
-    grads = torch.autograd.grad(net.loss(*trn), list(net.weights()), create_graph=True)
-    return torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, d)), list(net.alphas()))
-
-
 def test_hessian_product_is_eq_7_to_a_millionth_of_exact_double_differentiation():
     net, trn = small_net(smooth=True), batch()
     torch.manual_seed(1)
     d = [torch.randn_like(w) for w in net.weights()]
     found = Architect(net, 0.9, 3e-4, eps_scale=1e-5).compute_hessian(d, *trn)
     # truncation is of order eps^2 = 1e-10 of the third derivatives, rounding of 1e-16 / 1e-5: far below 1e-6
-    assert relative_error(found, exact_hessian_product(net, d, trn)) < 1e-6
+    assert relative_error(found, hessian_product(net, d, trn)) < 1e-6
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["first step, no momentum buffer", "with momentum buffers"])

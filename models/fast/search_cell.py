@@ -78,11 +78,11 @@ def fused_nodes(dag, s0, s1, w_dag):
 def _is_standard(edge, weights):
     """Whether an edge is a `MixedOp` as it comes, of as many candidates as it has weights."""
     is_standard = type(edge) is MixedOp and not is_overridden(edge) and len(edge._ops) == len(weights)
-    if not is_standard and type(edge) not in _told:
-        _told.add(type(edge))
+    if not is_standard and type(edge) not in _classes_in_log:
+        _classes_in_log.add(type(edge))
         name = type(edge).__name__
         logging.getLogger("darts").info(f"edges that were changed, of the class {name}, run by their own forward")
     return is_standard
 
 
-_told = set()  # classes of edges that the log has named
+_classes_in_log = set()  # classes of edges that the log has named

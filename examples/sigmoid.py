@@ -1,0 +1,16 @@
+"""Sigmoid weights: the operations of an edge no longer compete.  python -m examples.sigmoid --dataset cifar10"""
+
+import torch
+
+import search
+from models.search_cnn import SearchCNN
+
+
+class SigmoidCNN(SearchCNN):
+    def edge_weights(self, noise=None):
+        alphas = {"normal": self.alpha_normal, "reduce": self.alpha_reduce}
+        return {kind: [torch.sigmoid(edges) for edges in alpha] for kind, alpha in alphas.items()}
+
+
+if __name__ == "__main__":
+    search.main(network=SigmoidCNN)

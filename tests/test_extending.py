@@ -1,0 +1,325 @@
+"""The small researches of examples/, which docs/changing.md shows: each has its effect, under both executions."""
+
+import logging
+import runpy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, Batches, batch, run_script, sgd, small_net
+from exact import hessian_product
+from torch import nn
+
+import search
+from architect import Architect
+from config import SearchConfig
+from genotypes import parse
+from models.choices import EXECUTIONS, PRIMITIVES
+from models.fast import search_cell
+from models.ops import OPS, MixedOp
+from models.search_cnn import SearchCNN
+from running.run import Run
+from utils import cosine_lr
+
+EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation"]
+NEW_SPACE = ("none", "skip_connect", "sep_conv_3x3", "max_pool_5x5")
+
+both_executions = pytest.mark.parametrize("execution", EXECUTIONS)
+
+
+def classes_of(name, monkeypatch):
+    """The network's and the architect's class with which an example calls search.main."""
+    arguments = {}
+    monkeypatch.setattr(search, "main", lambda **options: arguments.update(options))
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    monkeypatch.undo()
+    return arguments.get("network", SearchCNN), arguments.get("architect", Architect)
+
+
+def network(kind, execution, primitives=PRIMITIVES, C=4):
+    torch.manual_seed(0)
+    net = kind(1, C, 3, 3, nn.CrossEntropyLoss(), n_nodes=2, execution=execution, primitives=primitives)
+    return net.double().to(memory_format=torch.channels_last)
+
+
+def two_steps(net, architect=Architect):
+    """Two steps of the search by the script's own loop; the alphas' gradients of the last."""
+    trn, val = (Batches(batch(n=8, seed=seed + i) for i in range(2)) for seed in (10, 50))
+    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu"])
+    w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.9, weight_decay=3e-4)
+    alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
+    bilevel = architect(net, 0.9, 3e-4)
+    search.train(1, Run(config), net, bilevel, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+    return [alpha.grad.clone() for alpha in net.alphas()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_both_executions_of_an_example_are_the_same_search(name, monkeypatch):
+    kind, architect = classes_of(name, monkeypatch)
+    primitives = NEW_SPACE if name == "new_operation" else PRIMITIVES
+    states = {}
+    for execution in EXECUTIONS:
+        net = network(kind, execution, primitives)
+        torch.manual_seed(1)
+        two_steps(net, architect)
+        states[execution] = dict(net.named_parameters()) | {"logits": net.eval()(batch()[0])}
+    for key, value in states["plain"].items():
+        # eq. 7 divides rounding by eps; ReLUs and maxima can take another branch for it, which the seed avoids
+        torch.testing.assert_close(states["fused"][key], value, rtol=1e-5, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_as_a_command(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["--epochs", 1, "--batch-size", 360, "--layers", 3, "--init-channels", 4, "--nodes", 2]
+    if name == "new_operation":
+        words += ["--primitives", ",".join(NEW_SPACE)]
+    done = run_script(f"examples/{name}.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "genotype = Genotype(" in done.stdout
+    assert ("run by their own forward" in done.stdout) == (name == "half_channels")
+
+
+@both_executions
+def test_sigmoid_weights_do_not_compete(execution, monkeypatch):
+    kind, _ = classes_of("sigmoid", monkeypatch)
+    net = network(kind, execution)
+    for kind_of_cell, alphas in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
+        assert all(torch.equal(w, torch.sigmoid(a)) for w, a in zip(net.edge_weights()[kind_of_cell], alphas))
+    with torch.no_grad():  # raising all others takes nothing from an operation's weight, and its edge stays the first
+        net.alpha_normal[0][0] = torch.tensor([3.0, 2.9, 2.9, 2.9, 2.9, 2.9, 2.9, 2.9])
+        net.alpha_normal[0][1, 1] = 2.95
+    assert net.genotype().normal[0] == [("max_pool_3x3", 0), ("avg_pool_3x3", 1)]
+    softmax = network(SearchCNN, execution)
+    softmax.load_state_dict(net.state_dict())
+    assert softmax.genotype().normal[0] == [("avg_pool_3x3", 1), ("max_pool_3x3", 0)]
+    before = [alpha.detach().clone() for alpha in net.alphas()]
+    two_steps(net)
+    assert all((alpha != old).any() for alpha, old in zip(net.alphas(), before))
+
+
+@both_executions
+def test_gumbel_noise_is_drawn_once_a_step_and_never_in_evaluation(execution, monkeypatch):
+    kind, _ = classes_of("gumbel", monkeypatch)
+    net, draws, used = network(kind, execution), [], []
+
+    class Watched(kind):
+        def draw_noise(self):
+            draws.append(super().draw_noise())
+            return draws[-1]
+
+        def edge_weights(self, noise=None):
+            used.append(noise)
+            return super().edge_weights(noise)
+
+    net.__class__ = Watched
+    two_steps(net)
+    assert len(draws) == 2
+    assert not torch.equal(draws[0]["normal"][0], draws[1]["normal"][0])
+    passes = len(used) // 2  # of the second-order step: w', L_V, two of eq. 7, w
+    assert passes == 5
+    assert all(noise is draws[0] for noise in used[:passes])
+    assert all(noise is draws[1] for noise in used[passes:])
+    X, y = batch()
+    noisy, used[:] = net.loss(X, y).item(), []
+    net.eval()
+    quiet = net.loss(X, y).item()
+    net.genotype()
+    assert used == [None, None]
+    assert noisy != quiet == net.loss(X, y).item()
+
+
+@both_executions
+def test_noise_drawn_in_every_pass_would_spoil_eq_7(execution, monkeypatch):
+    """The fault that `SearchCNN.noise` prevents: the difference of two draws, divided by 2 eps."""
+    kind, _ = classes_of("gumbel", monkeypatch)
+    net, trn = small_net(smooth=True, execution=execution), batch(seed=1)
+    net.__class__ = kind
+    net.noise = net.draw_noise()
+    d = [torch.randn_like(w) for w in net.weights()]
+    exact = torch.cat([h.flatten() for h in hessian_product(net, d, trn)])
+
+    def error_of_eq_7():
+        hessian = Architect(net, 0.9, 3e-4, eps_scale=1e-4).compute_hessian(d, *trn)
+        return (torch.cat([h.flatten() for h in hessian]) - exact).norm() / exact.norm()
+
+    assert error_of_eq_7() < 1e-4
+
+    class DrawnInEveryPass(kind):
+        def edge_weights(self, noise=None):
+            return super().edge_weights(self.draw_noise())
+
+    net.__class__ = DrawnInEveryPass
+    assert error_of_eq_7() > 1
+
+
+@both_executions
+def test_an_l1_penalty_adds_its_gradient_to_the_alphas(execution, monkeypatch):
+    _, architect = classes_of("l1_penalty", monkeypatch)
+    gradients = {}
+    for kind in (Architect, architect):
+        net = network(SearchCNN, execution)
+        kind(net, 0.9, 3e-4).unrolled_backward(*batch(seed=1), *batch(seed=2), 0.1, sgd(net))
+        gradients[kind] = [alpha.grad for alpha in net.alphas()]
+    for with_penalty, without, alpha in zip(gradients[architect], gradients[Architect], net.alphas()):
+        torch.testing.assert_close(with_penalty - without, 0.01 * alpha.detach().sign(), rtol=0, atol=1e-10)
+
+
+@both_executions
+def test_half_of_the_channels_pass_by(execution, monkeypatch, caplog):
+    kind, _ = classes_of("half_channels", monkeypatch)
+    monkeypatch.setattr(logging.getLogger("darts"), "propagate", True)
+    monkeypatch.setattr(search_cell, "_classes_in_log", set())
+    net, called = network(kind, execution), []
+    for cell in net.cells:
+        for edge in (edge for node in cell.dag for edge in node):
+            edge.register_forward_hook(lambda edge, inputs, output: called.append((edge, inputs[0], output)))
+    with caplog.at_level(logging.INFO, logger="darts"):
+        two_steps(net)
+    assert len(called) == 2 * 5 * 3 * 5  # steps, passes, cells, edges
+    for edge, x, y in called:
+        passed = x[:, x.shape[1] // 2 :]
+        assert torch.equal(
+            y[:, y.shape[1] // 2 :], F.max_pool2d(passed, 2, ceil_mode=True) if edge.stride == 2 else passed
+        )
+    told = [record.getMessage() for record in caplog.records if "own forward" in record.getMessage()]
+    assert len(told) == (execution == "fused")
+
+
+@both_executions
+def test_a_subset_with_a_new_operation_is_what_is_searched(execution, monkeypatch):
+    monkeypatch.setattr(search, "main", lambda **options: None)
+    runpy.run_path(str(ROOT / "examples" / "new_operation.py"), run_name="__main__")
+    net = network(SearchCNN, execution, NEW_SPACE)
+    assert {tuple(alpha.shape) for alpha in net.alphas()} == {(2, 4), (3, 4)}
+    two_steps(net)
+    with torch.no_grad():
+        net.alpha_normal[1][:, NEW_SPACE.index("max_pool_5x5")] += 1
+        net.alpha_reduce[0][:, NEW_SPACE.index("none")] += 1
+    genotype = net.genotype()
+    assert {op for op, _ in genotype.normal[1]} == {"max_pool_5x5"}
+    assert {op for node in genotype.reduce for op, _ in node} <= set(NEW_SPACE) - {"none"}
+
+
+# What is overridden runs, in whatever way.
+
+
+def double(edge, x, weights):
+    return 2 * MixedOp.forward(edge, x, weights)
+
+
+class Doubled(MixedOp):
+    def forward(self, x, weights):
+        return double(self, x, weights)
+
+
+def subclassed(edge):
+    edge.__class__ = Doubled
+
+
+def hooked(edge):
+    edge.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def patched(edge):
+    edge.forward = lambda x, weights: double(edge, x, weights)
+
+
+@pytest.mark.parametrize("layout", [None, "BATCHED"])
+@pytest.mark.parametrize("change", [subclassed, hooked, patched])
+@pytest.mark.parametrize("places", [[(0, 0)], [(1, 2)], [(0, 1), (1, 0)], "all"])
+def test_an_edge_that_is_overridden_runs_under_both_executions(change, places, layout, monkeypatch):
+    if layout:
+        monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, layout))
+    outputs = {}
+    for execution in EXECUTIONS:
+        net = network(SearchCNN, execution)
+        unchanged = net(batch()[0])
+        for cell in net.cells:
+            for i, node in enumerate(cell.dag):
+                for j, edge in enumerate(node):
+                    if places == "all" or (i, j) in places:
+                        change(edge)
+        outputs[execution] = net(batch()[0])
+        assert not torch.allclose(outputs[execution], unchanged, rtol=1e-3)
+    torch.testing.assert_close(outputs["fused"], outputs["plain"], rtol=1e-9, atol=1e-11)
+
+
+@both_executions
+def test_an_edge_that_is_replaced_by_any_module_runs(execution):
+    class Passed(nn.Module):
+        def forward(self, x, weights):
+            return x * weights.sum()
+
+    net = network(SearchCNN, execution, ["skip_connect"])
+    for cell, reduction in zip(net.cells, net.reductions):
+        for node in cell.dag:
+            for j in range(len(node)):
+                if not (reduction and j < 2):
+                    node[j] = Passed()
+    loss = net.loss(*batch())
+    loss.backward()
+    other = network(SearchCNN, execution, ["skip_connect"])
+    torch.testing.assert_close(loss, other.loss(*batch()))  # weights of one candidate are 1: the same network
+
+
+def test_a_patched_class_runs_its_new_forward(monkeypatch):
+    net, X = network(SearchCNN, "fused"), batch()[0]
+    before = net(X)
+    forward = MixedOp.forward
+    monkeypatch.setattr(MixedOp, "forward", lambda self, x, weights: 2 * forward(self, x, weights))
+    plain = network(SearchCNN, "plain")
+    after = net(X)
+    assert not torch.allclose(before, after, rtol=1e-3)
+    torch.testing.assert_close(after, plain(X), rtol=1e-9, atol=1e-11)
+
+
+@both_executions
+def test_weights_that_do_not_fit_the_candidates_are_refused(execution):
+    class TooMany(SearchCNN):
+        def edge_weights(self, noise=None):
+            return {kind: [F.pad(w, (0, 1)) for w in ws] for kind, ws in super().edge_weights().items()}
+
+    with pytest.raises(ValueError, match="zip"):
+        network(TooMany, execution)(batch()[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@both_executions
+@pytest.mark.parametrize(
+    "primitives",
+    [
+        ("skip_connect", "sep_conv_3x3"),
+        ("none", "skip_connect", "sep_conv_3x3"),
+        ("none", "max_pool_3x3"),
+        ("dil_conv_5x5",),
+        tuple(OPS),
+        tuple(reversed(PRIMITIVES)),
+    ],
+    ids=lambda primitives: f"{len(primitives)} from {primitives[0]}",
+)
+def test_any_search_space_is_searched(primitives, execution, recompute):
+    net = network(SearchCNN, execution, primitives)
+    net.recompute = recompute
+    gradients = two_steps(net)
+    assert all(gradient.shape[1] == len(primitives) and gradient.isfinite().all() for gradient in gradients)
+    genotype = net.genotype(k=1)
+    assert {len(node) for node in genotype.normal} == {1}
+    assert {op for node in genotype.normal for op, _ in node} <= set(primitives) - {"none"}
+
+
+@pytest.mark.parametrize(
+    "primitives", [(), ("none",), ("skip_connect", "skip_connect"), ("skip_connect", "sep_conv_9x9")]
+)
+def test_spaces_that_cannot_be_searched_are_refused(primitives):
+    with pytest.raises(ValueError, match=r"primitives|unknown"):
+        network(SearchCNN, "plain", primitives)
+
+
+def test_parse_ranks_the_strongest_candidate_other_than_none_wherever_none_stands():
+    weights = [torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])]
+    assert parse(weights, 2, ("none", "skip_connect", "sep_conv_3x3")) == [[("sep_conv_3x3", 1), ("skip_connect", 0)]]
+    assert parse(weights, 1, ("skip_connect", "none", "sep_conv_3x3")) == [[("sep_conv_3x3", 1)]]
+    assert parse(weights, 2, ("skip_connect", "sep_conv_3x3", "max_pool_3x3")) == [
+        [("max_pool_3x3", 1), ("skip_connect", 0)]
+    ]
