@@ -3,11 +3,13 @@
 import argparse
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -79,15 +81,13 @@ def command_lines():
     return found
 
 
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """A working directory in which every run that a page resumes has its options, but nothing else."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("cifar10", "digits", "demo", "tutorial"):
-        for stage, options in (("search", SearchConfig([])), ("augment", AugmentConfig(["--genotype", "DARTS_V2"]))):
-            folder = tmp_path / "runs" / stage / name
-            folder.mkdir(parents=True)
-            write_json(folder / "config.json", options.as_dict())
+def make_resumed_runs(config, words):
+    """Leave the options of each run that a command resumes, where it looks for them."""
+    for option, value in itertools.pairwise(words):
+        if option == "--resume":
+            Path(value).mkdir(parents=True)
+            options = config(["--genotype", "DARTS_V2"] if config is AugmentConfig else [])
+            write_json(Path(value) / "config.json", options.as_dict())
 
 
 class ParsedError(Exception):
@@ -109,7 +109,8 @@ def parse_only(monkeypatch, script, words):
 
 
 @pytest.mark.parametrize("words", command_lines())
-def test_every_command_is_accepted(words, folders, monkeypatch):
+def test_every_command_is_accepted(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if words[0] == "srun":
         words = words[1:]
     program, *words = words
@@ -129,10 +130,16 @@ def test_every_command_is_accepted(words, folders, monkeypatch):
         else:
             assert program == "python"
             script, *words = words
+            if script == "-m":  # an example, which runs a search
+                monkeypatch.setitem(OPS, "max_pool_5x5", None)  # to be taken out again
+                module, *words = words
+                importlib.import_module(module)
+                script = "search.py"
         assert (ROOT / script).is_file()
         if "--help" in words:
             assert len(words) == 1
         elif script in CONFIGS:
+            make_resumed_runs(CONFIGS[script], words)
             CONFIGS[script](words)
         elif script.startswith("benchmarks/"):
             assert {word for word in words if word.startswith("--")} <= options_of(script)
@@ -189,7 +196,7 @@ def test_every_page_is_linked_from_readme():
     assert linked == set(PAGES) - {"README.md"}
 
 
-EXCERPTS = [block for block in blocks("python") if block.page == "docs/tutorial.md"]
+EXCERPTS = [block for block in blocks("python") if re.match(r"# [\w/]+\.py\n", block.text)]
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("python") if block not in EXCERPTS], ids=str)
@@ -199,7 +206,7 @@ def test_python_blocks_compile(block):
 
 
 @pytest.mark.parametrize("block", EXCERPTS, ids=str)
-def test_excerpts_in_the_tutorial_are_the_code(block):
+def test_excerpts_are_the_code(block):
     """Its first line names the file; a line of `...` stands for lines left out; a block may be indented less."""
     first, _, rest = block.text.partition("\n")
     code = text_of(first.removeprefix("# "))
@@ -209,6 +216,16 @@ def test_excerpts_in_the_tutorial_are_the_code(block):
         lines = "\n".join(line.strip() for line in piece.strip("\n").splitlines())
         assert lines in code[start:], lines
         start = code.index(lines, start) + len(lines)
+
+
+def test_the_tutorial_shows_code_and_every_example_is_shown_in_full():
+    assert sum(block.page == "docs/tutorial.md" for block in EXCERPTS) > 5
+    shown = {block.text for block in EXCERPTS if block.page == "docs/changing.md"}
+    for path in sorted((ROOT / "examples").glob("[!_]*.py")):
+        _, docstring, code = path.read_text(encoding="utf-8").split('"""', 2)
+        assert f"# examples/{path.name}\n{code.strip()}\n" in shown, path.name
+        command = re.search(r"python -m examples.*", docstring).group()
+        assert f"python -m examples.{path.stem} " in command
 
 
 def test_what_can_be_chosen_by_name_is_named():
