@@ -150,7 +150,7 @@ def default_cost(genotype, config):
 def augment_sections(story):
     try:
         checkpoint = load_trained(story.folder)
-        evaluation = evaluate(story.folder)
+        evaluation = evaluate(story.folder, data_path=story.config.data_path)
     except (UserError, OSError) as error:
         return [section("On the test images", f"<p>Not shown: {html.escape(str(error))}</p>")]
     names, confusion = evaluation.names, evaluation.confusion()
