@@ -3,6 +3,8 @@ import shlex
 import pytest
 
 from config import AugmentConfig, SearchConfig
+from models.choices import PRIMITIVES, SEARCH_SPACES
+from models.ops import OPS
 
 
 def test_search_defaults_are_the_papers():
@@ -46,25 +48,34 @@ def test_every_option_has_help_and_stands_in_a_named_group():
         assert "positional arguments" not in titles
 
 
-@pytest.mark.parametrize(("words", "mention"), [
-    (["--dataset", "imagenot"], "cifar10"),
-    (["--batch-size", "0"], "of at least 1"),
-    (["--init-channels", "0"], "of at least 1"),
-    (["--epochs", "x"], "whole number"),
-    (["--w-lr", "0"], "above 0"),
-    (["--w-lr", "nan"], "above 0"),
-    (["--w-lr", "inf"], "above 0"),
-    (["--w-momentum", "1"], "below 1"),
-    (["--order", "third"], "second"),
-    (["--image-size", "7"], "of at least 8"),
-    (["--image-channels", "2"], "3"),
-    (["--workers", "-1"], "of at least 0"),
-    (["--seed", "9" * 400], "whole number"),
-    (["--name", "../precious"], "without slashes"),
-    (["--batch", "3"], "--batch"),
-    (["--no-such-option"], "no-such-option"),
-    (["stray"], "stray"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "mention"),
+    [
+        (["--dataset", "imagenot"], "cifar10"),
+        (["--batch-size", "0"], "of at least 1"),
+        (["--init-channels", "0"], "of at least 1"),
+        (["--epochs", "x"], "whole number"),
+        (["--w-lr", "0"], "above 0"),
+        (["--w-lr", "nan"], "above 0"),
+        (["--w-lr", "inf"], "above 0"),
+        (["--w-momentum", "1"], "below 1"),
+        (["--order", "third"], "second"),
+        (["--image-size", "7"], "of at least 8"),
+        (["--image-channels", "2"], "3"),
+        (["--workers", "-1"], "of at least 0"),
+        (["--seed", "9" * 400], "whole number"),
+        (["--name", "../precious"], "without slashes"),
+        (["--batch", "3"], "--batch"),
+        (["--no-such-option"], "no-such-option"),
+        (["--primitives", "none"], "at least one other than none"),
+        (["--primitives", "skip_connect,skip_connect"], "different operations"),
+        (["--primitives", "skip_connect,conv_1x1"], "unknown operation 'conv_1x1'"),
+        (["--primitives", "s9"], "darts, s2, s3"),
+        (["--primitives", ""], "unknown operation ''"),
+        (["--execution", "slow"], "plain"),
+        (["stray"], "stray"),
+    ],
+)
 def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
     with pytest.raises(SystemExit) as stop:
         SearchConfig(words)
@@ -78,6 +89,28 @@ def test_augment_requires_a_genotype(capsys):
     with pytest.raises(SystemExit):
         AugmentConfig([])
     assert "--genotype is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("space", SEARCH_SPACES)
+def test_a_named_search_space_is_stored_as_its_operations(space):
+    names = SEARCH_SPACES[space]
+    assert SearchConfig(["--primitives", space]).primitives.split(",") == list(names)
+    assert SearchConfig(["--primitives", ",".join(names)]).primitives.split(",") == list(names)
+
+
+def test_the_search_space_is_that_of_darts_unless_another_is_given():
+    assert SearchConfig([]).primitives == ",".join(PRIMITIVES)
+
+
+def test_an_operation_that_a_users_script_added_can_be_searched(monkeypatch):
+    monkeypatch.setitem(OPS, "conv_1x1", OPS["sep_conv_3x3"])
+    assert SearchConfig(["--primitives", "conv_1x1,none"]).primitives == "conv_1x1,none"
+
+
+def test_saved_options_are_completed_by_the_defaults_of_their_stem():
+    saved = {"genotype": "DARTS_V2", "stem": "imagenet", "layers": 2}
+    completed = AugmentConfig.completed(saved, "config.json")
+    assert (completed["layers"], completed["lr"], completed["execution"]) == (2, 0.1, "fused")
 
 
 def test_as_markdown_is_a_table_of_every_option():

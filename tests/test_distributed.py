@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, Batches, assert_one_line_error, batch, run_of, run_script, small_net
+from conftest import ROOT, Batches, assert_one_line_error, batch, run_script, small_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -21,9 +22,9 @@ import search
 from architect import Architect
 from benchmarks.faults import differences, outcome
 from config import AugmentConfig, SearchConfig
-from genotypes import DARTS_V2
+from genotypes import DARTS_V2, from_str
 from models.augment_cnn import AugmentCNN
-from models.fast import search_cell as fused_cell
+from models.fast import search_cell
 from models.sync_bn import synchronise
 from running import ranks
 from running.checkpoints import load_checkpoint
@@ -33,44 +34,46 @@ from utils import cosine_lr
 
 # global batches: divisible, odd, and too small to give each of two, or of four, ranks two rows
 SIZES = (8, 7, 9, 5, 3, 2)
-PATHS = {"plain": None, "EDGE_BY_EDGE": "fused", "BATCHED": "fused"}
+# the normal cell does not use its first input, whose parameters get no gradient
+UNUSED_INPUT = from_str(
+    "Genotype(normal=[[('sep_conv_3x3', 1), ('skip_connect', 1)]], normal_concat=[2], "
+    "reduce=[[('max_pool_3x3', 0), ('max_pool_3x3', 1)]], reduce_concat=[2])"
+)
+# of the fused execution
+LAYOUTS = {"plain": None, "edge by edge": search_cell.EDGE_BY_EDGE, "batched": search_cell.BATCHED}
 
 
 # What ranks do. Each function returns name -> tensor.
 
 
-def searched(path, sync_bn=True, **changes):
+def searched(execution, sync_bn=True, **changes):
     """State after some second-order steps, by the script's own loop."""
     trn, val = (Batches(batch(n=n, seed=seed + i) for i, n in enumerate(SIZES)) for seed in (10, 50))
     config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu"])
-    net = small_net(C=4, n_nodes=1, execution=PATHS[path] or "plain", **changes)
+    net = small_net(C=4, n_nodes=1, execution="plain" if execution == "plain" else "fused", **changes)
     if sync_bn:
         synchronise(net)
     config.sync_bn = sync_bn
     w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.9, weight_decay=3e-4)
     alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-    architect, chosen = Architect(net, 0.9, 3e-4), fused_cell.choose_path
-    fused_cell.choose_path = lambda x: getattr(fused_cell, path)
-    try:
-        search.train(1, run_of(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
-    finally:
-        fused_cell.choose_path = chosen
+    architect = Architect(net, 0.9, 3e-4)
+    with mock.patch.object(search_cell, "layout_for", return_value=LAYOUTS[execution]):
+        search.train(1, Run(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
     return state_of(net)
 
 
-def augmented(sync_bn=True):
+def augmented(sync_bn=True, genotype=DARTS_V2):
     """State after an epoch of augment, with drop path and the auxiliary head."""
     config = AugmentConfig(["--genotype", "DARTS_V2", "--lr", "0.1", "--device", "cpu"])
     config.sync_bn = sync_bn
     torch.manual_seed(0)
-    net = AugmentCNN(8, 1, 4, 3, 3, True, DARTS_V2).double().to(memory_format=torch.channels_last).train()
+    net = AugmentCNN(8, 1, 4, 3, 3, True, genotype).double().to(memory_format=torch.channels_last).train()
     net.drop_path_prob(0.3)
     if sync_bn:
         synchronise(net)
-    trained = ranks.data_parallel(net, torch.device("cpu"))
     optim = torch.optim.SGD(net.parameters(), config.lr, momentum=0.9, weight_decay=3e-4)
     batches = Batches(batch(n=n, seed=i) for i, n in enumerate(SIZES))
-    augment.train(1, run_of(config), trained, net, nn.CrossEntropyLoss(), batches, optim)
+    augment.train(1, Run(config), net, batches, optim)
     return state_of(net) | {"random": torch.get_rng_state().double()}
 
 
@@ -110,14 +113,15 @@ def statistics(sync_bn=False, execution="fused"):
     X, y = (tensor[ranks.rows(9)] for tensor in batch(n=9))
     net(X)
     if not sync_bn:
-        ranks.average_statistics(net, y)
+        ranks.average_step(torch.zeros((), dtype=X.dtype), net, [], y, sync_bn)
     return state_of(net)
 
 
-GLOBAL = {path: functools.partial(searched, path) for path in PATHS}
+GLOBAL = {execution: functools.partial(searched, execution) for execution in LAYOUTS}
 GLOBAL |= {
-    "recompute": functools.partial(searched, "EDGE_BY_EDGE", recompute=True),
+    "recompute": functools.partial(searched, "edge by edge", recompute=True),
     "augment": augmented,
+    "augment, an input unused": functools.partial(augmented, genotype=UNUSED_INPUT),
     "statistics": functools.partial(statistics, True),
     "statistics, plain": functools.partial(statistics, True, "plain"),
 }
@@ -126,11 +130,11 @@ PER_RANK = {
     "alpha, plain": functools.partial(alpha_gradient, execution="plain"),
     "alpha, few": functools.partial(alpha_gradient, n=3),
     "own statistics": statistics,
-    "own search": functools.partial(searched, "EDGE_BY_EDGE", sync_bn=False),
+    "own search": functools.partial(searched, "edge by edge", sync_bn=False),
     "own augment": functools.partial(augmented, sync_bn=False),
 }
 # to be left out where four ranks share two cores
-SLOW = ("plain", "BATCHED", "recompute", "own search", "own augment")
+SLOW = ("plain", "batched", "recompute", "own search", "own augment")
 
 
 def everything(n):
@@ -139,14 +143,14 @@ def everything(n):
 
 
 def check_helpers():
-    """What can only be seen from within: first, in_turn, check_equal."""
+    """What can only be seen from within: on_rank_0, in_turn, check_equal, average_step."""
     rank, size = ranks.rank(), ranks.size()
-    assert ranks.first(lambda: rank + 10) == 10
+    assert ranks.on_rank_0(lambda: rank + 10) == 10
     with pytest.raises(UserError, match="of rank 0") as caught:
-        ranks.first(functools.partial(complain, "of rank 0"))
+        ranks.on_rank_0(functools.partial(complain, "of rank 0"))
     assert isinstance(caught.value, OtherRankError) == (rank > 0)
     with pytest.raises(SystemExit):
-        ranks.first(lambda: sys.exit(0))
+        ranks.on_rank_0(lambda: sys.exit(0))
     assert ranks.in_turn(lambda: rank) == rank
     with pytest.raises(UserError):  # not only on the rank that it happens on
         ranks.in_turn(functools.partial(complain, "of the last") if rank == size - 1 else lambda: rank)
@@ -169,8 +173,8 @@ def work(rank, n, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """ranks -> what each rank found, rank 0 first."""
+def results(tmp_path_factory):
+    """A function: number of ranks -> the results of `everything` on each, rank 0 first."""
 
     @functools.cache
     def by(n):
@@ -183,10 +187,10 @@ def found(tmp_path_factory):
     return by
 
 
-def assert_near(found, expected, tolerance=1e-9):
-    assert found.keys() == expected.keys()
+def assert_near(state, expected, tolerance=1e-9):
+    assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-14, name
+        assert (state[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-14, name
 
 
 RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
@@ -195,42 +199,42 @@ CASES += [pytest.param(4, case, marks=pytest.mark.slow) for case in GLOBAL if ca
 
 
 @pytest.mark.parametrize(("n", "case"), CASES)
-def test_with_global_statistics_any_number_of_ranks_takes_the_steps_of_one(found, case, n):
-    for i, of_rank in enumerate(found(n)):
-        one, many = dict(found(1)[0][case]), dict(of_rank[case])
+def test_with_global_statistics_any_number_of_ranks_takes_the_steps_of_one(results, case, n):
+    for i, of_rank in enumerate(results(n)):
+        one, many = dict(results(1)[0][case]), dict(of_rank[case])
         if not case.startswith("statistics"):
             # a batch that every rank takes as a whole counts each value once per rank in the unbiased variance
             for name in [name for name in one if name.endswith("running_var")]:
                 assert torch.allclose(many.pop(name), one.pop(name), rtol=0.5)
         assert_near(many, one)
-        for name, tensor in found(n)[0][case].items():
+        for name, tensor in results(n)[0][case].items():
             assert torch.equal(of_rank[case][name], tensor), (i, name)
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_with_statistics_of_each_rank_the_alphas_gradient_is_the_mean_of_the_ranks_gradients(found, n):
+def test_with_statistics_of_each_rank_the_alphas_gradient_is_the_mean_of_the_ranks_gradients(results, n):
     for execution in ("plain", "fused"):
         expected = alpha_gradient(n_parts=n, execution=execution)
-        for of_rank in found(n):
+        for of_rank in results(n):
             assert_near(of_rank[f"alpha, {execution}"], expected)
-    assert_near(found(n)[0]["alpha, few"], alpha_gradient(n_parts=n, n=3))
-    one = torch.cat([grad.flatten() for grad in found(1)[0]["alpha, fused"].values()])
-    assert not torch.allclose(one, torch.cat([grad.flatten() for grad in found(n)[0]["alpha, fused"].values()]))
+    assert_near(results(n)[0]["alpha, few"], alpha_gradient(n_parts=n, n=3))
+    one = torch.cat([grad.flatten() for grad in results(1)[0]["alpha, fused"].values()])
+    assert not torch.allclose(one, torch.cat([grad.flatten() for grad in results(n)[0]["alpha, fused"].values()]))
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_running_statistics_are_the_mean_of_the_ranks(found, n):
+def test_running_statistics_are_the_mean_of_the_ranks(results, n):
     totals = {}
     for a, b in itertools.pairwise(9 * i // n for i in range(n + 1)):
         net = small_net().train()
         net(batch(n=9)[0][a:b])
         for name, tensor in state_of(net).items():
             totals[name] = totals.get(name, 0) + tensor * ((b - a) / 9)
-    assert_near(found(n)[0]["own statistics"], totals)
+    assert_near(results(n)[0]["own statistics"], totals)
 
 
-def test_ranks_with_their_own_statistics_stay_equal(found):
-    first, second = found(2)
+def test_ranks_with_their_own_statistics_stay_equal(results):
+    first, second = results(2)
     for case in ("own search", "own augment"):
         for name, tensor in first[case].items():
             assert torch.equal(second[case][name], tensor), name
@@ -240,24 +244,24 @@ def test_ranks_with_their_own_statistics_stay_equal(found):
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 64])
 def test_rows_are_each_taken_once_by_parts_of_at_least_two_or_all_by_all(monkeypatch, size, n):
     monkeypatch.setattr(ranks, "size", lambda: size)
-    taken, weights = [], []
+    taken = []
     for rank in range(size):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         taken.append(list(range(n))[ranks.rows(n)])
-        weights.append(ranks.ddp_weight(n) * (1 / len(taken[-1])))
     if n < 2 * size:
         assert taken == [list(range(n))] * size
     else:
         assert list(itertools.chain(*taken)) == list(range(n))
         assert min(map(len, taken)) >= 2
         assert max(map(len, taken)) - min(map(len, taken)) <= 1
-    # each row has the weight 1 / n in the mean over ranks
-    assert [w / size * (size if n < 2 * size else 1) for w in weights] == pytest.approx([1 / n] * size)
+    # `average` weights ranks by their rows, so that each row has the weight 1 / n
+    rows = list(itertools.chain(*taken))
+    assert [rows.count(row) / len(rows) for row in range(n)] == pytest.approx([1 / n] * n)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_on_one_rank_global_statistics_are_those_of_batch_norm(path):
-    assert_near(searched(path), searched(path, sync_bn=False))
+@pytest.mark.parametrize("execution", LAYOUTS)
+def test_on_one_rank_global_statistics_are_those_of_batch_norm(execution):
+    assert_near(searched(execution), searched(execution, sync_bn=False))
 
 
 # The scripts.
@@ -268,9 +272,16 @@ TINY_AUGMENT = (*TINY[:4], *TINY[6:], "--genotype", "DARTS_V2")
 
 def torchrun(cwd, n, script, *words, options=(), wait=True):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *options,
-        ROOT / script, *words,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        n,
+        *options,
+        ROOT / script,
+        *words,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         list(map(str, command)), cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -332,9 +343,12 @@ def test_augment_under_torchrun_trains_as_one_process(tmp_path):
 
 def children(process):
     """The processes that a process has started, by their numbers."""
-    return [int(number) for number in subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()]  # fmt: skip
+    return [
+        int(number)
+        for number in subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
+    ]
 
 
 @pytest.mark.slow
@@ -395,9 +409,14 @@ def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
 
     def start(*words):
         return subprocess.run(
-            [sys.executable, "-c", code, ROOT / "search.py", *map(str, words)], cwd=tmp_path, text=True,
-            capture_output=True, timeout=200, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            [sys.executable, "-c", code, ROOT / "search.py", *map(str, words)],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=200,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
 
     process = start("--gpus", "0,1", *TINY, "--epochs", 1, "--gpus=all")
     assert process.returncode == 0, process.stderr
@@ -420,10 +439,10 @@ def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     config = SearchConfig([])
     run = Run(config)
-    run.start({})
+    run.start({}, {})
     run.tensorboard.close()
     assert SearchConfig(["--overwrite"]).resume is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert SearchConfig(["--overwrite"]).resume == str(run.folder)
-    monkeypatch.setattr(ranks, "launcher", lambda: "another 1")
+    monkeypatch.setattr("config.launcher", lambda: "another 1")
     assert SearchConfig([]).resume is None

@@ -23,8 +23,10 @@ import search
 from benchmarks.faults import differences, outcome
 from config import SearchConfig
 from genotypes import DARTS_V1, DARTS_V2, GenotypeError, from_str
-from running.checkpoints import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from models.search_cnn import SearchCNN
+from running.checkpoints import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 from running.errors import UserError, user_errors_in_one_line
+from running.folder import RunFolder
 from running.run import Run
 from utils import get_data
 
@@ -47,9 +49,12 @@ def alone(tmp_path_factory):
 
 def begin(stage, cwd, *words):
     process = subprocess.Popen(
-        [sys.executable, ROOT / f"{stage}.py", *map(str, [*WORDS[stage], *words])], cwd=cwd,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, ROOT / f"{stage}.py", *map(str, [*WORDS[stage], *words])],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     return process, cwd / "runs" / stage / "digits"
 
 
@@ -88,9 +93,13 @@ def test_signals_finish_the_step_and_save(stage, name, alone, tmp_path):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signals_to_the_whole_group_leave_the_loading_processes_alone(name, alone, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, ROOT / "augment.py", *map(str, WORDS["augment"]), "--workers", "2"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, ROOT / "augment.py", *map(str, WORDS["augment"]), "--workers", "2"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     run = tmp_path / "runs/augment/digits"
     wait_for_step(process, run, 2)
     os.killpg(process.pid, getattr(signal, name))
@@ -138,21 +147,23 @@ def damaged_files(data):
 
 
 def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_used(saved):
-    path, before = saved / "checkpoint.pt", load_checkpoint(saved / "previous.pt")
-    run = Run(SearchConfig(["--resume", str(saved)]))
-    assert run._load()[0]["epoch"] > before["epoch"]
-    assert run._load()[1] is None
+    folder, before = RunFolder(saved), load_checkpoint(saved / "previous.pt")
+    checkpoint, path, warning = find_checkpoint(folder)
+    assert checkpoint["epoch"] > before["epoch"]
+    assert path == saved / "checkpoint.pt"
+    assert warning is None
     for data in damaged_files(path.read_bytes()):
         path.write_bytes(data)
         with pytest.raises(DamagedCheckpointError):
             load_checkpoint(path)
-        found, warning = run._load()
-        assert found["epoch"] == before["epoch"]
+        checkpoint, used, warning = find_checkpoint(folder)
+        assert checkpoint["epoch"] == before["epoch"]
+        assert used == saved / "previous.pt"
         assert "checkpoint.pt" in warning
         assert "previous.pt" in warning
     (saved / "previous.pt").write_bytes(b"")
     with pytest.raises(UserError, match="no other"):
-        run._load()
+        find_checkpoint(folder)
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_ends_as_it_did(saved, alone):
@@ -187,7 +198,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypatch):
+def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypatch, capsys):
     state = load_checkpoint(saved / "checkpoint.pt")
     for changes, mentions in (
         ({"format": 99}, ["format 99", "2"]),
@@ -197,12 +208,69 @@ def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypa
         ({"keeps": state["keeps"] | {"net": {}}}, ["another network", "stem"]),
         ({"random": {}}, ["cpu"]),
         ({"within": {}}, ["within"]),
+        ({"config": state["config"] | {"momentum_of_alpha": 0.5}}, ["not known here", "momentum_of_alpha"]),
+        ({"classes": {"network": "GumbelCNN"}}, ["network GumbelCNN, not SearchCNN"]),
+        ({"classes": {"network": "SearchCNN", "architect": "L1"}}, ["architect L1, not Architect"]),
     ):
         save_checkpoint(state | changes, saved)
         monkeypatch.setattr("sys.argv", ["search.py", "--resume", str(saved)])
-        with pytest.raises(UserError) as refusal:
+        with pytest.raises(SystemExit) as stop:
             search.main()
-        assert all(mention in str(refusal.value) for mention in mentions)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        assert all(mention in line for mention in mentions)
+
+
+def without(option, saved):
+    """Let a run be as one from before the program had this option."""
+    options = json.loads((saved / "config.json").read_text())
+    del options[option]
+    (saved / "config.json").write_text(json.dumps(options))
+    state = load_checkpoint(saved / "checkpoint.pt")
+    del state["config"][option]
+    save_checkpoint(state, saved)
+
+
+@pytest.mark.parametrize(("stage", "option"), [("search", "primitives"), ("search", "amp"), ("augment", "execution")])
+def test_a_run_from_before_an_option_goes_on_with_its_default(stage, option, alone, tmp_path):
+    shutil.copytree(alone[stage], tmp_path / "run")
+    before = json.loads((tmp_path / "run/config.json").read_text())
+    without(option, tmp_path / "run")
+    process = run_script(f"{stage}.py", "--resume", tmp_path / "run", "--epochs", 4, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text()) == before | {"epochs": 4}
+
+
+def test_an_option_that_is_not_known_is_one_line(saved):
+    options = json.loads((saved / "config.json").read_text()) | {"momentum_of_alpha": 0.5}
+    (saved / "config.json").write_text(json.dumps(options))
+    process = run_script("search.py", "--resume", saved, cwd=saved.parent)
+    assert_one_line_error(process, "config.json", "momentum_of_alpha")
+
+
+class OtherCNN(SearchCNN):
+    """A network of a user's, that searches otherwise."""
+
+
+def test_a_search_with_a_users_network_is_not_resumed_as_darts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["search.py", *map(str, WORDS["search"]), "--epochs", "1"])
+    search.main(network=OtherCNN)
+    run = "runs/search/digits"
+    assert_one_line_error(run_script("search.py", "--resume", run, cwd=tmp_path), "network OtherCNN, not SearchCNN")
+    monkeypatch.setattr("sys.argv", ["search.py", "--resume", run])
+    search.main(network=OtherCNN)
+
+
+def test_what_is_saved_is_a_copy_of_what_was_handed_over(tmp_path):
+    run = Run(SearchConfig(["--runs-path", str(tmp_path), "--device", "cpu"]))
+    history = run.start({}, {"history": []})["history"]
+    history.append("epoch 1")
+    run.end_epoch(True, {"history": history})
+    history.append("half of epoch 2")
+    run.save()
+    run.tensorboard.close()
+    assert load_checkpoint(run.folder.checkpoint)["results"] == {"history": ["epoch 1"]}
 
 
 def test_a_file_without_a_seal_is_taken_for_no_checkpoint_of_ours(saved):
@@ -220,11 +288,14 @@ def test_a_run_killed_before_it_saved_anything_starts_when_resumed(alone, tmp_pa
     assert differences(outcome(alone["search"]), outcome(run)) == []
 
 
-@pytest.mark.parametrize(("stage", "words", "phase"), [
-    ("search", ["--w-lr", 2e9], "alpha"),
-    ("search", ["--w-lr", 2e9, "--order", "first"], "alpha"),
-    ("augment", ["--lr", 2e9], "w"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "words", "phase"),
+    [
+        ("search", ["--w-lr", 2e9], "alpha"),
+        ("search", ["--w-lr", 2e9, "--order", "first"], "alpha"),
+        ("augment", ["--lr", 2e9], "w"),
+    ],
+)
 def test_numbers_that_are_not_finite_stop_the_run_before_they_spoil_it(stage, words, phase, tmp_path):
     process = run_script(f"{stage}.py", *WORDS[stage], *words, cwd=tmp_path)
     assert process.returncode == 2
@@ -243,9 +314,13 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_spoil_it(stage, wo
 
 def test_without_room_a_run_does_not_begin(tmp_path):
     process = subprocess.run(
-        [sys.executable, ROOT / "search.py", *map(str, WORDS["search"])], cwd=tmp_path, check=False,
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2),
-    )  # fmt: skip
+        [sys.executable, ROOT / "search.py", *map(str, WORDS["search"])],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2),
+    )
     assert_one_line_error(process, "cannot write to runs/search/digits")
     assert not (tmp_path / "runs/search/digits").exists()
 
@@ -312,8 +387,19 @@ def test_bad_images_are_named_or_left_out(name, image_folder, tmp_path, capsys):
 def test_a_search_leaves_bad_images_out_when_told_to(image_folder, tmp_path):
     folder = image_folder(tmp_path / "images")
     (folder / "train" / "left" / "000.png").write_bytes(b"")
-    words = (*WORDS["search"], "--epochs", 1, "--batch-size", 8, "--dataset", "folder", "--data-path", folder,
-             "--image-size", 8)  # fmt: skip
+    words = (
+        *WORDS["search"],
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--dataset",
+        "folder",
+        "--data-path",
+        folder,
+        "--image-size",
+        8,
+    )
     assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "cannot read the image", "000.png")
     assert not (tmp_path / "runs").exists()
     process = run_script("search.py", *words, "--skip-bad-images", cwd=tmp_path)
@@ -344,10 +430,29 @@ def parses_or_is_refused(text):
 
 
 TOKENS = [
-    *"()[],='\"- \n\\", "Genotype", "normal", "normal_concat", "reduce", "reduce_concat", "range", "__import__('os')",
-    "'sep_conv_3x3'", "'none'", "0", "1", "2", "9" * 5000, "2e999", "True", "None", "lambda: 0", "*", "**", "f'{1}'",
+    *"()[],='\"- \n\\",
+    "Genotype",
+    "normal",
+    "normal_concat",
+    "reduce",
+    "reduce_concat",
+    "range",
+    "__import__('os')",
+    "'sep_conv_3x3'",
+    "'none'",
+    "0",
+    "1",
+    "2",
+    "9" * 5000,
+    "2e999",
+    "True",
+    "None",
+    "lambda: 0",
+    "*",
+    "**",
+    "f'{1}'",
     "\0",
-]  # fmt: skip
+]
 
 
 def test_ten_thousand_mutated_genotypes_parse_or_are_refused():
@@ -374,9 +479,23 @@ def test_deep_and_broken_texts_are_refused(text):
 
 
 WORDS_OF_OPTIONS = [
-    "--layers", "--epochs", "--w-lr", "--name", "--seed", "--resume", "--checkpoint-minutes", "--bogus", "0", "-1",
-    "1e400", "nan", "2", "../x", "é", "",
-]  # fmt: skip
+    "--layers",
+    "--epochs",
+    "--w-lr",
+    "--name",
+    "--seed",
+    "--resume",
+    "--checkpoint-minutes",
+    "--bogus",
+    "0",
+    "-1",
+    "1e400",
+    "nan",
+    "2",
+    "../x",
+    "é",
+    "",
+]
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,14 +1,18 @@
 """The command line, run as a user runs it: as processes."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genotypes import DARTS_V1, PRIMITIVES, from_str
+from models.choices import SEARCH_SPACES
 
 TINY = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--workers", 0)
 TINY_AUGMENT = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0)
@@ -50,18 +54,27 @@ def test_a_search_leaves_all_of_its_folder(searched):
     run = cwd / "runs" / "search" / "digits"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "log.txt", "tb", "plots", "checkpoint.pt", "previous.pt", "best.pt", "genotype.json",
-        "history.json", "launcher.txt", "summary.json",
-    }  # fmt: skip
+        "config.json",
+        "log.txt",
+        "tb",
+        "plots",
+        "checkpoint.pt",
+        "previous.pt",
+        "best.pt",
+        "genotype.json",
+        "history.json",
+        "launcher.txt",
+        "summary.json",
+    }
     assert json.loads((run / "config.json").read_text())["batch_size"] == 256
     pictures = {path.stem for path in (run / "plots").iterdir()}
     assert pictures == {f"epoch{e:03d}-{kind}" for e in (1, 2) for kind in ("normal", "reduce")}
     genotypes = json.loads((run / "genotype.json").read_text())
     assert set(genotypes) == {"last", "best"}
-    for found in genotypes.values():
-        genotype = from_str(found["string"])
-        assert [[list(pair) for pair in node] for node in genotype.normal] == found["normal"]
-        assert list(genotype.reduce_concat) == found["reduce_concat"] == [2, 3]
+    for entry in genotypes.values():
+        genotype = from_str(entry["string"])
+        assert [[list(pair) for pair in node] for node in genotype.normal] == entry["normal"]
+        assert list(genotype.reduce_concat) == entry["reduce_concat"] == [2, 3]
     assert genotypes["last"]["epoch"] == 2
     # the log holds what standard output showed
     assert "genotype = Genotype(" in (run / "log.txt").read_text()
@@ -112,8 +125,8 @@ def test_the_printed_augment_command_trains_what_was_found(augmented):
     written = json.loads((run / "summary.json").read_text())
     assert summary_line(process).keys() == written.keys()
     assert written["test_error"] == pytest.approx(1 - written["test_top1"], abs=1e-6)
-    found = json.loads((cwd / "runs/search/digits/genotype.json").read_text())["last"]["string"]
-    assert json.loads((run / "config.json").read_text())["genotype"] == found
+    searched_genotype = json.loads((cwd / "runs/search/digits/genotype.json").read_text())["last"]["string"]
+    assert json.loads((run / "config.json").read_text())["genotype"] == searched_genotype
     values, _ = scalars(run)
     assert len(values["step/loss"]) == 2 * 6  # 1437 images in batches of 256
     assert [value for _, value in values["lr/w"]] == pytest.approx([0.025] * 6 + [0.0125] * 6)
@@ -188,6 +201,42 @@ def test_folders_of_too_few_images_are_one_line(n, image_folder, tmp_path):
     assert_one_line_error(process, "needs 5 images", "left")
 
 
+def test_a_search_space_belongs_to_the_run(tmp_path):
+    process = tiny_search(tmp_path, "--primitives", "s3", epochs=1)
+    run = tmp_path / "runs/search/digits"
+    assert json.loads((run / "config.json").read_text())["primitives"] == "none,skip_connect,sep_conv_3x3"
+    tags = {tag.rsplit("/", 1)[1] for tag in scalars(run)[0] if tag.startswith("alpha_")}
+    assert tags == set(SEARCH_SPACES["s3"])
+    assert "weights of alpha_normal, %:  none  skip_connect  sep_conv_3x3" in process.stdout
+    assert state(tmp_path, "digits")["keeps"]["net"]["alpha_normal.1"].shape == (3, 3)
+    assert run_script("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path).returncode == 0
+    genotype = from_str(json.loads((run / "summary.json").read_text())["genotype"])
+    assert {op for node in genotype.normal for op, _ in node} <= {"skip_connect", "sep_conv_3x3"}
+
+
+@pytest.mark.parametrize("script", ["search.py", "augment.py"])
+def test_help_is_answered_without_torch(script, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print([name for name in ('torch', 'torchvision') if name in sys.modules])\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "--resume" in process.stdout
+    assert process.stdout.endswith("[]\n")
+
+
 def test_an_existing_run_is_kept_unless_told_otherwise(searched):
     cwd, _ = searched
     before = (cwd / "runs/search/digits/log.txt").read_text()
@@ -223,28 +272,35 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(searched):
     assert scalars(run)[0]["lr/w"][-1][1] == pytest.approx(0.013, rel=1e-6)
 
 
-@pytest.mark.parametrize(("words", "mention"), [
-    (["--dataset", "imagenot"], "cifar10"),
-    (["--init-channels", "0"], "at least 1"),
-    (["--batch-size", "0"], "at least 1"),
-    (["--device", "cuda:99"], "cpu"),
-    (["--device", "warp"], "cpu"),
-    (["--dataset", "folder", "--data-path", "nowhere"], "nowhere"),
-    (["--runs-path", "file.txt"], "file.txt"),
-    (["--name", "x" * 300], "name of a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "mention"),
+    [
+        (["--dataset", "imagenot"], "cifar10"),
+        (["--init-channels", "0"], "at least 1"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--device", "cuda:99"], "cpu"),
+        (["--device", "warp"], "cpu"),
+        (["--dataset", "folder", "--data-path", "nowhere"], "nowhere"),
+        (["--runs-path", "file.txt"], "file.txt"),
+        (["--name", "x" * 300], "name of a folder"),
+        (["--primitives", "conv_1x1,none"], "sep_conv_3x3"),
+    ],
+)
 def test_bad_input_to_search_is_one_line_and_leaves_nothing(words, mention, tmp_path):
     (tmp_path / "file.txt").touch()
     assert_one_line_error(run_script("search.py", *TINY, *words, cwd=tmp_path), mention)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("genotype", "mention"), [
-    ("DARTS_V9", "DARTS_V2"),
-    (str(DARTS_V1).replace("sep_conv_3x3", "conv_1x1", 1), "unknown operation"),
-    (str(DARTS_V1).replace("('skip_connect', 2)", "('skip_connect', 5)", 1), "0 to"),
-    (str(DARTS_V1).replace("normal=", "normal=__import__('os').system('touch ran') or ", 1), "allowed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("genotype", "mention"),
+    [
+        ("DARTS_V9", "DARTS_V2"),
+        (str(DARTS_V1).replace("sep_conv_3x3", "conv_1x1", 1), "unknown operation"),
+        (str(DARTS_V1).replace("('skip_connect', 2)", "('skip_connect', 5)", 1), "0 to"),
+        (str(DARTS_V1).replace("normal=", "normal=__import__('os').system('touch ran') or ", 1), "allowed"),
+    ],
+)
 def test_bad_genotypes_are_one_line_and_not_run(genotype, mention, tmp_path):
     assert_one_line_error(run_script("augment.py", "--genotype", genotype, cwd=tmp_path), mention)
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import Batches, batch, run_of, small_net
+from conftest import Batches, batch, small_net
 from torch import nn
 
 import augment
@@ -14,6 +14,7 @@ from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_
+from running.run import Run
 from utils import cosine_lr
 
 
@@ -40,7 +41,7 @@ def test_a_search_epoch_is_algorithm_1_written_out(order):
 
     net = small_net(smooth=True)
     w_optim, alpha_optim, architect = parts(net)
-    search.train(1, run_of(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+    search.train(1, Run(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
 
     other = small_net(smooth=True).train()
     w_state, _, other_architect = parts(other)
@@ -60,17 +61,28 @@ def test_a_search_epoch_is_algorithm_1_written_out(order):
         with torch.no_grad():
             sgd_by_hand(weights, grads, buffers, 0.1, 0.8, 0.01, 0.01)
 
-    for (name, found), expected in zip(net.named_parameters(), other.parameters()):
+    for (name, parameter), expected in zip(net.named_parameters(), other.parameters()):
         # eq. 7 divides the rounding of float64 by about 0.01 / ||d||, and Adam by the gradient's size
-        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9), name
-    for (name, found), expected in zip(net.named_buffers(), other.buffers()):
-        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9), name  # only the w step moved the statistics
+        assert torch.allclose(parameter, expected, rtol=1e-6, atol=1e-9), name
+    for (name, buffer), expected in zip(net.named_buffers(), other.buffers()):
+        assert torch.allclose(buffer, expected, rtol=1e-6, atol=1e-9), name  # only the w step moved the statistics
 
 
 def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weight():
     batches = Batches(batch(n=5, seed=i) for i in range(3))
-    words = ["--genotype", "DARTS_V2", "--grad-clip", "0.1", "--aux-weight", "0.3", "--device", "cpu"]
-    config, criterion = AugmentConfig(words), nn.CrossEntropyLoss()
+    words = [
+        "--genotype",
+        "DARTS_V2",
+        "--grad-clip",
+        "0.1",
+        "--aux-weight",
+        "0.3",
+        "--label-smoothing",
+        "0.2",
+        "--device",
+        "cpu",
+    ]
+    config, criterion = AugmentConfig(words), nn.CrossEntropyLoss(label_smoothing=0.2)
 
     def fresh():
         torch.manual_seed(0)
@@ -78,7 +90,7 @@ def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weigh
 
     net, other = fresh(), fresh()
     optim = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9, weight_decay=0.01)
-    augment.train(1, run_of(config), net, net, criterion, batches, optim)
+    augment.train(1, Run(config), net, batches, optim)
     weights = list(other.parameters())
     buffers = [None] * len(weights)
     for X, y in batches:
@@ -86,18 +98,18 @@ def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weigh
         grads = torch.autograd.grad(criterion(logits, y) + 0.3 * criterion(aux_logits, y), weights)
         with torch.no_grad():
             sgd_by_hand(weights, grads, buffers, 0.2, 0.9, 0.01, 0.1)
-    for (name, found), expected in zip(net.named_parameters(), weights):
-        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12), name
+    for (name, parameter), expected in zip(net.named_parameters(), weights):
+        assert torch.allclose(parameter, expected, rtol=1e-9, atol=1e-12), name
 
 
 def test_drop_path_grows_linearly_from_zero(tmp_path, monkeypatch):
     seen = []
 
-    def record(epoch, run, net, *rest):
+    def record(epoch, run, net, loader, optim):
         probabilities = {module.p for module in net.modules() if isinstance(module, DropPath_)}
         assert len(probabilities) == 1
         seen.extend(probabilities)
-        rest[-1].step()  # the optimizer's, before the schedule's
+        optim.step()  # before the schedule's step
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(augment, "train", record)
