@@ -20,7 +20,8 @@ import torch
 from benchmarks.paired import machine
 from benchmarks.search_step import step_of
 from config import SearchConfig
-from running.run import Meters, Run
+from running.progress import Meters
+from running.run import Run
 
 STEPS = 390
 
@@ -37,11 +38,11 @@ def main():
         net, w_optim, alpha_optim = step.keeps
         steps = timed(step, args.rounds)
         run = Run(config)
-        run.start({"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}, found={}, history=[])
+        run.start({"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}, {"found": {}, "history": []})
         saves = timed(lambda: run.save(is_best=True), args.saves)
-        meters = Meters(run, "", training=True)
-        notes = timed(lambda: run.after_step(meters, 1, 2), 1000)
-        size = (run.folder / "checkpoint.pt").stat().st_size / 1e6
+        meters = Meters(run, "", n_steps=2)
+        notes = timed(lambda: run.note_position(meters), 1000)
+        size = run.folder.checkpoint.stat().st_size / 1e6
         run.tensorboard.close()
     epoch = STEPS * statistics.median(steps)
     in_between = epoch / (60 * config.checkpoint_minutes)
@@ -53,13 +54,13 @@ def main():
     print(f"added to an epoch of {epoch:.0f} s with {in_between:.1f} checkpoints in between: {share:.3f} %")
 
 
-def timed(act, n):
+def timed(function, n):
     """Seconds of n calls, after one that is not counted."""
-    act()
+    function()
     seconds = []
     for _ in range(n):
         started = time.perf_counter()
-        act()
+        function()
         seconds.append(time.perf_counter() - started)
     return seconds
 

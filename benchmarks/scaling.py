@@ -23,7 +23,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import search
 from architect import Architect
 from benchmarks.paired import machine
 from config import SearchConfig
@@ -56,22 +55,26 @@ def main():
     if dist.is_torchelastic_launched():
         with ranks.group():
             return serve(args)
-    print(f"{machine()}; {args.order}-order step, batch {args.batch_size} over all ranks, {args.size}x{args.size}, "
-          f"C = {args.init_channels}, {args.layers} cells, {'global' if args.sync_bn else 'per-rank'} BN; "
-          f"n = {args.rounds} after one for warming up")  # fmt: skip
-    found = measure(args)
-    one = found[args.ranks[0]]
-    print(f"\n{'':35}messages of a step   MB sent by each rank\nranks   median s (range){'':12}number      MB"
-          "     counted    by a ring    at least")  # fmt: skip
-    for n, of in found.items():
-        payload, seconds = of["payload"], of["seconds"]
+    print(
+        f"{machine()}; {args.order}-order step, batch {args.batch_size} over all ranks, {args.size}x{args.size}, "
+        f"C = {args.init_channels}, {args.layers} cells, {'global' if args.sync_bn else 'per-rank'} BN; "
+        f"n = {args.rounds} after one for warming up"
+    )
+    measured = measure(args)
+    one = measured[args.ranks[0]]
+    print(
+        f"\n{'':35}messages of a step   MB sent by each rank\nranks   median s (range){'':12}number      MB"
+        "     counted    by a ring    at least"
+    )
+    for n, result in measured.items():
+        payload, seconds = result["payload"], result["seconds"]
         range_of = f"{statistics.median(seconds):7.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
-        sent = [of["sent"] / n, ring(payload, n), ring(of["needed"], n)]
+        sent = [result["sent"] / n, ring(payload, n), ring(result["needed"], n)]
         columns = "".join(f"{count / 1e6:12.2f}" for count in sent)
-        print(f"{n:5}   {range_of}   {of['messages']:6}{payload / 1e6:8.2f}{columns}")
+        print(f"{n:5}   {range_of}   {result['messages']:6}{payload / 1e6:8.2f}{columns}")
     print(NOTE)
     step = args.gpu_step or statistics.median(one["seconds"])
-    many = found[max(args.ranks)]
+    many = measured[max(args.ranks)]
     model(step, "given" if args.gpu_step else "measured here", many["payload"], many["messages"])
 
 
@@ -88,37 +91,43 @@ def ring(payload, n):
 
 def measure(args):
     """ranks -> {"seconds", "messages", "payload", "needed"}, the ranks' steps taken in turn."""
-    found, workers = {}, {}
-    words = [word for name in ("order", "size", "batch_size", "init_channels", "layers")
-             for word in ("--" + name.replace("_", "-"), str(getattr(args, name)))]  # fmt: skip
+    results, workers = {}, {}
+    words = [
+        word
+        for name in ("order", "size", "batch_size", "init_channels", "layers")
+        for word in ("--" + name.replace("_", "-"), str(getattr(args, name)))
+    ]
     words += ["--sync-bn"] * args.sync_bn + ["--cuda"] * args.cuda
     threads = max(1, torch.get_num_threads() // max(args.ranks))
     for n in args.ranks:  # the same threads for each rank, whatever their number
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__]
         workers[n] = subprocess.Popen(
-            command + words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            command + words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
-        found[n] = {"seconds": []}
+        )
+        results[n] = {"seconds": []}
     for i in range(args.rounds + 1):
         for n, worker in workers.items():
             worker.stdin.write("step\n")
             worker.stdin.flush()
             answer = json.loads(worker.stdout.readline())
             if i > 0:
-                found[n]["seconds"].append(answer.pop("seconds"))
-                found[n] |= answer
+                results[n]["seconds"].append(answer.pop("seconds"))
+                results[n] |= answer
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    return found
+    return results
 
 
 def serve(args):
     """A rank's side: a step for each line that rank 0 reads, which answers with its time and what it sent."""
     counted = Counter()
     step, weights, alphas = step_of(args)
-    while ranks.first(lambda: bool(sys.stdin.readline())):
+    while ranks.on_rank_0(lambda: bool(sys.stdin.readline())):
         counted.clear()
         ranks.wait()
         before = loopback_bytes()
@@ -182,7 +191,7 @@ def step_of(args):
         w_optim.zero_grad()
         loss = net.loss(X, y)
         ranks.row_weighted(loss, y).backward(inputs=weights)
-        search.of_all_ranks(loss.detach(), net, weights, y, args.sync_bn)
+        ranks.average_step(loss.detach(), net, weights, y, args.sync_bn)
         nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
         w_optim.step()
 
@@ -191,8 +200,10 @@ def step_of(args):
 
 def model(step, source, payload, messages):
     """Print the model: the share of a step that is computing, when every GPU has the batch that one had."""
-    print(f"\nComputed, not measured: a batch of its own on each GPU, {step:.3f} s of computing a step ({source}), "
-          f"{payload / 1e6:.2f} MB in {messages} messages, none of it hidden behind computing.")  # fmt: skip
+    print(
+        f"\nComputed, not measured: a batch of its own on each GPU, {step:.3f} s of computing a step ({source}), "
+        f"{payload / 1e6:.2f} MB in {messages} messages, none of it hidden behind computing."
+    )
     print(f"{'share of the time that is computing':48}" + "".join(f"{n:>5} GPUs" for n in (8, 64, 512)))
     for name, (bandwidth, latency, most) in INTERCONNECTS.items():
         shares = []
