@@ -1,5 +1,6 @@
 """Runs whose data set changed, moved, or lacks what is not needed: the command line, run as processes."""
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ from conftest import assert_one_line_error, run_script
 from genotypes import DARTS_V1
 from models.augment_cnn import AugmentCNN
 from running.checkpoints import load_checkpoint, save_checkpoint
+from running.errors import UserError
 from running.evaluation import evaluate, images_of, load_trained, start_from
+from visualize import write_report
 
 TINY = ("--layers", 1, "--init-channels", 2, "--batch-size", 8, "--workers", 0)
 DATA = ("--dataset", "folder", "--image-size", 8, "--image-channels", 1)
@@ -57,7 +60,7 @@ def test_renamed_classes_stop_training_evaluation_and_report(image_folder, tmp_p
     for words in (("--resume", run, "--epochs", 2), ("--evaluate", run)):
         process = run_script("augment.py", *words, cwd=tmp_path)
         assert_one_line_error(process, "without class left; with new class zzz")
-    succeed("visualize.py", run, cwd=tmp_path)
+    write_report([run], None)
     assert "without class left; with new class zzz" in (run / "report.html").read_text()
 
 
@@ -67,15 +70,20 @@ def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
     moved = images.rename(tmp_path / "moved")
     assert_one_line_error(run_script("augment.py", "--resume", run, "--epochs", 2, cwd=tmp_path), "does not exist")
     succeed("augment.py", "--resume", run, "--epochs", 2, "--data-path", moved, cwd=tmp_path)
-    succeed("augment.py", "--resume", run, "--epochs", 3, cwd=tmp_path)  # which knows the new place
+    options = json.loads((run / "config.json").read_text())
+    assert options["data_path"] == str(moved)  # where it resumes from now on
     top1 = load_checkpoint(run / "checkpoint.pt")["results"]["top1"]
     shutil.rmtree(moved / "train")  # which is not evaluated on
     line = succeed("augment.py", "--evaluate", run / "checkpoint.pt", cwd=tmp_path).splitlines()[0]
     assert f"top 1 {top1:.2%} of 24 test images" in line
     assert len(images_of(load_trained(run), moved)) == 24  # on which export.py checks a file
+    moved = moved.rename(tmp_path / "again")
+    (run / "config.json").write_text(json.dumps(options | {"data_path": str(moved)}))  # as if resumed once more
+    write_report([run], tmp_path / "report.html")
+    assert "Not shown" not in (tmp_path / "report.html").read_text()
     (moved / "val/left/000.png").unlink()
-    process = run_script("augment.py", "--evaluate", run, "--data-path", moved, cwd=tmp_path)
-    assert_one_line_error(process, "test images", "11 of left, not 12")
+    with pytest.raises(UserError, match=r"test images .* 11 of left, not 12"):
+        evaluate(run, moved, device="cpu")
 
 
 def test_runs_from_before_fingerprints_go_on_with_the_images_they_held_out(image_folder, tmp_path):
