@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from running.errors import UserError
-from running.image_folder import list_folder, listed, open_image, warn_once
+from running.image_folder import is_hidden, list_folder, listed, open_image, warn_once
 
 HELD_OUT = 5  # where a data set has no test images of its own, one in five is held out
 DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # what torchvision raises at damaged files
@@ -118,7 +118,7 @@ def load_folder(path, train, size, channels, skip_bad_images=False, whole=False,
 def _warn_of_other_folders(root, has_val):
     """Warn of folders beside train/ and val/, which nothing reads."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
-    others = [name for name in names if name not in ("train", "val") and not name.startswith(".")]
+    others = [name for name in names if name not in ("train", "val") and not is_hidden(name)]
     if others and "train" in names:
         without = "" if has_val else ", and without val/ a fifth of train/ is held out"
         warn_once(f"{root}: only train/ and val/ are read, not {listed(others)}{without}")
@@ -127,8 +127,9 @@ def _warn_of_other_folders(root, has_val):
 def held_out_by_name(names, labels):
     """Which images are held out for the test: a boolean for each, by a hash of its name.
 
-    One in `HELD_OUT` by chance, decided by the name alone, so that an image that is added moves no other; it can do so
-    in small classes only, where the smallest hash is held out in any case, and the largest is not.
+    An image is held out if its hash is in the lowest of `HELD_OUT` equal ranges. That depends on its name alone, so
+    that images that are added move no other, and about one in `HELD_OUT` is held out. Two exceptions keep small classes
+    usable: the smallest hash of a class is always held out, and the largest never.
     """
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) for name in names], np.uint64)
     in_test = hashes < 2**64 // HELD_OUT

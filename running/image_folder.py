@@ -68,7 +68,7 @@ def list_folder(root, read, skip_bad_images=False):
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if not entry.is_dir():
             _leave_out(entry.name, "in no class's folder", left_out)
-        elif _is_hidden(entry.name):
+        elif is_hidden(entry.name):
             _leave_out(entry.name, "hidden", left_out)
         else:
             images = _images_of_class(root, entry.name, left_out)
@@ -104,7 +104,7 @@ def _images_of_class(root, name, left_out):
         images[folder], folders = [], []
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if _is_hidden(entry.name):
+                if is_hidden(entry.name):
                     _leave_out(f"{folder}/{entry.name}", "hidden", left_out)
                 elif entry.is_dir():
                     folders.append(f"{folder}/{entry.name}")
@@ -118,7 +118,7 @@ def _images_of_class(root, name, left_out):
     return [file for folder in sorted(images) for file in images[folder]]
 
 
-def _is_hidden(name):
+def is_hidden(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 

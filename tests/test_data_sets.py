@@ -309,7 +309,7 @@ def test_links_are_followed_but_not_around_in_circles(image_folder, tmp_path, ca
 
 
 @pytest.mark.parametrize(("names", "mention"), [
-    (("test", "valid", ".git"), "not test, valid, and without val/ a fifth of train/ is held out"),
+    (("test", "valid", ".git", "__MACOSX"), "not test, valid, and without val/ a fifth of train/ is held out"),
     (("val", "test"), "only train/ and val/ are read, not test"),
     (("Val",), "not Val, and without val/ a fifth of train/ is held out"),
 ])  # fmt: skip
