@@ -28,6 +28,7 @@ from running.costs import cost, describe, describe_latency
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
+from running.finite import check_finite
 from running.loading import Loader, check_unchanged
 from running.progress import Meters
 from running.run import Run
@@ -60,18 +61,7 @@ def augment(network):
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **options)
 
     seed_generators(config.seed)
-    net = network(
-        size,
-        channels,
-        config.init_channels,
-        n_classes,
-        config.layers,
-        config.aux_weight > 0,
-        genotype,
-        stem=config.stem,
-        execution=config.execution,
-    )
-    net = net.to(run.device, memory_format=torch.channels_last)
+    net = build(network, config, run.device, size, channels, n_classes, genotype)
     if config.init_checkpoint and not ranks.on_rank_0(run.will_resume):
         checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint))
         if from_str(checkpoint["config"]["genotype"]) != genotype:
@@ -98,10 +88,7 @@ def augment(network):
     results["mean"], results["std"] = val_data.normalisation()
     with run.interruptible(), garbage_collection_of_new_objects():
         results = run.start({"net": net, "optim": optim}, results, network=network)
-        if config.lr_decay:
-            scheduler = exponential_lr(optim, config.lr_decay, done=run.epoch)
-        else:
-            scheduler = cosine_lr(optim, config.epochs, done=run.epoch)
+        scheduler = learning_rate(optim, config, done=run.epoch)
         run.log(
             f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
             f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
@@ -162,6 +149,29 @@ def check_sizes(config, size):
         )
 
 
+def build(network, config, device, size, channels, n_classes, genotype):
+    """The network of these options and this genotype."""
+    net = network(
+        size,
+        channels,
+        config.init_channels,
+        n_classes,
+        config.layers,
+        config.aux_weight > 0,
+        genotype,
+        stem=config.stem,
+        execution=config.execution,
+    )
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def learning_rate(optim, config, done):
+    """The scheduler, after `done` epochs: exponential with --lr-decay, else along a cosine to zero."""
+    if config.lr_decay:
+        return exponential_lr(optim, config.lr_decay, done)
+    return cosine_lr(optim, config.epochs, done=done)
+
+
 def print_accuracy(config):
     """The accuracy of a trained network, overall and by class."""
     data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
@@ -191,7 +201,7 @@ def train(epoch, run, net, loader, optim):
         ranks.row_weighted(objective, y).backward()
         objective = ranks.average_step(objective.detach(), net, weights, y, config.sync_bn)
         norm = nn.utils.clip_grad_norm_(weights, config.grad_clip)
-        run.check_finite("w", objective, norm, optim, {"w": loader})
+        check_finite(run, "w", objective, norm, optim, {"w": loader})
         optim.step()
 
         run.step += 1

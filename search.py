@@ -33,6 +33,7 @@ from running.costs import cost, describe, describe_latency
 from running.data_sets import stratified_split
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
+from running.finite import check_finite
 from running.folder import write_json
 from running.loading import Loader, check_unchanged, mix
 from running.progress import Meters
@@ -55,8 +56,8 @@ def search(network, architect):
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
     run = Run(config)
-
     saved = run.saved_results()
+
     # the training set in two halves: w learns on one, alpha on the other
     size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config, saved))
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
@@ -66,26 +67,7 @@ def search(network, architect):
     eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **options)
 
     seed_generators(config.seed)
-    net = network(
-        channels,
-        config.init_channels,
-        n_classes,
-        config.layers,
-        nn.CrossEntropyLoss(),
-        config.nodes,
-        execution=config.execution,
-        recompute=config.recompute,
-        primitives=config.primitives.split(","),
-    )
-    net = net.to(run.device, memory_format=torch.channels_last)
-    if config.sync_bn:
-        synchronise(net)
-    w_optim = torch.optim.SGD(
-        net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay, fused=True
-    )
-    alpha_optim = torch.optim.Adam(
-        net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
-    )
+    net, w_optim, alpha_optim = build(network, config, run.device, channels, n_classes)
     bilevel = architect(net, config.w_momentum, config.w_weight_decay)
 
     state = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
@@ -117,18 +99,7 @@ def search(network, architect):
             run.end_epoch(is_best, results | {"found": genotypes, "history": history})
             run.stop_if_asked()
 
-    last, best = genotypes["last"], genotypes["best"]
-    run.finish(
-        epochs=last["epoch"],
-        valid_top1=last["valid_top1"],
-        best_valid_top1=best["valid_top1"],
-        best_epoch=best["epoch"],
-        genotype=last["string"],
-    )
-    if ranks.rank() == 0:
-        show_cost(run, from_str(last["string"]), size, channels, n_classes)
-        run.log("train the cell:")
-        print(f"python augment.py {config.data_options()} --genotype {shell_quote(last['string'])}")
+    finish(run, genotypes, size, channels, n_classes)
 
 
 def load_data(config, saved):
@@ -151,6 +122,31 @@ def load_data(config, saved):
     return data
 
 
+def build(network, config, device, channels, n_classes):
+    """The network of these options, the optimizer of its weights and that of its alphas."""
+    net = network(
+        channels,
+        config.init_channels,
+        n_classes,
+        config.layers,
+        nn.CrossEntropyLoss(),
+        config.nodes,
+        execution=config.execution,
+        recompute=config.recompute,
+        primitives=config.primitives.split(","),
+    )
+    net = net.to(device, memory_format=torch.channels_last)
+    if config.sync_bn:
+        synchronise(net)
+    w_optim = torch.optim.SGD(
+        net.weights(), config.w_lr, momentum=config.w_momentum, weight_decay=config.w_weight_decay, fused=True
+    )
+    alpha_optim = torch.optim.Adam(
+        net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
+    )
+    return net, w_optim, alpha_optim
+
+
 def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):
     """One epoch of Algorithm 1: alpha descends L_V through a virtual step of w, then w descends L_T."""
     config = run.config
@@ -171,7 +167,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         with mixed_precision:
             val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
         alpha_norm = nn.utils.get_total_norm([alpha.grad for alpha in alphas])
-        run.check_finite("alpha", val_loss, alpha_norm, alpha_optim, loaders)
+        check_finite(run, "alpha", val_loss, alpha_norm, alpha_optim, loaders)
         alpha_optim.step()
 
         # w: a step by the gradient of L_T(w, alpha), at the new alpha
@@ -182,7 +178,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         ranks.row_weighted(loss, trn_y).backward(inputs=weights)
         trn_loss = ranks.average_step(loss.detach(), net, weights, trn_y, config.sync_bn)
         w_norm = nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
-        run.check_finite("w", trn_loss, w_norm, w_optim, loaders)
+        check_finite(run, "w", trn_loss, w_norm, w_optim, loaders)
         w_optim.step()
 
         run.step += 1
@@ -274,6 +270,22 @@ def cell_in_words(kind, gene, primitives, weights):
             percent = 100 * node_weights[source, primitives.index(op)]
             terms.append(f"{op:>12} of {inputs.get(source, f'node {source - 2}')} ({percent:.2f} %)")
         yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
+
+
+def finish(run, genotypes, size, channels, n_classes):
+    """Write the summary, what the last cell's network costs, and the command that trains it."""
+    last, best = genotypes["last"], genotypes["best"]
+    run.finish(
+        epochs=last["epoch"],
+        valid_top1=last["valid_top1"],
+        best_valid_top1=best["valid_top1"],
+        best_epoch=best["epoch"],
+        genotype=last["string"],
+    )
+    if ranks.rank() == 0:
+        show_cost(run, from_str(last["string"]), size, channels, n_classes)
+        run.log("train the cell:")
+        print(f"python augment.py {run.config.data_options()} --genotype {shell_quote(last['string'])}")
 
 
 def show_cost(run, genotype, size, channels, n_classes):

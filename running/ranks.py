@@ -199,12 +199,12 @@ def in_turn(function):
     return result
 
 
-def check_equal(tensors, when):
-    """Raise UserError unless these tensors have the same bits on all ranks, which a hash tells."""
+def check_equal(state, when):
+    """Raise UserError unless all tensors in nested dictionaries, lists and tuples have the same bits on all ranks."""
     if size() == 1:
         return
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in _tensors_in(state):
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     digests = [None] * size()
     dist.all_gather_object(digests, digest.hexdigest())
@@ -214,6 +214,16 @@ def check_equal(tensors, when):
             f"{when} the state of rank {', '.join(map(str, others))} differs from rank 0's; the checkpoints are from "
             "before"
         )
+
+
+def _tensors_in(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = state.values()
+    elif not isinstance(state, (list, tuple)):
+        return []
+    return [tensor for part in state for tensor in _tensors_in(part)]
 
 
 def launch(gpus, script):

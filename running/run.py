@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import sys
 import time
 import warnings
@@ -209,7 +208,7 @@ class Run:
         self.results = copy.deepcopy(results)
         if ranks.size() > 1:
             states = [part.state_dict() for part in self.state.values()]
-            ranks.check_equal(tensors_in([*states, torch.get_rng_state()]), f"after epoch {self.epoch}")
+            ranks.check_equal([states, torch.get_rng_state()], f"after epoch {self.epoch}")
         self.save(is_best)
 
     def save(self, is_best=False):
@@ -260,45 +259,3 @@ class Run:
                 self.log(f"{name}: stopped after step {self.step}, {saved}; go on with {command}")
                 self.tensorboard.close()
                 sys.exit(128 + self.signals.agreed)
-
-    def check_finite(self, phase, loss, gradient_norm, optim, loaders):
-        """Raise UserError, and leave the step's samples in fault.json, unless loss and gradient norm are finite.
-
-        phase: "alpha" or "w", the parameters that `optim` is about to step; loaders: name -> the `Loader` of a batch of
-        the step. To be called before the step that would spoil the parameters, with the same numbers on all ranks.
-        Reading them waits for the device.
-        """
-        if math.isfinite((loss.detach() + gradient_norm).item()):
-            return
-        step, lr, epoch = self.step + 1, optim.param_groups[0]["lr"], self.epoch + 1
-        if ranks.rank() == 0:
-            batch = self.position["batches"]
-            fault = {
-                "epoch": epoch,
-                "step": step,
-                "phase": phase,
-                "lr": lr,
-                "loss": str(loss.item()),
-                "gradient_norm": str(gradient_norm.item()),
-                "samples": {name: loader.samples(epoch, batch).tolist() for name, loader in loaders.items()},
-            }
-            with self.surviving_full_disk(self.folder.fault.name):
-                write_json(self.folder.fault, fault)
-        message = (
-            f"step {step}, phase {phase}: loss {loss.item():.4g} and gradient norm {gradient_norm.item():.4g} are not "
-            f"both finite, at learning rate {lr:.4g}; weights and alphas are as they were, the batch is in "
-            f"{self.folder.fault}, the checkpoints in {self.folder} are from before"
-        )
-        self.log(message)
-        raise ranks.user_error(message)
-
-
-def tensors_in(state):
-    """All tensors in nested dictionaries, lists and tuples."""
-    if isinstance(state, torch.Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = state.values()
-    elif not isinstance(state, (list, tuple)):
-        return []
-    return [tensor for part in state for tensor in tensors_in(part)]
