@@ -117,7 +117,7 @@ def check_fits(checkpoint, path, config, classes):
     for name, value in {"format": FORMAT, "stage": config.stage}.items():
         if content.get(name) != value:
             raise UserError(f"{path} is of {name} {content.get(name)!r}; this program resumes {name} {value!r}")
-    for name, kind in CONTENTS.items():
+    for name, kind in (CONTENTS | {"classes": dict} if "classes" in content else CONTENTS).items():
         if type(content.get(name)) is not kind:
             raise UserError(
                 f"{path} is not a checkpoint that this program wrote: {name} is missing or no {kind.__name__}"

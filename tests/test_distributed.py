@@ -25,6 +25,7 @@ from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2, from_str
 from models.augment_cnn import AugmentCNN
 from models.fast import search_cell
+from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
 from running import ranks
 from running.checkpoints import load_checkpoint
@@ -422,6 +423,19 @@ def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "2 ranks" in process.stdout
     assert_one_line_error(start(*TINY), "already holds a run")
+
+
+def test_gpus_starts_the_script_that_was_run_which_may_be_a_users(monkeypatch):
+    started = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(ranks, "run_ranks", lambda n, command: started.append((n, command)) or 3)
+    monkeypatch.setattr("sys.argv", ["my_search.py", "--gpus", "1", "--epochs", "2"])
+    with pytest.raises(SystemExit) as stop:
+        search.main(network=SearchCNN)
+    assert stop.value.code == 3
+    assert started == [(1, ["my_search.py", "--epochs", "2"])]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 def test_auto_resume_starts_goes_on_and_refuses_other_options(tmp_path):

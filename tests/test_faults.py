@@ -209,6 +209,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypa
         ({"random": {}}, ["cpu"]),
         ({"within": {}}, ["within"]),
         ({"config": state["config"] | {"momentum_of_alpha": 0.5}}, ["not known here", "momentum_of_alpha"]),
+        ({"classes": "SearchCNN"}, ["classes is missing or no dict"]),
         ({"classes": {"network": "GumbelCNN"}}, ["network GumbelCNN, not SearchCNN"]),
         ({"classes": {"network": "SearchCNN", "architect": "L1"}}, ["architect L1, not Architect"]),
     ):
