@@ -1,5 +1,6 @@
-# make demo: set up, search a cell on the embedded digits, train what was found    make test: set up, run the tests
-# make lint: ruff                                                                  make clean: remove what make made
+# make demo: set up, search a cell on the embedded digits, train the network that it makes
+# make check: set up, lint, and the tests that start no process: for daily work
+# make test: set up, run all tests          make lint: ruff          make clean: remove what make made
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,25 +9,34 @@ BIN := .venv/bin
 SEARCH ?= --epochs 8
 AUGMENT ?= --epochs 30 --layers 8 --init-channels 16 --batch-size 64
 
-.PHONY: setup demo test lint clean
+.PHONY: setup setup-dev demo check test lint clean
 
 setup: .venv/ready
+setup-dev: .venv/ready-dev
 
 .venv/ready: requirements.txt setup.sh
-	PYTHON=$(PYTHON) ./setup.sh
+	PYTHON=$(PYTHON) ./setup.sh requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-export.txt
+	PYTHON=$(PYTHON) ./setup.sh requirements-dev.txt
+	touch $@
 
 demo: setup
 	$(BIN)/python search.py --name demo --overwrite --print-freq 4 $(SEARCH)
 	$(BIN)/python augment.py --name demo --overwrite --genotype runs/search/demo $(AUGMENT)
 	@echo
-	@echo "the found cell     runs/search/demo/genotype.json, drawn in runs/search/demo/plots/"
+	@echo "the searched cell  runs/search/demo/genotype.json, drawn in runs/search/demo/plots/"
 	@echo "the results        runs/search/demo/summary.json and runs/augment/demo/summary.json"
 	@echo "the curves         $(BIN)/tensorboard --logdir runs"
 
-test: setup
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not process and not slow"
+
+test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

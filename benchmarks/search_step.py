@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architect import Architect
 from benchmarks.paired import Launches, compare, machine, report, serve
-from models.fast import search_cell as fused_cell
+from models.fast import search_cell
 from models.search_cnn import SearchCNN
 
 WAYS = ("plain", "fused", "fused, --recompute")
@@ -98,16 +98,15 @@ def step_of(way, size, order, args):
 
 def launches(size, args):
     """Operations of one forward and backward pass, counted on the CPU, whichever path would run there."""
-    counts = {}
-    chosen = fused_cell.choose_path
-    for name in ("plain", "fused, as chosen on the CPU", "fused, batched as on CUDA"):
-        fused_cell.choose_path = (lambda x: fused_cell.BATCHED) if "CUDA" in name else chosen
+    counts, chosen = {}, search_cell.layout_for
+    for name in ("plain", "fused, edge by edge as on the CPU", "fused, batched as on CUDA"):
+        search_cell.layout_for = (lambda x: search_cell.BATCHED) if "CUDA" in name else chosen
         small = argparse.Namespace(**vars(args) | {"batch_size": 4})  # the count does not depend on it
         net, trn, _ = network(name, size, small)
         with Launches() as counter:
             net.loss(*trn).backward(inputs=list(net.weights()) + list(net.alphas()))
         counts[name] = counter.count
-    fused_cell.choose_path = chosen
+    search_cell.layout_for = chosen
     return counts
 
 

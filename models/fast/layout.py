@@ -13,7 +13,6 @@ from torch import nn
 
 from models.fast.depthwise import every_second, pixels_read
 from models.fast.modules import POOLS, geometry, is_standard_bn, is_standard_link, is_synced, links_of, signature
-from models.fast.pools import pooling
 from models.ops import Identity, PoolBN, Zero
 from models.sync_bn import batch_norm as synced_batch_norm
 
@@ -84,7 +83,7 @@ class Layout:
                 columns.append(candidate.weights)
                 terms.append(x)
             elif candidate.kind == "pool":
-                pooled = self._apply(pooling(candidate.ops[0][0]), x)
+                pooled = self._apply(candidate.ops[0][0], x)
                 bns = [op[1] for op in candidate.ops]
                 if bns[0].training:  # the statistics are the same for all edges of a source
                     columns.append(candidate.weights)
