@@ -13,6 +13,31 @@ from running import ranks
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tests_that_start_python_say_so():
+    """Fail a test that starts Python without the marker `process`, by which `make check` leaves it out."""
+    start = subprocess.Popen.__init__
+
+    def start_if_announced(self, args, *more, **options):
+        command = [args] if isinstance(args, (str, Path)) else list(map(str, args))
+        marked = current_test is None or any(map(current_test.get_closest_marker, ("process", "slow")))
+        if command[0] == sys.executable and not marked:
+            raise AssertionError(f"{current_test.name} starts a process: mark it with pytest.mark.process")
+        start(self, args, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", start_if_announced)
+        yield
+
+
+current_test = None
+
+
+def pytest_runtest_setup(item):
+    global current_test  # noqa: PLW0603 -- pytest does not tell session fixtures which test runs
+    current_test = item
+
+
 def run_script(script, *words, cwd, timeout=300):
     """Run a script of this project as a user does; returns the finished process with its output as text."""
     return subprocess.run(

@@ -38,6 +38,7 @@ def forget_fingerprints(checkpoint):
     del checkpoint["results"]["data"]
 
 
+@pytest.mark.process
 def test_a_search_is_not_resumed_on_other_images(image_folder, tmp_path):
     images, run = image_folder(), tmp_path / "runs/search/folder"
     log = succeed(*SEARCH, 1, "--data-path", images, cwd=tmp_path)
@@ -51,6 +52,7 @@ def test_a_search_is_not_resumed_on_other_images(image_folder, tmp_path):
     succeed("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
 
 
+@pytest.mark.process
 def test_renamed_classes_stop_training_evaluation_and_report(image_folder, tmp_path):
     images, run = image_folder(), tmp_path / "runs/augment/folder"
     log = succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
@@ -64,6 +66,7 @@ def test_renamed_classes_stop_training_evaluation_and_report(image_folder, tmp_p
     assert "without class left; with new class zzz" in (run / "report.html").read_text()
 
 
+@pytest.mark.process
 def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
     images, run = image_folder(), tmp_path / "runs/augment/folder"
     succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
@@ -86,6 +89,7 @@ def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
         evaluate(run, moved, device="cpu")
 
 
+@pytest.mark.process
 def test_runs_from_before_fingerprints_go_on_with_the_images_they_held_out(image_folder, tmp_path):
     images, run = image_folder(splits=("train",)), tmp_path / "runs/augment/folder"
     succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)

@@ -107,6 +107,7 @@ def test_measuring_leaves_the_network_as_it_was():
     assert torch.equal(random, torch.get_rng_state())
 
 
+@pytest.mark.process
 def test_the_command_prints_a_table_and_refuses_what_is_too_small(tmp_path):
     words = ("--layers", 3, "--init-channels", 4, "--rounds", 1)
     process = run_script("cost.py", "DARTS_V1", "DARTS_V2", *words, cwd=tmp_path)
@@ -116,6 +117,7 @@ def test_the_command_prints_a_table_and_refuses_what_is_too_small(tmp_path):
         assert_one_line_error(process, f"{option} {too_small}", f"at least {smallest}")
 
 
+@pytest.mark.process
 def test_training_on_images_of_any_size_with_the_imagenet_stem(tmp_path, image_folder):
     root = image_folder(size=80)
     words = ("--dataset", "folder", "--data-path", root, "--stem", "imagenet", "--genotype", "DARTS_V2", "--workers", 0)

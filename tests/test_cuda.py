@@ -74,6 +74,7 @@ def test_architect_step_leaves_weights_bit_identical_under_mixed_precision():
     assert all(alpha.grad.isfinite().all() for alpha in net.alphas())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", [
     (), ("--amp",), ("--order", "first"), pytest.param(("--device", "cuda:1"), marks=needs_two),
 ], ids=["float32", "mixed precision", "first order", "second device"])  # fmt: skip
@@ -88,6 +89,7 @@ def test_search_and_augment_run_on_cuda(words, tmp_path):
         assert json.loads((tmp_path / f"runs/{stage}/digits/summary.json").read_text())["epochs"] == 2
 
 
+@pytest.mark.process
 def test_a_run_on_cuda_resumes_on_the_cpu(tmp_path):
     assert run_script("search.py", *TINY, cwd=tmp_path).returncode == 0
     process = run_script("search.py", "--resume", "runs/search/digits", "--device", "cpu", "--epochs", 3, cwd=tmp_path)

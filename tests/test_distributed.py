@@ -199,6 +199,7 @@ CASES = [(2, case) for case in GLOBAL]
 CASES += [pytest.param(4, case, marks=pytest.mark.slow) for case in GLOBAL if case not in SLOW]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("n", "case"), CASES)
 def test_with_global_statistics_any_number_of_ranks_takes_the_steps_of_one(results, case, n):
     for i, of_rank in enumerate(results(n)):
@@ -212,6 +213,7 @@ def test_with_global_statistics_any_number_of_ranks_takes_the_steps_of_one(resul
             assert torch.equal(of_rank[case][name], tensor), (i, name)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", RANKS)
 def test_with_statistics_of_each_rank_the_alphas_gradient_is_the_mean_of_the_ranks_gradients(results, n):
     for execution in ("plain", "fused"):
@@ -223,6 +225,7 @@ def test_with_statistics_of_each_rank_the_alphas_gradient_is_the_mean_of_the_ran
     assert not torch.allclose(one, torch.cat([grad.flatten() for grad in results(n)[0]["alpha, fused"].values()]))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", RANKS)
 def test_running_statistics_are_the_mean_of_the_ranks(results, n):
     totals = {}
@@ -234,6 +237,7 @@ def test_running_statistics_are_the_mean_of_the_ranks(results, n):
     assert_near(results(n)[0]["own statistics"], totals)
 
 
+@pytest.mark.process
 def test_ranks_with_their_own_statistics_stay_equal(results):
     first, second = results(2)
     for case in ("own search", "own augment"):
@@ -308,6 +312,7 @@ def runs(tmp_path_factory):
     return cwd
 
 
+@pytest.mark.process
 def test_a_search_under_torchrun_goes_as_in_one_process(runs):
     """As far as float32 goes: eq. 7 amplifies rounding. Above it is float64, to 1e-9."""
     for tag in ("step/loss", "step/alpha_loss"):
@@ -323,6 +328,7 @@ def test_a_search_under_torchrun_goes_as_in_one_process(runs):
         assert states[0][about] == states[1][about] or about == "within"
 
 
+@pytest.mark.process
 def test_a_run_may_be_resumed_on_another_number_of_ranks(runs):
     run = runs / "runs/search/two"
     process = torchrun(runs, 3, "search.py", "--resume", run, "--epochs", 3)
@@ -332,6 +338,7 @@ def test_a_run_may_be_resumed_on_another_number_of_ranks(runs):
     assert [epoch["epoch"] for epoch in json.loads((run / "history.json").read_text())] == [1, 2, 3, 4]
 
 
+@pytest.mark.process
 def test_augment_under_torchrun_trains_as_one_process(tmp_path):
     assert run_script("augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", cwd=tmp_path).returncode == 0
     process = torchrun(tmp_path, 2, "augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", "--name", "two")
@@ -352,6 +359,7 @@ def children(process):
     ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_rank_takes_the_run_down_and_torchruns_restart_ends_it_as_if_undisturbed(tmp_path):
     words = [*TINY, "--epochs", 3, "--checkpoint-minutes", 0]
@@ -368,6 +376,7 @@ def test_a_killed_rank_takes_the_run_down_and_torchruns_restart_ends_it_as_if_un
     assert differences(outcome(run.parent / "digits"), outcome(run)) == []
 
 
+@pytest.mark.process
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     process = torchrun(tmp_path, 2, "search.py", *TINY, "--epochs", 50, wait=False)
     run = tmp_path / "runs/search/digits"
@@ -383,6 +392,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     assert f"stopped after step {step}, saved" in stdout
 
 
+@pytest.mark.process
 def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
     process = torchrun(tmp_path, 2, "search.py", "--dataset", "folder", "--data-path", tmp_path)
     assert process.returncode != 0
@@ -395,6 +405,7 @@ def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
     assert process.stderr.count("--evaluate takes one process") == 1
 
 
+@pytest.mark.process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("gpus", ["all", "0", "0,1", "0,0", "x", ""])
 def test_gpus_that_are_not_there_are_refused_in_one_line(tmp_path, gpus):
@@ -402,6 +413,7 @@ def test_gpus_that_are_not_there_are_refused_in_one_line(tmp_path, gpus):
         assert_one_line_error(run_script(script, *words, f"--gpus={gpus}", cwd=tmp_path), "gpus")
 
 
+@pytest.mark.process
 def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
     code = (
         "import sys; from running import ranks; script, *words = sys.argv[1:]; "
@@ -438,6 +450,7 @@ def test_gpus_starts_the_script_that_was_run_which_may_be_a_users(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
+@pytest.mark.process
 def test_auto_resume_starts_goes_on_and_refuses_other_options(tmp_path):
     for _ in range(2):
         process = run_script("search.py", *TINY, "--epochs", 1, "--auto-resume", cwd=tmp_path)

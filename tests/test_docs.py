@@ -260,6 +260,7 @@ def runs(tmp_path_factory):
     return cwd / "runs"
 
 
+@pytest.mark.process
 def test_tensorboards_tags_are_those_of_the_table(runs):
     documented = table_after("docs/run-folder.md", "TensorBoard's tags")
     written = set()
@@ -278,6 +279,7 @@ def test_tensorboards_tags_are_those_of_the_table(runs):
     assert documented - documented_edges - drawn == written - written_edges - drawn - {"custom_scalars__config__"}
 
 
+@pytest.mark.process
 def test_files_that_runs_write_are_documented(runs):
     documented = table_after("docs/run-folder.md", "Files")
     for folder in (runs / "search" / "digits", runs / "augment" / "digits"):

@@ -12,6 +12,8 @@ from models.augment_cnn import AugmentCNN
 from running.checkpoints import load_checkpoint, save_checkpoint
 from running.evaluation import load_network, load_trained, start_from
 
+pytestmark = pytest.mark.process
+
 TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 128, "--workers", 0)
 
 

@@ -21,6 +21,7 @@ from running.exporting import ONNX_PACKAGES, Classifier, check, read_onnx, write
 TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--genotype", "DARTS_V2")
 
 
+@pytest.mark.process
 def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
     root = image_folder(size=16)
     data = ("--dataset", "folder", "--data-path", root, "--image-size", 16)
@@ -67,6 +68,7 @@ def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
         check(lambda x: session.run(None, {"images": x})[0] + 1e-2, net, images)
 
 
+@pytest.mark.process
 def test_large_grey_images_of_which_few_are_there(tmp_path, image_folder):
     root = image_folder(size=80, mode="L", splits=("train",))
     image_folder(size=80, mode="L", splits=("val",), n=2)
@@ -109,6 +111,7 @@ def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
         np.testing.assert_allclose(classify(images.numpy()), expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("missing", ONNX_PACKAGES)
 def test_without_a_package_that_onnx_needs_the_command_says_what_to_install(missing, tmp_path):
     net = AugmentCNN(8, 1, 2, 2, 1, False, DARTS_V1)

@@ -68,6 +68,7 @@ def test_both_executions_of_an_example_are_the_same_search(name, monkeypatch):
         torch.testing.assert_close(states["fused"][key], value, rtol=1e-5, atol=1e-8, msg=key)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_as_a_command(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

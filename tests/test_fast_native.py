@@ -394,6 +394,7 @@ def test_a_folder_that_is_not_the_users_own_is_not_trusted(cache):
     assert not list(cache.iterdir())
 
 
+@pytest.mark.process
 def test_many_processes_may_compile_at_once(cache):
     code = "import torch; from models.fast import native; assert native.knows(torch.float32)"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]

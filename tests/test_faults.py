@@ -66,6 +66,7 @@ def wait_for_step(process, run, step):
         time.sleep(0.01)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", WORDS)
 def test_killed_runs_end_as_those_left_alone(stage, tmp_path):
     words = ("--stages", stage, "--runs", 1, "--kills", 3)
@@ -74,6 +75,7 @@ def test_killed_runs_end_as_those_left_alone(stage, tmp_path):
     assert "1 of 1 runs identical" in process.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", WORDS)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_signals_finish_the_step_and_save(stage, name, alone, tmp_path):
@@ -90,6 +92,7 @@ def test_signals_finish_the_step_and_save(stage, name, alone, tmp_path):
     assert differences(outcome(alone[stage]), outcome(run)) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signals_to_the_whole_group_leave_the_loading_processes_alone(name, alone, tmp_path):
     process = subprocess.Popen(
@@ -110,6 +113,7 @@ def test_signals_to_the_whole_group_leave_the_loading_processes_alone(name, alon
     assert differences(outcome(alone["augment"]), outcome(run)) == []
 
 
+@pytest.mark.process
 def test_a_second_interrupt_stops_at_once_and_damages_nothing(tmp_path):
     process, run = begin("search", tmp_path, "--checkpoint-minutes", 10)
     wait_for_step(process, run, 0)
@@ -146,6 +150,7 @@ def damaged_files(data):
         yield bytes(changed)
 
 
+@pytest.mark.process
 def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_used(saved):
     folder, before = RunFolder(saved), load_checkpoint(saved / "previous.pt")
     checkpoint, path, warning = find_checkpoint(folder)
@@ -166,6 +171,7 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_used(saved):
         find_checkpoint(folder)
 
 
+@pytest.mark.process
 def test_a_run_whose_last_checkpoint_is_damaged_ends_as_it_did(saved, alone):
     with open(saved / "checkpoint.pt", "r+b") as file:
         file.truncate(1000)
@@ -184,6 +190,7 @@ class RunsCode:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", ["torch.save", "sealed", "pickle"])
 def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
     state = load_checkpoint(saved / "checkpoint.pt") | {"results": RunsCode(tmp_path / "ran")}
@@ -198,6 +205,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.process
 def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypatch, capsys):
     state = load_checkpoint(saved / "checkpoint.pt")
     for changes, mentions in (
@@ -232,6 +240,7 @@ def without(option, saved):
     save_checkpoint(state, saved)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("stage", "option"), [("search", "primitives"), ("search", "amp"), ("augment", "execution")])
 def test_a_run_from_before_an_option_goes_on_with_its_default(stage, option, alone, tmp_path):
     shutil.copytree(alone[stage], tmp_path / "run")
@@ -242,6 +251,7 @@ def test_a_run_from_before_an_option_goes_on_with_its_default(stage, option, alo
     assert json.loads((tmp_path / "run/config.json").read_text()) == before | {"epochs": 4}
 
 
+@pytest.mark.process
 def test_an_option_that_is_not_known_is_one_line(saved):
     options = json.loads((saved / "config.json").read_text()) | {"momentum_of_alpha": 0.5}
     (saved / "config.json").write_text(json.dumps(options))
@@ -253,6 +263,7 @@ class OtherCNN(SearchCNN):
     """A network of a user's, that searches otherwise."""
 
 
+@pytest.mark.process
 def test_a_search_with_a_users_network_is_not_resumed_as_darts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["search.py", *map(str, WORDS["search"]), "--epochs", "1"])
@@ -274,12 +285,14 @@ def test_what_is_saved_is_a_copy_of_what_was_handed_over(tmp_path):
     assert load_checkpoint(run.folder.checkpoint)["results"] == {"history": ["epoch 1"]}
 
 
+@pytest.mark.process
 def test_a_file_without_a_seal_is_taken_for_no_checkpoint_of_ours(saved):
     torch.save(load_checkpoint(saved / "checkpoint.pt"), saved / "checkpoint.pt")
     with pytest.raises(DamagedCheckpointError, match="checksum is missing"):
         load_checkpoint(saved / "checkpoint.pt")
 
 
+@pytest.mark.process
 def test_a_run_killed_before_it_saved_anything_starts_when_resumed(alone, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -289,6 +302,7 @@ def test_a_run_killed_before_it_saved_anything_starts_when_resumed(alone, tmp_pa
     assert differences(outcome(alone["search"]), outcome(run)) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("stage", "words", "phase"),
     [
@@ -313,6 +327,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_spoil_it(stage, wo
     assert all(t.isfinite().all() for name, t in state["keeps"]["net"].items() if "running" not in name)
 
 
+@pytest.mark.process
 def test_without_room_a_run_does_not_begin(tmp_path):
     process = subprocess.run(
         [sys.executable, ROOT / "search.py", *map(str, WORDS["search"])],
@@ -326,6 +341,7 @@ def test_without_room_a_run_does_not_begin(tmp_path):
     assert not (tmp_path / "runs/search/digits").exists()
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no way here to take a running process's disk away")
 @pytest.mark.parametrize("stage", WORDS)
 def test_a_disk_that_fills_up_costs_what_was_being_written(stage, alone, tmp_path):
@@ -385,6 +401,7 @@ def test_bad_images_are_named_or_left_out(name, image_folder, tmp_path, capsys):
     assert "1 of 25 images left out" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_search_leaves_bad_images_out_when_told_to(image_folder, tmp_path):
     folder = image_folder(tmp_path / "images")
     (folder / "train" / "left" / "000.png").write_bytes(b"")
@@ -416,6 +433,7 @@ def test_a_class_of_bad_images_alone_cannot_be_skipped(image_folder):
         get_data("folder", folder, 0, False, skip_bad_images=True)
 
 
+@pytest.mark.process
 def test_paths_with_spaces_and_unicode_work(tmp_path):
     process = run_script("search.py", *WORDS["search"], "--epochs", 1, "--runs-path", "très long/路", cwd=tmp_path)
     assert process.returncode == 0, process.stderr

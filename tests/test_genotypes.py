@@ -102,6 +102,7 @@ def test_json_that_is_no_genotype_is_refused(text):
         from_str(text)
 
 
+@pytest.mark.process
 def test_the_command_lists_and_converts(tmp_path):
     listed = run_script("genotypes.py", cwd=tmp_path)
     assert all(name in listed.stdout and PUBLISHED[name].source in listed.stdout for name in PUBLISHED)

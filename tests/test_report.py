@@ -86,6 +86,7 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(pages, "default_cost", lambda genotype, config: "")
 
 
+@pytest.mark.process
 def test_a_report_is_one_file_that_refers_to_nothing_outside(cwd):
     for stage in ("search", "augment"):
         path = cwd / "runs" / stage / "digits/report.html"
@@ -99,6 +100,7 @@ def test_a_report_is_one_file_that_refers_to_nothing_outside(cwd):
         assert not re.search(r"\$\w", page)  # a name of the template that was not filled in
 
 
+@pytest.mark.process
 def test_a_searchs_report_tells_what_the_run_did(cwd):
     page = (cwd / "runs/search/digits/report.html").read_text()
     history = json.loads((cwd / "runs/search/digits/history.json").read_text())
@@ -116,6 +118,7 @@ def test_a_searchs_report_tells_what_the_run_did(cwd):
     assert command[1] == "python augment.py --dataset digits --genotype runs/search/digits"
 
 
+@pytest.mark.process
 def test_the_command_in_a_report_repeats_the_run(cwd, tmp_path):
     page = (cwd / "runs/search/digits/report.html").read_text()
     words = html.unescape(re.search("<pre>(.*?)</pre>", page, re.DOTALL)[1]).splitlines()[0].split()[2:]
@@ -124,6 +127,7 @@ def test_the_command_in_a_report_repeats_the_run(cwd, tmp_path):
     assert both[0] == both[1]
 
 
+@pytest.mark.process
 def test_an_augment_report_shows_what_the_network_does_on_the_test_images(cwd):
     page = (cwd / "runs/augment/digits/report.html").read_text()
     evaluation = evaluate(cwd / "runs/augment/digits")
@@ -140,6 +144,7 @@ def test_an_augment_report_shows_what_the_network_does_on_the_test_images(cwd):
     assert (np.diff(certainty) <= 0).all()
 
 
+@pytest.mark.process
 def test_several_runs_stand_side_by_side(cwd, tmp_path):
     path = tmp_path / "both.html"
     process = run_script("visualize.py", "runs/search/digits", "runs/augment/digits", "--output", path, cwd=cwd)
@@ -272,6 +277,7 @@ def test_class_names_of_any_characters_are_shown_as_they_are():
     assert b"<svg" in figures.to_svg(figures.mistakes(evaluation))
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
 def test_class_folders_that_are_not_utf8_are_reported(tmp_path, image_folder):
     root = image_folder(size=8, classes=("$_$", r"$\frac$"))
@@ -289,10 +295,12 @@ def test_class_folders_that_are_not_utf8_are_reported(tmp_path, image_folder):
     assert r"<th>caf\xe9</th>" in page
 
 
+@pytest.mark.process
 def test_what_is_no_run_is_refused_in_one_line(cwd, tmp_path):
     assert_one_line_error(run_script("visualize.py", cwd / "runs/search/digits", tmp_path, cwd=tmp_path), "config.json")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", ["search", "augment"])
 def test_a_run_of_which_no_epoch_is_over_is_refused_in_one_line(cwd, tmp_path, stage):
     words = [ROOT / f"{stage}.py", *{"search": SEARCH, "augment": AUGMENT}[stage], "--epochs", 100]
@@ -305,6 +313,7 @@ def test_a_run_of_which_no_epoch_is_over_is_refused_in_one_line(cwd, tmp_path, s
     assert_one_line_error(run_script("visualize.py", run, cwd=tmp_path), "no epoch is over yet")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("stage", ["search", "augment"])

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from genotypes import DARTS_V1, PRIMITIVES, from_str
 from models.choices import SEARCH_SPACES
 
+pytestmark = pytest.mark.process
+
 TINY = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--workers", 0)
 TINY_AUGMENT = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0)
 

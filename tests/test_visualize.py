@@ -66,6 +66,7 @@ def test_where_dot_is_missing_or_fails_the_source_is_written(exists, tmp_path, m
     assert not (tmp_path / "cell.svg").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("exists", "why"), [(False, "install graphviz"), (True, 'Format: "svg" not recognized.')])
 def test_the_command_line_says_why_a_cell_is_not_drawn(exists, why, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(dot_that_fails(tmp_path / "bin") if exists else tmp_path))
@@ -76,6 +77,7 @@ def test_the_command_line_says_why_a_cell_is_not_drawn(exists, why, tmp_path, mo
     assert all(why in line for line in lines)
 
 
+@pytest.mark.process
 @needs_dot
 def test_the_command_line_draws_both_cells(tmp_path):
     process = run_script("visualize.py", "DARTS_V2", "--format", "svg", cwd=tmp_path)
@@ -88,6 +90,7 @@ def test_the_command_line_draws_both_cells(tmp_path):
 SLOW_TO_IMPORT = ("torch", "torchvision", "matplotlib", "tensorboard", "onnx", "onnxruntime")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "words",
     [
@@ -116,5 +119,6 @@ def test_what_needs_no_network_imports_nothing_that_takes_seconds(words, tmp_pat
     assert process.stderr.split() == []
 
 
+@pytest.mark.process
 def test_a_bad_genotype_is_one_line(tmp_path):
     assert_one_line_error(run_script("visualize.py", "DARTS_V9", cwd=tmp_path), "DARTS_V2")
