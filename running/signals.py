@@ -35,7 +35,7 @@ class StopSignals:
         if repeated and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats a Ctrl-C that its ranks have had
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self.received = self.received or number
+        self.received = self.received or signal.Signals(number)
         if ranks.size() == 1:
             self.agreed = self.received
 
