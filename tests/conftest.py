@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,22 @@ def assert_one_line_error(process, *mentions):
     assert "error: " in lines[0]
     for mention in mentions:
         assert mention in lines[0]
+
+
+@pytest.fixture
+def log_lines(monkeypatch):
+    """What the program's logger says during the test: a list of messages, whatever other tests did to the logger."""
+    logger, lines = logging.getLogger("darts"), []
+
+    class Collector(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    monkeypatch.setattr(logger, "handlers", [Collector()])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+    return lines
 
 
 def small_net(smooth=False, dtype=torch.float64, seed=0, **changes):

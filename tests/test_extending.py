@@ -1,6 +1,5 @@
 """The small researches of examples/, which docs/changing.md shows: each has its effect, under both executions."""
 
-import logging
 import runpy
 
 import pytest
@@ -27,12 +26,12 @@ NEW_SPACE = ("none", "skip_connect", "sep_conv_3x3", "max_pool_5x5")
 both_executions = pytest.mark.parametrize("execution", EXECUTIONS)
 
 
-def classes_of(name, monkeypatch):
+def classes_of(name):
     """The network's and the architect's class with which an example calls search.main."""
     arguments = {}
-    monkeypatch.setattr(search, "main", lambda **options: arguments.update(options))
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "main", lambda **options: arguments.update(options))
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     return arguments.get("network", SearchCNN), arguments.get("architect", Architect)
 
 
@@ -54,8 +53,8 @@ def two_steps(net, architect=Architect):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_both_executions_of_an_example_are_the_same_search(name, monkeypatch):
-    kind, architect = classes_of(name, monkeypatch)
+def test_both_executions_of_an_example_are_the_same_search(name):
+    kind, architect = classes_of(name)
     primitives = NEW_SPACE if name == "new_operation" else PRIMITIVES
     states = {}
     for execution in EXECUTIONS:
@@ -82,8 +81,8 @@ def test_an_example_runs_as_a_command(name, tmp_path, monkeypatch):
 
 
 @both_executions
-def test_sigmoid_weights_do_not_compete(execution, monkeypatch):
-    kind, _ = classes_of("sigmoid", monkeypatch)
+def test_sigmoid_weights_do_not_compete(execution):
+    kind, _ = classes_of("sigmoid")
     net = network(kind, execution)
     for kind_of_cell, alphas in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
         assert all(torch.equal(w, torch.sigmoid(a)) for w, a in zip(net.edge_weights()[kind_of_cell], alphas))
@@ -100,8 +99,8 @@ def test_sigmoid_weights_do_not_compete(execution, monkeypatch):
 
 
 @both_executions
-def test_gumbel_noise_is_drawn_once_a_step_and_never_in_evaluation(execution, monkeypatch):
-    kind, _ = classes_of("gumbel", monkeypatch)
+def test_gumbel_noise_is_drawn_once_a_step_and_never_in_evaluation(execution):
+    kind, _ = classes_of("gumbel")
     net, draws, used = network(kind, execution), [], []
 
     class Watched(kind):
@@ -131,9 +130,9 @@ def test_gumbel_noise_is_drawn_once_a_step_and_never_in_evaluation(execution, mo
 
 
 @both_executions
-def test_noise_drawn_in_every_pass_would_spoil_eq_7(execution, monkeypatch):
+def test_noise_drawn_in_every_pass_would_spoil_eq_7(execution):
     """The fault that `SearchCNN.noise` prevents: the difference of two draws, divided by 2 eps."""
-    kind, _ = classes_of("gumbel", monkeypatch)
+    kind, _ = classes_of("gumbel")
     net, trn = small_net(smooth=True, execution=execution), batch(seed=1)
     net.__class__ = kind
     net.noise = net.draw_noise()
@@ -155,8 +154,8 @@ def test_noise_drawn_in_every_pass_would_spoil_eq_7(execution, monkeypatch):
 
 
 @both_executions
-def test_an_l1_penalty_adds_its_gradient_to_the_alphas(execution, monkeypatch):
-    _, architect = classes_of("l1_penalty", monkeypatch)
+def test_an_l1_penalty_adds_its_gradient_to_the_alphas(execution):
+    _, architect = classes_of("l1_penalty")
     gradients = {}
     for kind in (Architect, architect):
         net = network(SearchCNN, execution)
@@ -167,30 +166,26 @@ def test_an_l1_penalty_adds_its_gradient_to_the_alphas(execution, monkeypatch):
 
 
 @both_executions
-def test_half_of_the_channels_pass_by(execution, monkeypatch, caplog):
-    kind, _ = classes_of("half_channels", monkeypatch)
-    monkeypatch.setattr(logging.getLogger("darts"), "propagate", True)
+def test_half_of_the_channels_pass_by(execution, monkeypatch, log_lines):
+    kind, _ = classes_of("half_channels")
     monkeypatch.setattr(search_cell, "_classes_in_log", set())
     net, called = network(kind, execution), []
     for cell in net.cells:
         for edge in (edge for node in cell.dag for edge in node):
             edge.register_forward_hook(lambda edge, inputs, output: called.append((edge, inputs[0], output)))
-    with caplog.at_level(logging.INFO, logger="darts"):
-        two_steps(net)
+    two_steps(net)
     assert len(called) == 2 * 5 * 3 * 5  # steps, passes, cells, edges
     for edge, x, y in called:
         passed = x[:, x.shape[1] // 2 :]
         assert torch.equal(
             y[:, y.shape[1] // 2 :], F.max_pool2d(passed, 2, ceil_mode=True) if edge.stride == 2 else passed
         )
-    told = [record.getMessage() for record in caplog.records if "own forward" in record.getMessage()]
-    assert len(told) == (execution == "fused")
+    assert sum("own forward" in line for line in log_lines) == (execution == "fused")
 
 
 @both_executions
-def test_a_subset_with_a_new_operation_is_what_is_searched(execution, monkeypatch):
-    monkeypatch.setattr(search, "main", lambda **options: None)
-    runpy.run_path(str(ROOT / "examples" / "new_operation.py"), run_name="__main__")
+def test_a_subset_with_a_new_operation_is_what_is_searched(execution):
+    classes_of("new_operation")
     net = network(SearchCNN, execution, NEW_SPACE)
     assert {tuple(alpha.shape) for alpha in net.alphas()} == {(2, 4), (3, 4)}
     two_steps(net)
