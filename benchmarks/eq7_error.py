@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from exact import hessian_product, smoothed
 
 from architect import Architect
 from models.search_cnn import SearchCNN
@@ -61,25 +64,11 @@ def measure(seed, smooth, args):
         net.loss(X, y).backward(inputs=list(net.weights()))
         optim.step()
     trn, val = batches[args.steps % len(batches)], batches[(args.steps + 1) % len(batches)]
-    weights, alphas = list(net.weights()), list(net.alphas())
-    d = torch.autograd.grad(net.loss(*val), weights)
-    gradient = torch.autograd.grad(net.loss(*trn), weights, create_graph=True)
-    exact = flat(torch.autograd.grad(sum((g * v).sum() for g, v in zip(gradient, d)), alphas))
+    d = torch.autograd.grad(net.loss(*val), list(net.weights()))
+    exact = flat(hessian_product(net, d, trn))
     for scale in SCALES:
-        found = flat(Architect(net, 0.9, 3e-4, eps_scale=scale).compute_hessian(d, *trn))
-        yield scale, ((found - exact).norm() / exact.norm()).item()
-
-
-def smoothed(module):
-    """The module with every ReLU and max pool replaced by an infinitely differentiable function, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(module, name, nn.Softplus())
-        elif isinstance(child, nn.MaxPool2d):
-            setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
-        else:
-            smoothed(child)
-    return module
+        hessian = flat(Architect(net, 0.9, 3e-4, eps_scale=scale).compute_hessian(d, *trn))
+        yield scale, ((hessian - exact).norm() / exact.norm()).item()
 
 
 def flat(tensors):

@@ -8,11 +8,9 @@ is killed with SIGKILL at least --kills times. Exit code 1 if a run differs.
 """
 
 import argparse
-import json
 import math
 import os
 import random
-import re
 import runpy
 import shutil
 import signal
@@ -23,22 +21,22 @@ import traceback
 from pathlib import Path
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from comparing import differences, outcome
 
 import augment  # noqa: F401 - so that no process has to load them
 import search  # noqa: F401
 from running.checkpoints import load_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--layers", "3", "--init-channels", "2", "--batch-size", "256", "--epochs", "2", "--workers", "0",
-         "--checkpoint-minutes", "0", "--print-freq", "2"]  # fmt: skip
-STAGES = {
-    "search": ["--nodes", "1", *SMALL],
-    "augment": ["--genotype", "Genotype(normal=[[('sep_conv_3x3', 0), ('skip_connect', 1)]], normal_concat=[2], "
-                "reduce=[[('max_pool_3x3', 0), ('dil_conv_3x3', 1)]], reduce_concat=[2])", *SMALL],
-}  # fmt: skip
+SMALL = "--layers 3 --init-channels 2 --batch-size 256 --epochs 2 --workers 0 --checkpoint-minutes 0 --print-freq 2"
+CELL = (
+    "Genotype(normal=[[('sep_conv_3x3', 0), ('skip_connect', 1)]], normal_concat=[2], "
+    "reduce=[[('max_pool_3x3', 0), ('dil_conv_3x3', 1)]], reduce_concat=[2])"
+)
+STAGES = {"search": ["--nodes", "1", *SMALL.split()], "augment": ["--genotype", CELL, *SMALL.split()]}
 
 
 def main():
@@ -126,46 +124,6 @@ def disturbed(folder, stage, name, kills, seconds, chance):
             return len(steps), steps
         shutil.rmtree(run)  # done before it was killed often enough
         steps.clear()
-
-
-def outcome(run):
-    """All that a run leaves that the same run would leave again: name -> value."""
-    values = {}
-    for name in ("checkpoint.pt", "best.pt"):
-        state = load_checkpoint(run / name)
-        values[name] = {key: state[key] for key in ("epoch", "step", "random", "keeps", "results")}
-    for name in ("genotype.json", "history.json"):
-        if (run / name).exists():
-            values[name] = json.loads((run / name).read_text())
-    # TensorBoard's own reader, which leaves out what a later part of the run did again
-    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
-    for tag in events.Tags()["scalars"]:
-        if not tag.startswith("speed/"):
-            values[f"tb {tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
-    lines = [line.split("  ", 1)[1] for line in (run / "log.txt").read_text().splitlines()]
-    # what each part of a run says anew, or says of its time, its machine and its name
-    of_a_part = re.compile(
-        r"(resumed|all \d+ epochs|device|SIG|warning|summary|name  |workers  |the network: |a forward pass"
-        r"|images of each class|cells are kept)|^\d+ (training )?(and )?.*images"
-    )
-    values["log.txt"] = [re.sub(r"[\d.]+ s (left|a step)", "", line) for line in lines if not of_a_part.match(line)]
-    return values
-
-
-def differences(one, other, where=""):
-    """The places where two outcomes differ."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
-    if isinstance(one, dict) and isinstance(other, dict):
-        places = [f"{where}/{key} in one only" for key in one.keys() ^ other.keys()]
-        for key in one.keys() & other.keys():
-            places += differences(one[key], other[key], f"{where}/{key}")
-        return places
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        if len(one) != len(other):
-            return [f"{where}: {len(one)} and {len(other)} entries"]
-        return [place for i, pair in enumerate(zip(one, other)) for place in differences(*pair, f"{where}/{i}")]
-    return [] if one == other else [where]
 
 
 if __name__ == "__main__":

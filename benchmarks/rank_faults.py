@@ -21,9 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks.faults import ROOT, STAGES, differences, outcome
+from comparing import differences, outcome
+
+from benchmarks.faults import STAGES
 
 
 def main():
@@ -59,20 +62,36 @@ def main():
             how = "it had ended" if killed is None else f"rank {killed} killed, the others gone {down:.1f} s later"
             resumed = re.findall(r"resumed after [^,\n]*|all \d+ epochs are done", output)
             went_on = " ".join(resumed) or "from the start"
-            print(f"run {run}: at {when:.1f} of {seconds:.1f} s of {phase} {how}; {went_on}: {found or 'identical'}",
-                  flush=True)  # fmt: skip
+            print(
+                f"run {run}: at {when:.1f} of {seconds:.1f} s of {phase} {how}; {went_on}: {found or 'identical'}",
+                flush=True,
+            )
             shutil.rmtree(Path(folder, "runs", args.stage, "killed"))
-    print(f"{args.stage}: {same} of {args.runs} runs identical to the one left alone, {len(seconds_down)} kills; the "
-          f"others gone after {statistics.median(seconds_down):.1f} s, at most {max(seconds_down):.1f} s")  # fmt: skip
+    print(
+        f"{args.stage}: {same} of {args.runs} runs identical to the one left alone, {len(seconds_down)} kills; the "
+        f"others gone after {statistics.median(seconds_down):.1f} s, at most {max(seconds_down):.1f} s"
+    )
     sys.exit(same < args.runs)
 
 
 def start(args, folder, name):
     """torchrun with a stage's script on several ranks, its output in a file."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks),
-        "--max-restarts", "3", str(ROOT / f"{args.stage}.py"), *STAGES[args.stage], "--epochs", "6", "--name", name,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.ranks),
+        "--max-restarts",
+        "3",
+        str(ROOT / f"{args.stage}.py"),
+        *STAGES[args.stage],
+        "--epochs",
+        "6",
+        "--name",
+        name,
+    ]
     with open(Path(folder, f"{name}.txt"), "w", encoding="utf-8") as output:
         return subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from launches import Launches
 
 from architect import Architect
-from benchmarks.paired import Launches, compare, machine, report, serve
+from benchmarks.paired import compare, machine, report, serve
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
 
@@ -62,9 +65,14 @@ def network(way, size, args, device="cpu"):
     """A network and two batches, on a device in the memory format that its execution runs in."""
     torch.manual_seed(0)
     net = SearchCNN(
-        3, args.init_channels, 10, args.layers, nn.CrossEntropyLoss(),
-        execution=way.split(",")[0], recompute="--recompute" in way,
-    )  # fmt: skip
+        3,
+        args.init_channels,
+        10,
+        args.layers,
+        nn.CrossEntropyLoss(),
+        execution=way.split(",")[0],
+        recompute="--recompute" in way,
+    )
     memory_format = torch.contiguous_format if way == "plain" else torch.channels_last
     batches = [
         (

@@ -143,7 +143,10 @@ def held_out_by_name(names, labels):
 DATASETS = {
     "digits": Spec(load_digits, 8, 1, "affine"),
     "cifar10": Spec(
-        functools.partial(load_torchvision, "CIFAR10"), 32, 3, "crop+flip",
+        functools.partial(load_torchvision, "CIFAR10"),
+        32,
+        3,
+        "crop+flip",
         ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     ),
     "cifar100": Spec(functools.partial(load_torchvision, "CIFAR100"), 32, 3, "crop+flip"),
@@ -154,7 +157,7 @@ DATASETS = {
         functools.partial(load_torchvision, "FashionMNIST"), 28, 1, "affine+flip", ((0.2860,), (0.3530,))
     ),
     "folder": Spec(load_folder, 32, 3, "crop+flip"),
-}  # fmt: skip
+}
 
 
 def pixel_statistics(source):

@@ -75,9 +75,16 @@ def test_architect_step_leaves_weights_bit_identical_under_mixed_precision():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("words", [
-    (), ("--amp",), ("--order", "first"), pytest.param(("--device", "cuda:1"), marks=needs_two),
-], ids=["float32", "mixed precision", "first order", "second device"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--amp",),
+        ("--order", "first"),
+        pytest.param(("--device", "cuda:1"), marks=needs_two),
+    ],
+    ids=["float32", "mixed precision", "first order", "second device"],
+)
 def test_search_and_augment_run_on_cuda(words, tmp_path):
     search = run_script("search.py", *TINY, *words, cwd=tmp_path)
     assert search.returncode == 0, search.stderr

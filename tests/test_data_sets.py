@@ -40,10 +40,19 @@ def test_every_data_set_becomes_tensors_of_its_size_and_channels(name):
     assert not any(isinstance(transform, Cutout) for transform in data_transforms(name, 0)[0].transforms)
 
 
-@pytest.mark.parametrize(("name", "flips"), [
-    ("digits", False), ("mnist", False), ("kmnist", False), ("svhn", False),
-    ("cifar10", True), ("cifar100", True), ("fashionmnist", True), ("folder", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "flips"),
+    [
+        ("digits", False),
+        ("mnist", False),
+        ("kmnist", False),
+        ("svhn", False),
+        ("cifar10", True),
+        ("cifar100", True),
+        ("fashionmnist", True),
+        ("folder", True),
+    ],
+)
 def test_only_images_that_survive_it_are_flipped(name, flips):
     train, _ = data_transforms(name, 0)
     assert any(isinstance(transform, transforms.RandomHorizontalFlip) for transform in train.transforms) == flips
@@ -57,10 +66,14 @@ def test_augmentation_is_the_specified_one():
     assert affine.shear == [-0.1, 0.1]
 
 
-@pytest.mark.parametrize(("name", "mean", "std"), [
-    ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    ("mnist", (0.1307,), (0.3081,)), ("fashionmnist", (0.2860,), (0.3530,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("mnist", (0.1307,), (0.3081,)),
+        ("fashionmnist", (0.2860,), (0.3530,)),
+    ],
+)
 def test_normalisation_is_the_published_one(name, mean, std):
     normalize = data_transforms(name, 0)[1].transforms[-1]
     assert (tuple(normalize.mean), tuple(normalize.std)) == (mean, std)
@@ -271,10 +284,19 @@ def test_what_is_no_class_and_no_image_is_left_out_with_a_warning_that_counts_it
     expected = get_data("folder", root, 0, False)[3].source.names
     assert capsys.readouterr().err == ""
     for name in (
-        ".ipynb_checkpoints/left-checkpoint.png", "__MACOSX/left/._1.jpg", "left/._000.png", "left/.hidden/1.png",
-        "right/__MACOSX/1.png", "left/@eaDir/000.png/thumbnail.jpg", "left/notes.txt", "left/animal.gif", "loose.png",
-        "left/Thumbs.db", "left/.DS_Store", ".DS_Store",
-    ):  # fmt: skip
+        ".ipynb_checkpoints/left-checkpoint.png",
+        "__MACOSX/left/._1.jpg",
+        "left/._000.png",
+        "left/.hidden/1.png",
+        "right/__MACOSX/1.png",
+        "left/@eaDir/000.png/thumbnail.jpg",
+        "left/notes.txt",
+        "left/animal.gif",
+        "loose.png",
+        "left/Thumbs.db",
+        "left/.DS_Store",
+        ".DS_Store",
+    ):
         (train / name).parent.mkdir(exist_ok=True, parents=True)
         (train / name).write_bytes(b"no image")
     os.mkfifo(train / "left" / "pipe.png")
@@ -283,9 +305,12 @@ def test_what_is_no_class_and_no_image_is_left_out_with_a_warning_that_counts_it
     assert (n_classes, data.source.names) == (2, expected)
     (line,) = capsys.readouterr().err.splitlines()
     for words in (
-        "warning: ", "6 hidden, first .ipynb_checkpoints", "2 that are no files, first left/pipe.png",
-        "2 whose names do not end as an image's, first left/animal.gif", "1 in no class's folder, first loose.png",
-    ):  # fmt: skip
+        "warning: ",
+        "6 hidden, first .ipynb_checkpoints",
+        "2 that are no files, first left/pipe.png",
+        "2 whose names do not end as an image's, first left/animal.gif",
+        "1 in no class's folder, first loose.png",
+    ):
         assert words in line
     assert "Thumbs" not in line
     get_data("folder", root, 0, False)
@@ -308,11 +333,14 @@ def test_links_are_followed_but_not_around_in_circles(image_folder, tmp_path, ca
     assert "7 links back to a folder, first left/loop0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("names", "mention"), [
-    (("test", "valid", ".git", "__MACOSX"), "not test, valid, and without val/ a fifth of train/ is held out"),
-    (("val", "test"), "only train/ and val/ are read, not test"),
-    (("Val",), "not Val, and without val/ a fifth of train/ is held out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "mention"),
+    [
+        (("test", "valid", ".git", "__MACOSX"), "not test, valid, and without val/ a fifth of train/ is held out"),
+        (("val", "test"), "only train/ and val/ are read, not test"),
+        (("Val",), "not Val, and without val/ a fifth of train/ is held out"),
+    ],
+)
 def test_folders_beside_train_that_nothing_reads_are_named_in_a_warning(names, mention, image_folder, capsys):
     root = image_folder(splits=("train",))
     for name in names:
@@ -407,11 +435,16 @@ def remove_class(train):
     shutil.rmtree(train / "left")
 
 
-@pytest.mark.parametrize(("change", "mention"), [
-    (rename_class, "without class left; with new class zzz"), (add_image, "images: 13 of right, not 12"),
-    (move_to_another_class, "images: 13 of left, not 12, 11 of right, not 12"),
-    (rename_image, "other names or labels"), (remove_class, "without class left"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        (rename_class, "without class left; with new class zzz"),
+        (add_image, "images: 13 of right, not 12"),
+        (move_to_another_class, "images: 13 of left, not 12, 11 of right, not 12"),
+        (rename_image, "other names or labels"),
+        (remove_class, "without class left"),
+    ],
+)
 def test_images_that_changed_under_a_run_are_refused_by_what_differs(change, mention, image_folder):
     root = image_folder(classes=("left", "right", "up"))
     before = fingerprint(root)

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from comparing import differences, outcome
 from conftest import ROOT, Batches, assert_one_line_error, batch, run_script, small_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -20,7 +21,6 @@ from torch import nn
 import augment
 import search
 from architect import Architect
-from benchmarks.faults import differences, outcome
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2, from_str
 from models.augment_cnn import AugmentCNN

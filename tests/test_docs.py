@@ -207,15 +207,19 @@ def test_python_blocks_compile(block):
 
 @pytest.mark.parametrize("block", EXCERPTS, ids=str)
 def test_excerpts_are_the_code(block):
-    """Its first line names the file; a line of `...` stands for lines left out; a block may be indented less."""
+    """Its first line names the file; a line of `...` stands for lines left out.
+
+    White space is not compared: an excerpt is indented less, and ruff formats it as the code that it then is.
+    """
     first, _, rest = block.text.partition("\n")
-    code = text_of(first.removeprefix("# "))
-    code = "\n".join(line.strip() for line in code.splitlines())
-    start = 0
+    code, start = squeezed(text_of(first.removeprefix("# "))), 0
     for piece in re.split(r"^ *\.\.\.\n", rest, flags=re.MULTILINE):
-        lines = "\n".join(line.strip() for line in piece.strip("\n").splitlines())
-        assert lines in code[start:], lines
-        start = code.index(lines, start) + len(lines)
+        assert squeezed(piece) in code[start:], piece
+        start = code.index(squeezed(piece), start) + len(squeezed(piece))
+
+
+def squeezed(text):
+    return "".join(text.split())
 
 
 def test_the_tutorial_shows_code_and_every_example_is_shown_in_full():

@@ -49,10 +49,18 @@ def modules(op, x):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    name=st.sampled_from(list(CHAINS)), stride=st.sampled_from([1, 2]), affine=st.booleans(), synced=st.booleans(),
-    training=st.booleans(), N=st.integers(2, 9), K=st.integers(1, 18), C=st.integers(1, 18), H=st.integers(2, 11),
-    W=st.integers(2, 11), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    name=st.sampled_from(list(CHAINS)),
+    stride=st.sampled_from([1, 2]),
+    affine=st.booleans(),
+    synced=st.booleans(),
+    training=st.booleans(),
+    N=st.integers(2, 9),
+    K=st.integers(1, 18),
+    C=st.integers(1, 18),
+    H=st.integers(2, 11),
+    W=st.integers(2, 11),
+    seed=st.integers(0, 2**31),
+)
 def test_a_chain_gives_what_its_modules_give(name, stride, affine, synced, training, N, K, C, H, W, seed):
     torch.manual_seed(seed)
     op = CHAINS[name](K, C, stride, affine).double().train(training)

@@ -40,16 +40,25 @@ def close(found, expected, dtype):
 
 
 sizes = {
-    "N": st.integers(1, 5), "H": st.integers(1, 14), "W": st.integers(1, 14), "C": st.integers(1, 37),
-    "seed": st.integers(0, 2**31), "dtype": st.sampled_from(list(DTYPES)), "threads": st.integers(1, 7),
-}  # fmt: skip
+    "N": st.integers(1, 5),
+    "H": st.integers(1, 14),
+    "W": st.integers(1, 14),
+    "C": st.integers(1, 37),
+    "seed": st.integers(0, 2**31),
+    "dtype": st.sampled_from(list(DTYPES)),
+    "threads": st.integers(1, 7),
+}
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    K=st.integers(1, 37), edges=st.integers(1, 4), terms=st.integers(1, 3), with_bases=st.booleans(),
-    with_shifts=st.booleans(), **sizes,
-)  # fmt: skip
+    K=st.integers(1, 37),
+    edges=st.integers(1, 4),
+    terms=st.integers(1, 3),
+    with_bases=st.booleans(),
+    with_shifts=st.booleans(),
+    **sizes,
+)
 def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, edges, terms, with_bases, with_shifts, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -109,10 +118,16 @@ def test_blends_and_dots_are_weighted_sums_and_their_gradient(N, H, W, C, T, edg
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(2, 60), C=st.integers(1, 18), K=st.integers(1, 18), edges=st.integers(1, 3), terms=st.integers(1, 3),
-    scales=st.sampled_from(["none", "one", "each"]), with_bias=st.booleans(), seed=st.integers(0, 99),
+    n=st.integers(2, 60),
+    C=st.integers(1, 18),
+    K=st.integers(1, 18),
+    edges=st.integers(1, 3),
+    terms=st.integers(1, 3),
+    scales=st.sampled_from(["none", "one", "each"]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.float64]),
-)  # fmt: skip
+)
 def test_fold_is_batch_normalisation_of_products_and_its_gradient(
     n, C, K, edges, terms, scales, with_bias, seed, dtype
 ):

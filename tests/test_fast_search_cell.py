@@ -8,10 +8,10 @@ import torch
 from conftest import batch, sgd, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import Launches
 from torch import nn
 
 from architect import Architect
-from benchmarks.paired import Launches
 from models.choices import EXECUTIONS, PRIMITIVES
 from models.fast import search_cell
 from models.ops import OPS
@@ -85,10 +85,14 @@ def check_cell(
 
 
 shapes = {
-    "n_nodes": st.integers(1, 5), "C": st.integers(2, 17), "N": st.integers(1, 70), "reduction_p": st.booleans(),
-    "reduction": st.booleans(), "seed": st.integers(0, 2**31),
+    "n_nodes": st.integers(1, 5),
+    "C": st.integers(2, 17),
+    "N": st.integers(1, 70),
+    "reduction_p": st.booleans(),
+    "reduction": st.booleans(),
+    "seed": st.integers(0, 2**31),
     "memory_format": st.sampled_from([torch.channels_last, torch.contiguous_format]),
-}  # fmt: skip
+}
 
 
 @settings(max_examples=25, deadline=None)

@@ -14,13 +14,13 @@ import time
 
 import pytest
 import torch
+from comparing import differences, outcome
 from conftest import ROOT, assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import search
-from benchmarks.faults import differences, outcome
 from config import SearchConfig
 from genotypes import DARTS_V1, DARTS_V2, GenotypeError, from_str
 from models.search_cnn import SearchCNN

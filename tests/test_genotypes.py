@@ -79,12 +79,18 @@ def test_every_form_of_every_published_cell_is_read_as_the_cell_and_written_as_e
 def test_flat_forms_list_pairs_without_nodes():
     text = to_str(DARTS_V1, "flat")
     assert text.startswith("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ")
-    flat = {"normal": [["sep_conv_3x3", 1], ["skip_connect", 0]], "normal_concat": [2],
-            "reduce": [["max_pool_3x3", 0], ["max_pool_3x3", 1]], "reduce_concat": [2]}  # fmt: skip
+    flat = {
+        "normal": [["sep_conv_3x3", 1], ["skip_connect", 0]],
+        "normal_concat": [2],
+        "reduce": [["max_pool_3x3", 0], ["max_pool_3x3", 1]],
+        "reduce_concat": [2],
+    }
     expected = Genotype(
-        [[("sep_conv_3x3", 1), ("skip_connect", 0)]], range(2, 3), [[("max_pool_3x3", 0), ("max_pool_3x3", 1)]],
+        [[("sep_conv_3x3", 1), ("skip_connect", 0)]],
         range(2, 3),
-    )  # fmt: skip
+        [[("max_pool_3x3", 0), ("max_pool_3x3", 1)]],
+        range(2, 3),
+    )
     assert from_str(json.dumps(flat)) == expected
     with pytest.raises(GenotypeError, match="two for each"):
         from_str(json.dumps(flat | {"normal": flat["normal"][:1]}))
@@ -94,9 +100,20 @@ def test_flat_forms_list_pairs_without_nodes():
         to_str(expected, "name")
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"normal": 1}', "[]", '{"normal": NaN}', "{" * 9999, json.dumps(
-    {"normal": [[["none", 0]]], "normal_concat": [[2]], "reduce": [[["none", 0]]], "reduce_concat": [2]}
-)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        '{"normal": 1}',
+        "[]",
+        '{"normal": NaN}',
+        "{" * 9999,
+        json.dumps(
+            {"normal": [[["none", 0]]], "normal_concat": [[2]], "reduce": [[["none", 0]]], "reduce_concat": [2]}
+        ),
+    ],
+)
 def test_json_that_is_no_genotype_is_refused(text):
     with pytest.raises(GenotypeError):
         from_str(text)
@@ -119,35 +136,38 @@ def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
     assert from_str("\n  " + GOOD.replace(", normal_concat", ",\n   normal_concat") + " \n") == DARTS_V2
 
 
-@pytest.mark.parametrize(("text", "mention"), [
-    ("", "genotype"),
-    ("Genotype(", "column"),
-    ("DARTS_V9", "Genotype(normal="),
-    ("Other(normal=1)", "Genotype(normal="),
-    (GOOD.replace("normal=", "abnormal=", 1), "normal_concat"),
-    (GOOD.replace(", reduce_concat=range(2, 6)", ""), "reduce_concat"),
-    (GOOD.replace("sep_conv_3x3", "sep_conv_9x9", 1), "sep_conv_9x9"),
-    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 2)", 1), "0 to 1"),
-    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', -1)", 1), "allowed"),
-    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', True)", 1), "allowed"),
-    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 0.0)", 1), "allowed"),
-    (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3',)", 1), "(operation, source)"),
-    (GOOD.replace("('sep_conv_3x3', 0)", "(0, 'sep_conv_3x3')", 1), "operation"),
-    (GOOD.replace("normal=[[", "normal=[", 1).replace("]], normal_concat", "], normal_concat"), "normal"),
-    (GOOD.replace("normal=[[", "normal=[[[", 1).replace("]], normal_concat", "]]], normal_concat"), "normal"),
-    ("Genotype(normal=[], normal_concat=range(2, 6), reduce=[], reduce_concat=range(2, 6))", "list of nodes"),
-    (GOOD.replace("range(2, 6)", "range(2, 7)", 1), "normal_concat"),
-    (GOOD.replace("range(2, 6)", "range(0, 2)", 1), "normal_concat"),
-    (GOOD.replace("range(2, 6)", "[2, 2]", 1), "normal_concat"),
-    (GOOD.replace("range(2, 6)", "[]", 1), "normal_concat"),
-    (GOOD.replace("range(2, 6)", "range(2, 10**99)", 1), "column"),
-    (GOOD.replace("range(2, 6)", f"range({'9' * 400})", 1), "column"),
-    (GOOD.replace("range(2, 6)", "[[2]]", 1), "normal_concat"),
-    (GOOD.replace("('sep_conv_3x3', 0)", f"('sep_conv_3x3', 0x{'f' * 4000})", 1), "allowed"),
-    ("[" * 5000, "genotype"),
-    ("(" + "-" * 100_000 + "1)", "genotype"),
-    (GOOD + "\0", "genotype"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "mention"),
+    [
+        ("", "genotype"),
+        ("Genotype(", "column"),
+        ("DARTS_V9", "Genotype(normal="),
+        ("Other(normal=1)", "Genotype(normal="),
+        (GOOD.replace("normal=", "abnormal=", 1), "normal_concat"),
+        (GOOD.replace(", reduce_concat=range(2, 6)", ""), "reduce_concat"),
+        (GOOD.replace("sep_conv_3x3", "sep_conv_9x9", 1), "sep_conv_9x9"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 2)", 1), "0 to 1"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', -1)", 1), "allowed"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', True)", 1), "allowed"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 0.0)", 1), "allowed"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3',)", 1), "(operation, source)"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "(0, 'sep_conv_3x3')", 1), "operation"),
+        (GOOD.replace("normal=[[", "normal=[", 1).replace("]], normal_concat", "], normal_concat"), "normal"),
+        (GOOD.replace("normal=[[", "normal=[[[", 1).replace("]], normal_concat", "]]], normal_concat"), "normal"),
+        ("Genotype(normal=[], normal_concat=range(2, 6), reduce=[], reduce_concat=range(2, 6))", "list of nodes"),
+        (GOOD.replace("range(2, 6)", "range(2, 7)", 1), "normal_concat"),
+        (GOOD.replace("range(2, 6)", "range(0, 2)", 1), "normal_concat"),
+        (GOOD.replace("range(2, 6)", "[2, 2]", 1), "normal_concat"),
+        (GOOD.replace("range(2, 6)", "[]", 1), "normal_concat"),
+        (GOOD.replace("range(2, 6)", "range(2, 10**99)", 1), "column"),
+        (GOOD.replace("range(2, 6)", f"range({'9' * 400})", 1), "column"),
+        (GOOD.replace("range(2, 6)", "[[2]]", 1), "normal_concat"),
+        (GOOD.replace("('sep_conv_3x3', 0)", f"('sep_conv_3x3', 0x{'f' * 4000})", 1), "allowed"),
+        ("[" * 5000, "genotype"),
+        ("(" + "-" * 100_000 + "1)", "genotype"),
+        (GOOD + "\0", "genotype"),
+    ],
+)
 def test_a_malformed_genotype_is_refused_with_what_is_allowed(text, mention):
     with pytest.raises(GenotypeError) as error:
         from_str(text)
@@ -156,14 +176,17 @@ def test_a_malformed_genotype_is_refused_with_what_is_allowed(text, mention):
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("code", [
-    "__import__('pathlib').Path('ran').touch()",
-    "Genotype(normal=__import__('pathlib').Path('ran').touch(), normal_concat=1, reduce=1, reduce_concat=1)",
-    GOOD.replace("range(2, 6)", "open('ran', 'w')", 1),
-    GOOD.replace("range(2, 6)", "range(open('ran', 'w').write('x'))", 1),
-    GOOD.replace("('sep_conv_3x3', 0)", "(open('ran', 'w'), 0)", 1),
-    GOOD.replace("normal=", "normal=[x for x in [open('ran', 'w')]] or ", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "__import__('pathlib').Path('ran').touch()",
+        "Genotype(normal=__import__('pathlib').Path('ran').touch(), normal_concat=1, reduce=1, reduce_concat=1)",
+        GOOD.replace("range(2, 6)", "open('ran', 'w')", 1),
+        GOOD.replace("range(2, 6)", "range(open('ran', 'w').write('x'))", 1),
+        GOOD.replace("('sep_conv_3x3', 0)", "(open('ran', 'w'), 0)", 1),
+        GOOD.replace("normal=", "normal=[x for x in [open('ran', 'w')]] or ", 1),
+    ],
+)
 def test_code_in_a_genotype_is_not_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ast.parse(code, mode="eval")  # it is Python that eval would run

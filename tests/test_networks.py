@@ -22,9 +22,14 @@ def test_search_network_has_the_known_number_of_parameters(C_in, weights):
     assert count(net.alphas()) == 224
 
 
-@pytest.mark.parametrize(("genotype", "with_head", "without"), [
-    (DARTS_V2, 3_827_928, 3_351_502), (DARTS_V1, 3_648_000, 3_171_574),
-], ids=["V2", "V1"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("genotype", "with_head", "without"),
+    [
+        (DARTS_V2, 3_827_928, 3_351_502),
+        (DARTS_V1, 3_648_000, 3_171_574),
+    ],
+    ids=["V2", "V1"],
+)
 def test_augment_network_has_the_known_number_of_parameters(genotype, with_head, without):
     assert count(AugmentCNN(32, 3, 36, 10, 20, True, genotype).parameters()) == with_head
     assert count(AugmentCNN(32, 3, 36, 10, 20, False, genotype).parameters()) == without

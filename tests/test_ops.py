@@ -11,9 +11,15 @@ from models.ops import OPS, DropPath_, FactorizedReduce, MixedOp, PoolBN, drop_p
 
 def test_primitives_are_the_papers_in_the_fixed_order():
     assert list(PRIMITIVES) == [
-        "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
+        "max_pool_3x3",
+        "avg_pool_3x3",
+        "skip_connect",
+        "sep_conv_3x3",
+        "sep_conv_5x5",
+        "dil_conv_3x3",
+        "dil_conv_5x5",
         "none",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -35,13 +41,22 @@ def test_search_ops_have_batch_norm_without_affine_part(name):
     assert all(bn.weight is None for bn in OPS[name](4, 2, False).modules() if isinstance(bn, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [
-    # C = 4; depthwise k*k*C, pointwise C*C; BN with affine 2C
-    ("max_pool_3x3", 8), ("avg_pool_3x3", 8), ("skip_connect", 0), ("none", 0),
-    ("sep_conv_3x3", 2 * (9 * 4 + 16 + 8)), ("sep_conv_5x5", 2 * (25 * 4 + 16 + 8)),
-    ("sep_conv_7x7", 2 * (49 * 4 + 16 + 8)), ("dil_conv_3x3", 9 * 4 + 16 + 8), ("dil_conv_5x5", 25 * 4 + 16 + 8),
-    ("conv_7x1_1x7", 2 * 7 * 16 + 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # C = 4; depthwise k*k*C, pointwise C*C; BN with affine 2C
+        ("max_pool_3x3", 8),
+        ("avg_pool_3x3", 8),
+        ("skip_connect", 0),
+        ("none", 0),
+        ("sep_conv_3x3", 2 * (9 * 4 + 16 + 8)),
+        ("sep_conv_5x5", 2 * (25 * 4 + 16 + 8)),
+        ("sep_conv_7x7", 2 * (49 * 4 + 16 + 8)),
+        ("dil_conv_3x3", 9 * 4 + 16 + 8),
+        ("dil_conv_5x5", 25 * 4 + 16 + 8),
+        ("conv_7x1_1x7", 2 * 7 * 16 + 8),
+    ],
+)
 def test_parameters_of_an_op_are_those_of_its_definition(name, parameters):
     assert sum(p.numel() for p in OPS[name](4, 1, True).parameters()) == parameters
 
