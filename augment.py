@@ -28,7 +28,7 @@ from running.costs import cost, describe, describe_latency
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
-from running.finite import check_finite
+from running.finite import check_finite, check_finite_mean
 from running.loading import Loader, check_unchanged
 from running.progress import Meters
 from running.run import Run
@@ -234,6 +234,7 @@ def validate(epoch, run, net, loader):
         meters.show()
         run.save_if_due()
         run.stop_if_asked()
+    check_finite_mean(run, "test", meters.loss.avg)
     meters.finish("test")
     return meters.top1.avg
 

@@ -33,7 +33,7 @@ from running.costs import cost, describe, describe_latency
 from running.data_sets import stratified_split
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
-from running.finite import check_finite
+from running.finite import check_finite, check_finite_mean
 from running.folder import write_json
 from running.loading import Loader, check_unchanged, mix
 from running.progress import Meters
@@ -212,6 +212,7 @@ def validate(epoch, run, net, loader):
         meters.show()
         run.save_if_due()
         run.stop_if_asked()
+    check_finite_mean(run, "valid", meters.loss.avg)
     meters.finish("valid")
     return meters.top1.avg
 
@@ -273,7 +274,7 @@ def cell_in_words(kind, gene, primitives, weights):
 
 
 def finish(run, genotypes, size, channels, n_classes):
-    """Write the summary, what the last cell's network costs, and the command that trains it."""
+    """Write the summary, the command that trains the last cell, and what its network costs."""
     last, best = genotypes["last"], genotypes["best"]
     run.finish(
         epochs=last["epoch"],
@@ -283,9 +284,11 @@ def finish(run, genotypes, size, channels, n_classes):
         genotype=last["string"],
     )
     if ranks.rank() == 0:
-        show_cost(run, from_str(last["string"]), size, channels, n_classes)
+        command = f"python augment.py {run.config.data_options()} --genotype {shell_quote(last['string'])}"
         run.log("train the cell:")
-        print(f"python augment.py {run.config.data_options()} --genotype {shell_quote(last['string'])}")
+        print(command, flush=True)  # before the timing, which takes a while, and as the last line
+        show_cost(run, from_str(last["string"]), size, channels, n_classes)
+        print(command)
 
 
 def show_cost(run, genotype, size, channels, n_classes):
@@ -295,6 +298,7 @@ def show_cost(run, genotype, size, channels, n_classes):
         net = AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
     run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
     net = net.to(memory_format=torch.channels_last)
+    run.log("timing a forward pass of it; the search is done, and may be interrupted")
     run.log(f"a forward pass takes {describe_latency(net, channels, size)}")
 
 

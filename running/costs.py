@@ -11,6 +11,8 @@ from running.devices import device_name
 from utils import param_size
 
 BATCH_SIZES = (1, 64)  # whose latency is measured
+LONG_PASS = 1e3  # milliseconds: a forward pass that takes longer is timed once
+LONGEST_PASS = 10e3  # one that would take longer is not tried
 
 
 def cost(net, channels, size):
@@ -61,7 +63,7 @@ def storage_of(tensor):
 
 @torch.no_grad()
 def latency(net, x, rounds):
-    """Milliseconds of each of `rounds` forward passes, after one that is not counted."""
+    """Milliseconds of each of `rounds` forward passes, after one that is not counted; of that alone if it is long."""
     x = x.to(memory_format=torch.channels_last)
     net.eval()
     milliseconds = []
@@ -71,6 +73,8 @@ def latency(net, x, rounds):
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
         milliseconds.append(1e3 * (time.perf_counter() - start))
+        if milliseconds[0] > LONG_PASS:
+            return milliseconds
     return milliseconds[1:]
 
 
@@ -81,11 +85,18 @@ def median_and_range(values):
 def describe_latency(net, channels, size, rounds=5):
     """The latency of a forward pass on the device that the network is on, in words."""
     device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
-    times = []
+    times, milliseconds_per_image = [], 0.0
     for n in BATCH_SIZES:
+        if n * milliseconds_per_image > LONGEST_PASS:
+            times.append(f"not timed at batch {n}, where it may take {n * milliseconds_per_image / 1e3:.0f} s")
+            continue
         x = torch.randn(n, channels, size, size, generator=generator)
         try:
-            times.append(f"{median_and_range(latency(net, x.to(device), rounds))} ms at batch {n}")
+            milliseconds = latency(net, x.to(device), rounds)
         except (MemoryError, RuntimeError):  # PyTorch's out of memory is one of these; a run need not end by it
             times.append(f"too much memory at batch {n}")
+            continue
+        milliseconds_per_image = statistics.median(milliseconds) / n
+        once = ", once" if len(milliseconds) < rounds else ""
+        times.append(f"{median_and_range(milliseconds)} ms at batch {n}{once}")
     return f"{' and '.join(times)}, median (range) of {rounds} passes on {device_name(device)}"

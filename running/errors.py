@@ -5,6 +5,8 @@ import contextlib
 import os
 import sys
 
+from running.output import surviving_output
+
 LESS_MEMORY = {
     "search.py": "lower --batch-size, --init-channels, --layers or --nodes, or give --recompute or --order first",
     "augment.py": "lower --batch-size, --init-channels or --layers, or give --amp",
@@ -25,8 +27,15 @@ def user_errors_in_one_line(program):
 
     So too what the operating system refuses, such as a name too long or a folder without permission: its message names
     the file. Running out of memory says what to lower. Ctrl-C exits with 130, losing another rank with 1. Other
-    exceptions are a programmer's mistake and keep their traceback.
+    exceptions are a programmer's mistake and keep their traceback. Inside, output that cannot be written is lost and
+    ends nothing.
     """
+    with surviving_output(), _errors_in_one_line(program):
+        yield
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(program):
     try:
         yield
     except OtherRankError:

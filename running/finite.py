@@ -6,6 +6,18 @@ from running import ranks
 from running.folder import write_json
 
 
+def check_finite_mean(run, phase, loss):
+    """Raise UserError unless a pass's mean loss, the same number on all ranks, is finite; nothing is saved of it."""
+    if math.isfinite(loss):
+        return
+    message = (
+        f"epoch {run.epoch + 1}, phase {phase}: the mean loss is {loss:.4g}, which says nothing of the network; "
+        f"a lower learning rate may help; the checkpoints in {run.folder} are from before"
+    )
+    run.log(message)
+    raise ranks.user_error(message)
+
+
 def check_finite(run, phase, loss, gradient_norm, optim, loaders):
     """Raise UserError, and leave the step's samples in fault.json, unless loss and gradient norm are finite.
 

@@ -23,6 +23,15 @@ from utils import cosine_lr
 EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation"]
 NEW_SPACE = ("none", "skip_connect", "sep_conv_3x3", "max_pool_5x5")
 
+
+@pytest.fixture(autouse=True)
+def operations_of_examples_are_forgotten():
+    before = dict(OPS)
+    yield
+    OPS.clear()
+    OPS.update(before)
+
+
 both_executions = pytest.mark.parametrize("execution", EXECUTIONS)
 
 

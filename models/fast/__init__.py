@@ -1,1 +1,1 @@
-"""The same numbers faster: see README.md in this folder."""
+"""The same numbers faster: docs/fast-execution.md says what, why, how it is checked, and how to ignore it."""
