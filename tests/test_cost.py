@@ -10,6 +10,7 @@ from torch import nn
 from genotypes import DARTS_V2, PUBLISHED
 from models.augment_cnn import AugmentCNN
 from models.ops import PoolBN
+from running import costs
 from running.costs import activation_bytes, cost, describe_latency
 from utils import param_size
 
@@ -127,3 +128,18 @@ def test_training_on_images_of_any_size_with_the_imagenet_stem(tmp_path, image_f
     assert "RandomResizedCrop" in process.stdout
     assert "lr 0.09700" in process.stdout  # 0.1 x 0.97 in the second epoch
     assert_one_line_error(run_script("augment.py", *words, "--image-size", 63, "--name", "small", cwd=tmp_path), "64")
+
+
+def test_long_passes_are_timed_once_and_longer_ones_not_at_all(monkeypatch):
+    net = AugmentCNN(8, 1, 4, 3, 2, False, DARTS_V2)
+    batches, clock = [], iter(range(10**6))
+    monkeypatch.setattr(net, "forward", lambda x: batches.append(len(x)))
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock) * 0.1)  # a pass takes 0.1 s
+    text = costs.describe_latency(net, 1, 8, rounds=3)
+    assert batches == [1] * 4 + [64] * 4
+    batches.clear()
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock) * 2.0)
+    text = costs.describe_latency(net, 1, 8, rounds=3)
+    assert batches == [1]
+    assert "batch 1, once" in text
+    assert "not timed at batch 64, where it may take 128 s" in text

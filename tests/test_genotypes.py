@@ -137,6 +137,24 @@ def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
 
 
 @pytest.mark.parametrize(
+    "pasted",
+    [
+        "genotype = {}",
+        "2026-11-26 03:50:40  genotype = {}",
+        'genotype="{}"',
+        "DARTS_V2 = {}",
+        '"{}"',
+        "gt.{}",
+        "best = genotypes.{}\n",
+        "  {},",
+    ],
+)
+def test_genotypes_are_read_as_people_paste_them(pasted):
+    assert from_str(pasted.format(GOOD)) == DARTS_V2
+    assert resolve(pasted.format(GOOD)) == DARTS_V2
+
+
+@pytest.mark.parametrize(
     ("text", "mention"),
     [
         ("", "genotype"),

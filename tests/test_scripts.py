@@ -46,7 +46,10 @@ def searched(tmp_path_factory):
 @pytest.fixture(scope="module")
 def augmented(searched):
     cwd, process = searched
-    words = shlex.split(process.stdout.strip().splitlines()[-1])
+    lines = process.stdout.strip().splitlines()
+    timing = next(i for i, line in enumerate(lines) if "timing a forward pass" in line)
+    assert lines.index(lines[-1]) < timing  # printed before what takes a while, and at the end
+    words = shlex.split(lines[-1])
     assert words[:2] == ["python", "augment.py"]
     return cwd, run_script(*words[1:], *TINY_AUGMENT, "--epochs", 2, cwd=cwd)
 
