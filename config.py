@@ -312,7 +312,7 @@ class SearchConfig(_Config):
         group.add_argument("--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: decay")
 
 
-# Liu et al., section 4.3 and the appendix on ImageNet
+# The defaults with --stem imagenet: DARTS, appendix A.2.3
 IMAGENET = {
     "layers": 14,
     "init_channels": 48,

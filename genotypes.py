@@ -33,13 +33,13 @@ class GenotypeError(UserError):
 
 
 def parse(alpha, k, primitives=PRIMITIVES):
-    """Read a gene off the edges' strengths (DARTS, section 2.4).
+    """Derive a gene from the strengths of the operations on the edges (DARTS, section 2.4).
 
-    alpha: a tensor per node, node i's of shape (i + 2, len(primitives)); `SearchCNN.genotype` hands in softmax weights,
-    since raw alphas are not comparable across edges. primitives: the operations that the columns stand for. Of each
-    edge the strongest candidate other than none counts; of each node the k edges whose candidate is strongest stay
-    (all, if it has fewer), strongest first; ties go to the earlier one. Returns a list of nodes, each a list of
-    (operation, source).
+    alpha: a tensor per node, node i's of shape (i + 2, len(primitives)). `SearchCNN.genotype` passes `edge_weights`
+    (softmax weights), since raw alphas are not comparable across edges. primitives: the operation of each column. On
+    each edge the best candidate is the strongest one other than none. Each node keeps the k edges whose best candidates
+    are strongest (all, if it has fewer), strongest first; ties go to the smaller index. Returns a list of nodes, each a
+    list of (operation, source).
     """
     candidates = [column for column, primitive in enumerate(primitives) if primitive != "none"]
     gene = []
@@ -55,7 +55,7 @@ def to_dag(C_in, gene, reduction):
     """Build a cell's operations from its gene: a ModuleList per node of operations, each with its source as `s_idx`.
 
     C_in: the cell's channels. In a reduction cell the operations on the two input nodes have stride 2. Every operation
-    but the identity is followed by drop path (DARTS, section 4.1).
+    but the identity is followed by drop path (DARTS, appendix A.2.1).
     """
     from torch import nn
 

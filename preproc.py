@@ -1,4 +1,4 @@
-"""From images to tensors: augmentation, normalisation and cutout (design: DARTS, section 4)."""
+"""From images to tensors: augmentation, normalisation and cutout (cutout as in DARTS, appendix A.2.1)."""
 
 import torch
 from torchvision import transforms
@@ -59,7 +59,7 @@ def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=Fals
     training sees random parts, flipped and in other colours, and validation the middle. Raises ValueError for an
     unknown data set.
 
-    All randomness is drawn from torch's global generator, which is what `data_sets.Images` seeds for each sample.
+    All randomness is drawn from torch's global generator, which `running.loading.Images` seeds for each sample.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")

@@ -1,4 +1,4 @@
-"""Small helpers of both scripts."""
+"""Helpers that search.py and augment.py share."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-"""Gumbel-softmax weights: one draw a step, none in evaluation.  python -m examples.gumbel --dataset cifar10"""
+"""Gumbel-softmax weights, with one draw of noise per training step.  python -m examples.gumbel --dataset cifar10"""
 
 import torch
 

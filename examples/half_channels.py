@@ -1,4 +1,4 @@
-"""Edges that let half of the channels pass by their operations.  python -m examples.half_channels --dataset cifar10"""
+"""Edges whose operations run on half of the channels only.  python -m examples.half_channels --dataset cifar10"""
 
 import torch
 import torch.nn.functional as F

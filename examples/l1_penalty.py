@@ -1,4 +1,4 @@
-"""An L1 penalty on the alphas, in what they descend.  python -m examples.l1_penalty --dataset cifar10"""
+"""An L1 penalty on the alphas, added to the validation loss.  python -m examples.l1_penalty --dataset cifar10"""
 
 import search
 from architect import Architect

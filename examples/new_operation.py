@@ -1,4 +1,4 @@
-"""A new operation, searched together with some of the old ones.
+"""A search with a new operation and some of the existing ones.
 
 python -m examples.new_operation --primitives none,skip_connect,sep_conv_3x3,max_pool_5x5
 """

@@ -1,1 +1,1 @@
-"""The networks: operations (`ops`), cells and whole networks, for the search and for augment."""
+"""The networks: operations (ops.py), cells and whole networks, for search.py and for augment.py."""

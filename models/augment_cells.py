@@ -1,4 +1,4 @@
-"""The cell of the augment network: a genotype's operations and nothing else."""
+"""The cell of the augment network: the operations that the genotype names."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from models.search_cells import cell_inputs, check_execution
 
 
 class AugmentCell(nn.Module):
-    """A cell built from its gene in `genotype`: the reduction gene if `reduction`, else the normal one.
+    """A cell built from the genotype's `reduce` gene if `reduction`, else from its `normal` gene.
 
-    execution: `plain`, an operation at a time, which is the definition, or `fused`, the same sums from the same modules
-    by `models.fast`; the other arguments are `SearchCell`'s.
+    execution: `plain` runs one operation at a time and is the definition; `fused` computes the same sums with the same
+    modules by `models.fast`. The other arguments are as in `SearchCell`.
     """
 
     def __init__(self, genotype, C_pp, C_p, C, reduction_p, reduction, execution="fused"):
@@ -26,7 +26,7 @@ class AugmentCell(nn.Module):
         self.C_out = C * len(self.concat)
 
     def forward(self, s0, s1):
-        """s0, s1: the two previous cells' outputs. Returns the named nodes' concatenation, (N, C_out, H, W)."""
+        """s0, s1: outputs of cells k-2, k-1. Returns the concatenation of the nodes in `concat`, (N, C_out, H, W)."""
         states = [self.preproc0(s0), self.preproc1(s1)]
         node = augment_cell.fused_node if self.execution == "fused" else plain_node
         for ops in self.dag:
@@ -35,5 +35,5 @@ class AugmentCell(nn.Module):
 
 
 def plain_node(ops, states):
-    """A node: the sum of its operations, each on the state that its `s_idx` names."""
+    """A node: the sum of its operations, each applied to the state of index `s_idx`."""
     return sum(op(states[op.s_idx]) for op in ops)

@@ -1,4 +1,4 @@
-"""The network of the second stage: a genotype stacked deep, with an auxiliary head (DARTS, section 4.2)."""
+"""The network that augment.py trains: a stack of cells of one genotype, and an auxiliary head (DARTS, app. A.2.1)."""
 
 from torch import nn
 
@@ -10,10 +10,10 @@ from models.search_cnn import check_positive, reduction_cells
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier at two thirds of the depth, whose loss helps in training.
+    """A second classifier, at two thirds of the depth; its weighted loss is added to the training loss.
 
-    input_size: height and width at that cell, in pixels. 7 and 8 are pooled as published, by 5x5 windows to 2x2; other
-    sizes adaptively to 2x2. C: channels there.
+    input_size: height and width of its input, in pixels; C: channels of its input. Sizes 7 and 8 are pooled by 5x5
+    windows to 2x2, as in the authors' code; other sizes by adaptive pooling to 2x2.
     """
 
     def __init__(self, input_size, C, n_classes):
@@ -39,14 +39,14 @@ class AuxiliaryHead(nn.Module):
 
 
 def cifar_stem(C_in, C):
-    """What both inputs of the first cell are, of C channels and the images' size (DARTS, section 4.2)."""
+    """The stem for CIFAR-10, as in the authors' code: its output, of C channels, is both inputs of the first cell."""
     return nn.Sequential(nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
 
 
 class ImageNetStem(nn.Module):
-    """The two inputs of the first cell, each of C channels: at a quarter and at an eighth of the images' size.
+    """The stem for ImageNet, as in the authors' code; the paper trains on images of 224 pixels (appendix A.2.3).
 
-    For images too large for cells at their size (DARTS, section 4.2, images of 224 pixels).
+    Returns the two inputs of the first cell, each of C channels: at a quarter and at an eighth of the images' size.
     """
 
     def __init__(self, C_in, C):
@@ -66,12 +66,12 @@ class ImageNetStem(nn.Module):
 
 
 class AugmentCNN(nn.Module):
-    """A genotype, stacked.
+    """The augment network: a stack of cells of one genotype.
 
-    input_size: height and width of the images, in pixels, 8 and up; auxiliary: with the auxiliary head, after cell
-    2 * n_layers // 3; stem: of `STEMS`; `imagenet` is for images of 64 pixels and up, and leaves the cells an eighth of
-    their size; execution: of the cells, see `AugmentCell`; the other arguments are `SearchCNN`'s. Raises ValueError
-    where a number is too small or the stem unknown, and GenotypeError for a genotype that cannot be built.
+    input_size: height and width of the images, in pixels, at least 8; auxiliary: whether there is an auxiliary head,
+    after cell 2 * n_layers // 3; stem: one of `STEMS`; `imagenet` needs images of at least 64 pixels, and cells get an
+    eighth of that size; execution: see `AugmentCell`. The other arguments are as in `SearchCNN`. Raises
+    ValueError if a number is too small or the stem unknown, and GenotypeError if the genotype is invalid.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class AugmentCNN(nn.Module):
         C_cur = C if imagenet else stem_multiplier * C
         self.stem = ImageNetStem(C_in, C) if imagenet else cifar_stem(C_in, C_cur)
         self.cells = nn.ModuleList()
-        C_pp, C_p, reduction_p = C_cur, C_cur, imagenet  # the second input is half as large as the first
+        # after the ImageNet stem as after a reduction cell, input 1 is half as large as input 0
+        C_pp, C_p, reduction_p = C_cur, C_cur, imagenet
         size = -(-input_size // 8) if imagenet else input_size
         for layer in range(n_layers):
             reduction = layer in reduction_cells(n_layers)
@@ -138,7 +139,7 @@ class AugmentCNN(nn.Module):
             module.p = p
 
     def shared_batch(self, n, rows):
-        """Say that the next images are the slice `rows` of a batch of n that several processes share."""
+        """Tell the drop path modules that the next batch is the slice `rows` of a global batch of n samples."""
         if (n, rows) != self.batch:
             self.batch = n, rows
             for module in self._drop_paths():

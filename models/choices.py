@@ -1,4 +1,4 @@
-"""What is chosen by name: search spaces, executions, stems. Without torch, so that command lines are read at once."""
+"""The names that options accept: search spaces, executions, stems. Does not import torch, which takes seconds."""
 
 # The search space of DARTS: the candidates on every edge, in the order of alpha's columns (section 3.1).
 PRIMITIVES = [
@@ -19,6 +19,6 @@ SEARCH_SPACES = {
     "s3": ["none", "skip_connect", "sep_conv_3x3"],
 }
 
-EXECUTIONS = ("fused", "plain")  # `plain` is the definition, `fused` the same numbers faster
+EXECUTIONS = ("fused", "plain")  # `plain` is the definition; `fused` computes the same numbers faster
 
 STEMS = ("cifar", "imagenet")

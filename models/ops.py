@@ -1,6 +1,6 @@
 """The candidate operations of the search space (DARTS, section 3.1), and their mixture on an edge.
 
-A new operation is one class and one entry in `OPS`; the tests walk the registry.
+To add an operation, add an entry to `OPS`, and a class if none of those here will do. Tests run on every entry.
 """
 
 import torch
@@ -9,7 +9,8 @@ from torch import nn
 
 from models.choices import PRIMITIVES
 
-# name -> f(C, stride, affine): an operation that keeps C channels and leaves ceil(size / stride) pixels a side
+# name -> f(C, stride, affine), which returns a module with C input and C output channels; its output has
+# ceil(size / stride) pixels a side. `affine` is passed by this name.
 OPS = {
     "max_pool_3x3": lambda C, stride, affine: PoolBN("max", C, 3, stride, 1, affine),
     "avg_pool_3x3": lambda C, stride, affine: PoolBN("avg", C, 3, stride, 1, affine),
@@ -27,10 +28,11 @@ OPS = {
 def drop_path_(x, drop_prob, training, batch=None):
     """Zero whole samples of `x` with probability `drop_prob`, in place; divide the others by the keep probability.
 
-    Shapes: x is (N, ...), on any device. batch: None, or (n, rows) where x is the slice `rows` of a batch of n that
-    several processes share: each draws for all n, so that together they drop what one process would.
-    Outside training, or with drop_prob 0, x is returned as it is. Raises ValueError unless 0 <= drop_prob < 1.
-    Source: Larsson et al., FractalNet, as used in DARTS, section 4.1.
+    x: (N, ...), on any device. batch: (n, rows) if x is the slice `rows` of a global batch of n samples that several
+    processes share, else None. Each process then draws for all n samples, so that together they drop the samples that
+    one process would drop. Outside training, or with drop_prob 0, x is returned unchanged. Raises ValueError unless
+    0 <= drop_prob < 1.
+    Source: Larsson et al., FractalNet, as used in DARTS, appendix A.2.1.
     """
     if not 0.0 <= drop_prob < 1.0:
         raise ValueError(f"drop_prob must be at least 0 and below 1, not {drop_prob}")
@@ -43,7 +45,7 @@ def drop_path_(x, drop_prob, training, batch=None):
 
 
 class DropPath_(nn.Module):
-    """`drop_path_` as a module: in place, with a probability `p` and a shared `batch`, both set from outside."""
+    """`drop_path_` as a module, in place. `AugmentCNN` sets `p` (its drop_prob) and `batch` (see `drop_path_`)."""
 
     def __init__(self, p=0.0):
         super().__init__()
@@ -106,7 +108,7 @@ class DilConv(nn.Sequential):
 
 
 class SepConv(nn.Sequential):
-    """Depthwise separable convolution, twice; the stride is in the first."""
+    """Two depthwise separable convolutions, of which the first has the stride."""
 
     def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
         super().__init__(
@@ -136,8 +138,8 @@ class Zero(nn.Module):
 class FactorizedReduce(nn.Module):
     """Halve the size with two 1x1 convolutions of stride 2, the second shifted by a pixel: ReLU - convs - concat - BN.
 
-    An odd size leaves ceil(size / 2), as every stride-2 operation does: the shifted view gets a row and a column of
-    zeros. Raises ValueError for fewer than two output channels, of which each convolution makes half.
+    Each convolution computes half of the output channels. Like every stride-2 operation, it turns size into
+    ceil(size / 2): for an odd size the shifted image is padded with zeros. Raises ValueError if C_out < 2.
     """
 
     def __init__(self, C_in, C_out, affine=True):
@@ -152,16 +154,17 @@ class FactorizedReduce(nn.Module):
     def forward(self, x):
         x = self.relu(x)
         height, width = x.shape[2:]
-        # Pixels first, then convolutions of stride 1. On the CPU the weight gradient of a channels-last 1x1 convolution
-        # of stride 2 from fewer than 8 channels is wrong (seen with torch 2.14).
+        # Select every second pixel, then convolve with stride 1: on the CPU PyTorch computes wrong weight gradients for
+        # a channels-last 1x1 convolution of stride 2 from fewer than 8 channels (seen with torch 2.14).
         even = x[:, :, ::2, ::2]
         odd = F.pad(x[:, :, 1::2, 1::2], (0, width % 2, 0, height % 2))
         return self.bn(torch.cat([F.conv2d(even, self.conv1.weight), F.conv2d(odd, self.conv2.weight)], dim=1))
 
 
 class MixedOp(nn.Module):
-    """All candidates of an edge at once, weighted (DARTS, eq. 2). BN has no affine part: weights could undo alpha.
+    """An edge of the search cell: the weighted sum of all candidate operations (DARTS, eq. 2).
 
+    BN has no affine parameters here, since they could rescale the operations and so undo alpha (appendix A.1.1).
     C: channels; stride: 1, or 2 on the edges from the inputs of a reduction cell; primitives: the candidates' names.
     """
 
@@ -170,5 +173,5 @@ class MixedOp(nn.Module):
         self._ops = nn.ModuleList(OPS[primitive](C, stride, affine=False) for primitive in primitives)
 
     def forward(self, x, weights):
-        """x: (N, C, H, W); weights: (len(primitives),), the edge's part of `SearchCNN.edge_weights`."""
+        """x: (N, C, H, W); weights: (len(primitives),), this edge's row of `SearchCNN.edge_weights`."""
         return sum(weight * op(x) for weight, op in zip(weights, self._ops, strict=True))

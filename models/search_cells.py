@@ -1,4 +1,4 @@
-"""The cell of the search: every edge a mixture of all candidates."""
+"""The search cell: every edge is a weighted sum of all candidate operations."""
 
 import torch
 from torch import nn
@@ -15,22 +15,23 @@ def check_execution(execution):
 
 
 def cell_inputs(C_pp, C_p, C, reduction_p, affine):
-    """preproc0 and preproc1: bring the outputs of the two previous cells to C channels and one size.
+    """(preproc0, preproc1): modules that bring the outputs of the two previous cells to C channels and the same size.
 
-    After a reduction cell (`reduction_p`) the older of the two is twice as large, and is halved.
+    If the previous cell is a reduction cell (`reduction_p`), the output of the cell before it is twice as large, and
+    preproc0 halves it.
     """
     preproc0 = FactorizedReduce(C_pp, C, affine) if reduction_p else StdConv(C_pp, C, 1, 1, 0, affine)
     return preproc0, StdConv(C_p, C, 1, 1, 0, affine)
 
 
 class SearchCell(nn.Module):
-    """A cell of n_nodes nodes, each the sum of its mixed edges from both inputs and all earlier nodes (DARTS, eq. 1).
+    """A cell of n_nodes nodes. Each node is the sum of its edges from both inputs and all earlier nodes (DARTS, eq. 1).
 
-    C_pp, C_p: channels of the outputs of the cell before the previous one and of the previous one; C: channels of each
-    node; reduction_p: the previous cell halved the size; reduction: this one does, its edges from the inputs having
-    stride 2; primitives: the candidates on each edge; mixed_op: the class of an edge, called as `MixedOp`; execution:
-    `plain`, an operation at a time, which is the definition, or `fused`, the same sum from the same modules by
-    `models.fast`. Raises ValueError for any other.
+    C_pp, C_p: output channels of cell k-2 and of cell k-1, where this is cell k; C: channels of each node; reduction_p:
+    whether cell k-1 is a reduction cell; reduction: whether this one is, so that its edges from the inputs have stride
+    2; primitives: the candidates on each edge; mixed_op: the class of the edges, called as mixed_op(C, stride,
+    primitives); execution: `plain` runs one operation at a time and is the definition; `fused` computes the same sum
+    with the same modules by `models.fast`. Raises ValueError for any other execution.
     """
 
     def __init__(
@@ -55,9 +56,9 @@ class SearchCell(nn.Module):
         )
 
     def forward(self, s0, s1, w_dag):
-        """s0, s1: the two previous cells' outputs; w_dag: per node i, the weights of its edges, (i + 2, candidates).
+        """s0, s1: outputs of cells k-2 and k-1; w_dag[i]: weights of the edges of node i, (i + 2, candidates).
 
-        Returns the nodes' concatenation, (N, n_nodes * C, H, W).
+        Returns the concatenation of the nodes, (N, n_nodes * C, H, W).
         """
         s0, s1 = self.preproc0(s0), self.preproc1(s1)
         if self.execution == "fused" and search_cell.can_run(s0):
@@ -68,7 +69,7 @@ class SearchCell(nn.Module):
 
 
 def plain_nodes(dag, s0, s1, w_dag):
-    """The nodes of a search cell, an operation at a time: a list of tensors (N, C, H, W)."""
+    """Compute the nodes of a search cell one operation at a time: a list of tensors (N, C, H, W)."""
     states = [s0, s1]
     for edges, weights in zip(dag, w_dag, strict=True):
         states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights, strict=True)))

@@ -1,4 +1,4 @@
-"""The network of the search: stacked search cells, and the architecture parameters alpha that they share."""
+"""The search network: a stack of search cells, and the architecture parameters alpha that they share."""
 
 import contextlib
 from numbers import Integral
@@ -20,14 +20,14 @@ def reduction_cells(n_layers):
 
 
 def check_positive(**numbers):
-    """Raise ValueError naming the first that is not a whole number of at least 1."""
+    """Raise ValueError, with its name, for the first argument that is not a whole number of at least 1."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
 
 
 def check_primitives(primitives):
-    """Raise ValueError unless these are different operations, and at least one of them is not none."""
+    """Raise ValueError unless all names are in `OPS`, all are different, and at least one is not none."""
     unknown = [name for name in primitives if name not in OPS]
     if unknown:
         raise ValueError(f"unknown operations {', '.join(map(str, unknown))}; there are {', '.join(OPS)}")
@@ -40,21 +40,22 @@ def check_primitives(primitives):
 class SearchCNN(nn.Module):
     """The continuous relaxation: a network that holds every candidate on every edge (DARTS, section 2.2).
 
-    C_in: image channels; C: channels of the first cells' nodes (doubled by each of the two reduction cells); n_classes:
-    logits; n_layers: cells; criterion: f(logits, y) -> loss; n_nodes: nodes of a cell; stem_multiplier: the stem has
-    stem_multiplier * C channels; primitives: the candidates on every edge, names of `OPS`. Images of 8x8 pixels and up,
-    any size.
+    C_in: image channels; C: channels of a node in the first cells, doubled by each reduction cell; n_classes: number of
+    classes; n_layers: number of cells; criterion: f(logits, y) -> loss; n_nodes: nodes of a cell; stem_multiplier: the
+    stem has stem_multiplier * C channels; primitives: the candidates on every edge, keys of `OPS`. Images may have any
+    size from 8x8 pixels.
 
-    execution: of the cells, `fused` or `plain` (see `SearchCell`), the same numbers; recompute: keep only the cells'
-    inputs for the backward pass, which then runs each cell forward again.
+    execution: `fused` or `plain`, which give the same numbers (see `SearchCell`); recompute: keep only the inputs of
+    the cells for the backward pass, which then runs each cell forward again (gradient checkpointing).
 
-    `alpha_normal` and `alpha_reduce` hold node i's edges in a tensor of shape (i + 2, len(primitives)).
-    Raises ValueError where a number is below 1, or the primitives cannot be searched.
+    `alpha_normal[i]` and `alpha_reduce[i]` are the alphas of node i's edges, of shape (i + 2, len(primitives)).
+    Raises ValueError if a number is below 1, or `check_primitives` rejects the primitives.
 
-    To search in another way, override `edge_weights` (and `draw_noise` where weights are random), or `mixed_op`.
+    For another relaxation, override `edge_weights`, and `draw_noise` if the weights are random. For another edge, set
+    the class attribute `mixed_op`.
     """
 
-    mixed_op = MixedOp  # the class of the edges
+    mixed_op = MixedOp  # the class of the edges (a class: a function would become a method)
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class SearchCNN(nn.Module):
         self.n_nodes = n_nodes
         self.recompute = recompute
         self.primitives = tuple(primitives)
-        self.noise = None  # of `draw_noise`, in use in training
+        self.noise = None  # the last result of `draw_noise`; `forward` uses it in training
         self.alpha_normal, self.alpha_reduce = (
             nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2, len(primitives))) for i in range(n_nodes))
             for _ in range(2)
@@ -99,20 +100,21 @@ class SearchCNN(nn.Module):
         self.linear = nn.Linear(C_p, n_classes)
 
     def edge_weights(self, noise=None):
-        """The weights of the candidates on every edge, the only place where alphas become weights (DARTS, eq. 2).
+        """The weights of the candidates on every edge: the softmax of DARTS, eq. 2. Alphas become weights only here.
 
-        noise: what `draw_noise` drew, or None, as in evaluation, for the genotype and in logs. Returns, for each kind
-        of cell, "normal" and "reduce", a tensor per node, node i's of shape (i + 2, len(primitives)). Here each row is
-        a softmax; an override may return any numbers.
+        noise: what `draw_noise` returned; None in evaluation, for the genotype and in logs. Returns a dict from the
+        kind of cell, "normal" or "reduce", to a list with a tensor for each node, node i's of shape
+        (i + 2, len(primitives)). Here each row is a softmax; an override may return any numbers.
         """
         alphas = {"normal": self.alpha_normal, "reduce": self.alpha_reduce}
         return {kind: [F.softmax(edges, dim=-1) for edges in alpha] for kind, alpha in alphas.items()}
 
     def draw_noise(self):
-        """Draw what is random in `edge_weights`, once for all passes of a step; None, since DARTS has nothing random.
+        """Draw the random numbers that `edge_weights` needs. Returns None here: DARTS needs none.
 
-        All passes of a step must see the same draw: eq. 7 would divide the difference of two draws by 2 eps. So the
-        training loop keeps it in `noise`. Drawn from torch's global generators, it is the same on all ranks.
+        The training loop calls this once per step and stores the result in `noise`, since all forward passes of a step
+        must use the same draw: otherwise eq. 7 would divide the difference of two draws by 2 eps. An override must draw
+        from torch's global generators, which are in the same state on all ranks.
         """
         return None
 
@@ -128,13 +130,13 @@ class SearchCNN(nn.Module):
         if not (self.recompute and torch.is_grad_enabled()):
             return cell(*inputs)
 
-        def contexts():  # of the first run and of the second
+        def contexts():  # for the first run of the cell, and for the second in the backward pass
             return contextlib.nullcontext(), UnmovedStatistics(cell)
 
         return checkpoint(cell, *inputs, use_reentrant=False, context_fn=contexts)
 
     def loss(self, X, y):
-        """The criterion at a batch: L_T or L_V of the paper, whichever half the batch is from."""
+        """The loss of a batch: the paper's L_train for a training batch, its L_val for a validation batch."""
         return self.criterion(self(X), y)
 
     def alphas(self):
@@ -143,12 +145,12 @@ class SearchCNN(nn.Module):
         yield from self.alpha_reduce
 
     def weights(self):
-        """The parameters w: all but the alphas."""
+        """The network weights w: all parameters but the alphas."""
         alphas = set(map(id, self.alphas()))
         return (parameter for parameter in self.parameters() if id(parameter) not in alphas)
 
     def genotype(self, k=2):
-        """The cell that the alphas stand for: of each node the k edges whose candidate has the largest weight."""
+        """Derive the discrete cells: each node keeps the k edges with the strongest operations (see `parse`)."""
         concat = range(2, 2 + self.n_nodes)
         weights = self.edge_weights()
         normal, reduce = (parse(weights[kind], k, self.primitives) for kind in ("normal", "reduce"))
@@ -156,25 +158,25 @@ class SearchCNN(nn.Module):
 
 
 def tracking(net):
-    """The normalisation layers that record running statistics."""
+    """The BN layers of a network that record running statistics."""
     return [module for module in net.modules() if vars(module).get("track_running_stats")]
 
 
 @contextlib.contextmanager
 def frozen_statistics(modules):
-    """Let normalisation layers, see `tracking`, use the batch's statistics as they do in training, and record none."""
-    attributes = list(map(vars, modules))  # assigned to here, since nn.Module takes a while to see what is assigned
+    """Inside, these BN layers (see `tracking`) use the batch's statistics, as in training, but record none."""
+    dicts = [vars(module) for module in modules]  # assigned to directly, since nn.Module.__setattr__ is slow
     try:
-        for own in attributes:
-            own["track_running_stats"] = False
+        for attributes in dicts:
+            attributes["track_running_stats"] = False
         yield
     finally:
-        for own in attributes:
-            own["track_running_stats"] = True
+        for attributes in dicts:
+            attributes["track_running_stats"] = True
 
 
 class UnmovedStatistics:
-    """Within this BN records running statistics by momentum 0: the same computation as ever, which moves none."""
+    """Inside, BN updates its running statistics with momentum 0: the same computation, and they do not change."""
 
     def __init__(self, net):
         self.net = net

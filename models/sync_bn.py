@@ -1,8 +1,8 @@
-"""Batch normalisation by the statistics of the global batch, its rows spread over the ranks.
+"""Batch normalisation with the statistics of the global batch, whose rows are spread over the ranks.
 
-`nn.SyncBatchNorm` is for CUDA alone; this is for any device and, by `batch_norm`, for the fused execution of the search
-cell too. The losses of all ranks together are differentiated: a gradient that depends on another rank's rows through
-the statistics is that of the ranks' sum, as with `nn.SyncBatchNorm`.
+`nn.SyncBatchNorm` works on CUDA only. This works on any device, and the fused execution of the search cell can use it,
+by `batch_norm`. As with `nn.SyncBatchNorm`, gradients are those of the sum of all ranks' losses, since one rank's rows
+change the statistics that normalise the others'.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose training statistics are the global batch's."""
+    """`nn.BatchNorm2d` that normalises by the statistics of the global batch in training."""
 
     def forward(self, x):
         if not self.training:
@@ -26,10 +26,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(net):
-    """Let all BN of a network use the global batch's statistics.
+    """Make all BN layers of a network use the statistics of the global batch.
 
-    On one rank too, where they are the same but for rounding: a ReLU near zero takes another branch for a rounding, and
-    eq. 7 amplifies that, so that only the same arithmetic on any number of ranks makes their searches alike.
+    This is done on one rank too, where the result differs only by rounding. A rounding error can switch a ReLU near
+    zero, and eq. 7 amplifies such a difference. So searches on different numbers of ranks agree only if the arithmetic
+    is the same.
     """
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
@@ -37,25 +38,26 @@ def synchronise(net):
 
 
 def batch_norm(x, weight, bias, eps):
-    """(y, mean, var): BN of x, (N, C, ...), by the statistics over all ranks; var is the unbiased one.
+    """BN of x, (N, C, ...), by the statistics over all ranks: (y, mean, unbiased variance).
 
-    weight, bias: (C,) or None. Where a batch too small to share goes to every rank as a whole, var counts each value
-    once per rank.
+    weight, bias: (C,) or None. If the batch is so small that every rank has all of it (see `ranks.rows`), the unbiased
+    variance counts each value once per rank.
     """
     return _SyncedBatchNorm.apply(x, weight, bias, eps)
 
 
 def sum_over_ranks(tensor):
-    """The sum over the ranks, in place; a tensor that autograd does not see."""
+    """Sum a tensor over the ranks, in place. Autograd does not record it."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def refuse_second_derivatives():
-    """Raise RuntimeError in a backward pass whose graph is to be kept, of a step that can be differentiated once only.
+    """Raise RuntimeError if this is called in a backward pass with create_graph=True.
 
-    PyTorch's `once_differentiable` lets `autograd.grad` leave out such a step's part without a word.
+    For functions that can be differentiated only once. PyTorch's `once_differentiable` would not raise: `autograd.grad`
+    would silently leave out their part of the second derivative.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -65,7 +67,7 @@ def refuse_second_derivatives():
 
 
 class _SyncedBatchNorm(torch.autograd.Function):
-    """Sums over ranks in float64: a variance is a difference of them."""
+    """Sums over ranks are in float64, since a variance is a difference of such sums."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -104,10 +106,10 @@ class _SyncedBatchNorm(torch.autograd.Function):
 
 
 def _across(values, x):
-    """(C,) to be multiplied by x, (N, C, ...)."""
+    """Reshape values, (C,), so that they broadcast over x, (N, C, ...)."""
     return values.view(-1, *[1] * (x.dim() - 2))
 
 
 def _precise(x):
-    """x in float32 where it has fewer digits."""
+    """x in float32 if it is bfloat16 or float16."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

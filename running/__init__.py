@@ -1,1 +1,1 @@
-"""What surrounds the loops of search.py and augment.py, a file each: folder, checkpoints, progress, ranks, data."""
+"""Everything but the training loops of search.py and augment.py: folders, checkpoints, progress, ranks, data."""

@@ -1,8 +1,8 @@
 """One run on several processes, the ranks, each with some rows of every batch.
 
-torchrun starts the ranks and connects them. Without it there is one rank, and the functions here return at once. With
-L_r the mean loss over the n_r rows of rank r, the loss of the global batch is sum_r n_r L_r / sum_r n_r, and its
-gradients are averaged likewise. Weights, alphas and optimizers are the same on every rank.
+torchrun starts the ranks and connects them. Without it there is one rank, and averages and barriers do nothing. Let
+L_r be the mean loss over the n_r rows of rank r. The loss of the global batch is sum_r n_r L_r / sum_r n_r, and its
+gradient is the same average of the ranks' gradients. Weights, alphas and optimizers are the same on every rank.
 """
 
 import contextlib

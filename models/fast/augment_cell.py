@@ -1,4 +1,4 @@
-"""The fused execution of the augment cell: separable convolutions in half of the steps, on the CPU in C."""
+"""The fused execution of the augment cell. On the CPU each half of a separable convolution is two calls of C code."""
 
 import torch
 from torch import nn
@@ -11,15 +11,15 @@ from models.ops import DilConv, SepConv
 
 
 def fused_node(ops, states):
-    """A node of an augment cell: the sum of its operations, each on the state that its `s_idx` names."""
+    """A node of an augment cell: the sum of its operations, each applied to the state of index `s_idx`."""
     return dense_gradient(sum(run(op, states[op.s_idx]) for op in ops))
 
 
 def run(op, x):
-    """op(x), a `nn.Sequential`'s modules one after the other.
+    """Compute op(x); the modules of an `nn.Sequential` run one after the other.
 
-    In training on channels-last CPU images, a chain's ReLU and depthwise convolution are one step in C and its
-    pointwise convolution and BN another; the numbers are the same.
+    In training on channels-last CPU images SepConv and DilConv run in C: ReLU and depthwise convolution in one call,
+    pointwise convolution and BN in another. The numbers are the same.
     """
     if type(op) is nn.Sequential and not is_overridden(op) and not has_global_hooks():
         for part in op:
@@ -52,4 +52,4 @@ def _is_relu_chain(op, dtype):
     return _RELU_CHAINS[known]
 
 
-_RELU_CHAINS = {}  # signature -> whether it is one
+_RELU_CHAINS = {}  # signature -> whether all links of the operation are standard, with ReLU

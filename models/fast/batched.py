@@ -1,6 +1,6 @@
-"""The search cell's edges all at once, for CUDA and other devices where a launch is dear: few large steps.
+"""The layout for CUDA and other devices where kernel launches are slow: all edges of a search cell run at once.
 
-The images of E edges are one tensor (E, C, N, H, W), in this order in memory.
+The images of E edges are one contiguous tensor (E, C, N, H, W).
 """
 
 import torch
@@ -25,7 +25,7 @@ class Batched(Layout):
         return [source.unsqueeze(1).expand(-1, n, -1, -1, -1, -1).flatten(0, 1) for source in sources]
 
     def _depthwise(self, jobs):
-        """Of each job (links, kernels, images) the depthwise convolutions."""
+        """The output of each job (links, kernels, images): depthwise convolutions of the images."""
         outputs = []
         for links, kernels, (x,) in jobs:
             _, settings = pixels_read(*geometry(links[0].depthwise))
@@ -36,7 +36,7 @@ class Batched(Layout):
         return images[0]
 
     def _normalised(self, products, statistics):
-        """BN(M z) of each product, (E, C, N, H, W), as the one of a list."""
+        """BN(M z) of each product: a list with one tensor (E, C, N, H, W) for each."""
         outputs = []
         for zs, M, bns, _ in alike(products):
             y = (M @ torch.cat(zs).flatten(2)).unflatten(2, zs[0].shape[2:])
@@ -45,7 +45,7 @@ class Batched(Layout):
         return outputs
 
     def _add_mixture(self, bases, products, statistics):
-        """bases + the sum of w BN(M z) over the products, the last of their chains."""
+        """bases + the sum of w BN(M z) over the products, which are the last links of their chains."""
         for zs, M, bns, weights in alike(products):
             w = torch.cat(weights)
             y = (M @ torch.cat(zs).flatten(2)).unflatten(2, zs[0].shape[2:])
@@ -58,11 +58,11 @@ class Batched(Layout):
         return bases
 
     def _apply(self, function, x):
-        """A function of images (N, C, H, W) that keeps channels apart, at x."""
+        """Apply to x a function of images (N, C, H, W) that treats each channel separately, such as pooling."""
         return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def _scaled(self, x, factor, shift):
-        """factor x + shift of each edge from the S sources x."""
+        """factor x + shift for each edge; x: the S sources."""
         return _affine(x.repeat_interleave(len(factor) // len(x), 0), factor, shift)
 
     def _separately(self, ops, x):
@@ -70,7 +70,7 @@ class Batched(Layout):
         return torch.stack([op(source).transpose(0, 1) for op, source in zip(ops, sources)])
 
     def _batch_norm(self, x, bns, statistics, scale=None):
-        """PyTorch's BN of x by the statistics of the batch, times a scale (E * C,)."""
+        """PyTorch's BN of x with the batch's statistics, times scale, (E * C,)."""
         y, moments = batch_norm(x.reshape(1, -1, x.shape[2:].numel()), bns, scale)
         statistics.add(bns, *moments.unflatten(1, x.shape[:2]))
         return y.view_as(x)
@@ -81,14 +81,14 @@ def _affine(x, factor, shift):
 
 
 def _blended(weights, terms):
-    """Weighted sums of the terms, each (S, C, N, H, W): weights (edges, terms) -> (edges, C, N, H, W)."""
+    """Weighted sums of the terms. weights: (edges, terms); terms: (S, C, N, H, W) each; result: (edges, C, N, H, W)."""
     stacked = torch.stack(terms, 1)
     blended = weights.unflatten(0, (len(stacked), -1)) @ stacked.flatten(2)
     return blended.unflatten(2, stacked.shape[2:]).flatten(0, 1)
 
 
 def _grouped_depthwise(x, weight, stride, padding, dilation):
-    """One convolution with a group for each image and channel: (E, C, N, H, W) is (1, E * C * N, H, W) in memory."""
+    """One grouped convolution with a group for each edge, channel and image: x is viewed as (1, E * C * N, H, W)."""
     N = x.shape[2]
     kernels = weight.expand(-1, -1, N, -1, -1).flatten(0, 2).unsqueeze(1)
     z = F.conv2d(x.flatten(0, 2).unsqueeze(0), kernels, None, stride, padding, dilation, len(kernels))

@@ -1,9 +1,9 @@
-"""Depthwise convolutions of channels-last CPU images in C, and views whose gradients lie in memory as the images do.
+"""Depthwise convolutions of channels-last CPU images in C, and views whose gradients have the strides of the images.
 
-PyTorch's own depthwise convolution (oneDNN's) is fast there forward and, at dilation 1, for the gradient of x; the rest
-takes 5 to 100 times longer than the same arithmetic needs. native.c does all of it, for many images and convolutions at
-once. The gradient of x is, at stride 1, the convolution of dz with the kernel turned by 180 degrees, dilated alike; at
-a larger stride dz has zeros between its pixels first.
+PyTorch's depthwise convolution (oneDNN) is fast on such images in the forward pass and, at dilation 1, for the gradient
+of x. Other gradients take 5 to 100 times longer than the arithmetic needs. native.c computes all of them, for many
+images and convolutions in one call. At stride 1 the gradient of x is the convolution of dz with the kernel rotated by
+180 degrees, with the same dilation. At a larger stride, zeros are first inserted between the pixels of dz.
 """
 
 import torch
@@ -13,26 +13,27 @@ from models.sync_bn import refuse_second_derivatives
 
 
 def convolve(images, relus, kernels, convolutions):
-    """Several depthwise convolutions as one step, a tuple of their outputs; see `native.depthwise`."""
+    """Several depthwise convolutions in one call: a tuple of their outputs. Arguments: see `native.depthwise`."""
     return _Depthwise.apply(relus, convolutions, len(images), *images, *kernels)
 
 
 def pixels_read(stride, padding, dilation):
-    """How a convolution of stride 2 and dilation 2 reads every second pixel alone: on those, with these settings.
+    """Whether a convolution reads only every second pixel, and its settings on the pixels that it reads.
 
-    Returns whether it does, and (stride, padding, dilation) on the pixels that it reads.
+    With stride 2, dilation 2 and even padding it reads only every second row and column. On the image of those it has
+    stride 1 and dilation 1. Returns (whether it is so, (stride, padding, dilation) on the pixels that are read).
     """
     reads_every_second = stride == dilation == 2 and padding % 2 == 0
     return reads_every_second, (1, padding // 2, 1) if reads_every_second else (stride, padding, dilation)
 
 
 def dense_gradient(x):
-    """x, whose gradient lies in memory as x does: a part of a larger gradient would slow down all that follows."""
+    """x, with a gradient that has the strides of x: a slice of a larger gradient would slow down the backward pass."""
     return _DenseGradient.apply(x)
 
 
 def every_second(x, first=0):
-    """x[..., first::2, first::2], whose gradient lies in memory as x does; a slice's would be contiguous."""
+    """x[..., first::2, first::2], with a gradient that has the strides of x. That of a slice would be contiguous."""
     return _EverySecond.apply(x, first)
 
 
@@ -80,7 +81,7 @@ class _EverySecond(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, first):
         ctx.first, ctx.layout = first, (x.shape, x.stride())
-        return x[..., first::2, first::2].clone()  # dense, in the order of x
+        return x[..., first::2, first::2].clone()  # dense, with dimensions in memory in the order of x's
 
     @staticmethod
     def backward(ctx, g):

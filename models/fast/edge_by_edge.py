@@ -1,7 +1,7 @@
-"""The search cell's edges one after the other, for the CPU: what lies in its cache is used again.
+"""The layout for the CPU: the edges of a search cell run one after the other, so that their data stays in the cache.
 
-An edge's images are a channels-last tensor (N, C, H, W), those of E edges a list. Depthwise convolutions, pointwise
-ones with their BN, and weighted sums are in C.
+The images of E edges are a list of E channels-last tensors (N, C, H, W). native.c computes the depthwise convolutions,
+the pointwise convolutions with their BN, and the weighted sums.
 """
 
 import itertools
@@ -38,25 +38,25 @@ class EdgeByEdge(Layout):
         return [source for source in sources for _ in range(n)]
 
     def _depthwise(self, jobs):
-        """Of each job (links, kernels (E, C, 1, k, k), images) the depthwise convolutions, a list of E images.
+        """The output of each job (links, kernels (E, C, 1, k, k), E images): a list of E convolved images.
 
-        All convolutions of images of one size are one operation.
+        All convolutions of images of the same size are one call of C code.
         """
         by_size = {}
         for j, (_, _, images) in enumerate(jobs):
             by_size.setdefault(images[0].shape, []).append(j)
         outputs = [[] for _ in jobs]
         for indices in by_size.values():
-            different, convolutions, job_of_output = {}, [], []
-            for place, j in enumerate(indices):
+            inputs, convolutions, job_of_output = {}, [], []  # inputs: each image once, (index, image, relu)
+            for kernel_index, j in enumerate(indices):
                 links, _, images = jobs[j]
                 relu = type(links[0].activation) in self.folded_activations
                 _, settings = pixels_read(*geometry(links[0].depthwise))
                 for row, image in enumerate(images):
-                    index, *_ = different.setdefault((id(image), relu), (len(different), image, relu))
-                    convolutions.append((index, place, row, settings))
+                    index, *_ = inputs.setdefault((id(image), relu), (len(inputs), image, relu))
+                    convolutions.append((index, kernel_index, row, settings))
                     job_of_output.append(j)
-            _, images, relus = zip(*different.values())
+            _, images, relus = zip(*inputs.values())
             kernels = [jobs[j][1] for j in indices]
             for j, z in zip(job_of_output, convolve(images, relus, kernels, convolutions)):
                 outputs[j].append(z)
@@ -79,7 +79,7 @@ class EdgeByEdge(Layout):
         return outputs
 
     def _add_mixture(self, bases, products, statistics):
-        """bases + the sum of w BN(M z) over the products, the last of their chains."""
+        """bases + the sum of w BN(M z) over the products, which are the last links of their chains."""
         for zs, M, bns, weights in alike(products):
             w = torch.cat(weights)
             images, edges = list(itertools.chain(*zs)), len(zs[0])
@@ -95,21 +95,21 @@ class EdgeByEdge(Layout):
         return function(x)
 
     def _scaled(self, x, factor, shift):
-        """factor x + shift of each edge, factor and shift (E, C): (E, N, C, H, W)."""
+        """factor x + shift for each edge, (E, N, C, H, W); factor, shift: (E, C)."""
         return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
 
     def _separately(self, ops, x):
         return torch.stack([op(x) for op in ops])
 
     def _batch_norm(self, x, bns, statistics):
-        """PyTorch's BN of x by the statistics of the batch."""
+        """PyTorch's BN of x with the batch's statistics."""
         y, moments = batch_norm(x, bns, None)
         statistics.add(bns, *moments.unsqueeze(1))
         return y
 
 
 class _Blend(torch.autograd.Function):
-    """Weighted sums of images: weights (E, terms) and the terms, (N, C, h, w), give E images."""
+    """E weighted sums of images. weights: (E, terms); images: (N, C, h, w) each."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -128,11 +128,11 @@ class _Blend(torch.autograd.Function):
 
 
 def _scaled_products(M, images, factor, shift):
-    """factor M z + shift of each product: M (products, C, K), factor and shift (products, C)."""
+    """factor M z + shift for each product. M: (products, C, K); factor, shift: (products, C)."""
     A = factor.unsqueeze(-1) * M
     return [F.conv2d(z, A_k[:, :, None, None], shift_k) for z, A_k, shift_k in zip(images, A, shift)]
 
 
 def _rows(tensors, n):
-    """A list cut into lists of n."""
+    """Split a list into lists of n."""
     return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]

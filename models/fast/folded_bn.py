@@ -1,19 +1,19 @@
-"""Pointwise convolutions, their BN and a weighted sum of the results as one step, for the CPU.
+"""One operation for pointwise convolutions, their BN and the weighted sum of the results, for the CPU.
 
-With z as a matrix (K, pixels), M the pointwise weights (C, K), mean and variance over the pixels,
+Let z_k be an input as a matrix (K, pixels) and M_k the pointwise weights (C, K). With mean and variance over pixels,
 
     y = sum_k w_k (M_k z_k - mean_k) / sqrt(var_k + eps)
 
-M_k z_k is never formed: with the mean m and the covariance S of z, mean = M m and var = diag(M S M'), so y is one
-matrix product more, sum_k A_k z_k + const with A_k = w_k diag(var_k + eps)^-1/2 M_k, and only z has to be kept. For
-the gradient let g = dL/dy, R = sum over pixels of g (z - m)' and v = diag(M R'):
+M_k z_k is never computed. Let m be the mean and S the covariance of z. Then mean = M m and var = diag(M S M'), so that
+y = sum_k A_k z_k + const with A_k = w_k diag(var_k + eps)^-1/2 M_k, which takes one matrix product for each k, and only
+z is saved for the backward pass. For the gradient let g = dL/dy, R = sum over pixels of g (z - m)' and v = diag(M R'):
 
     dL/dw  = v / sqrt(var + eps), summed over the channels that share w
     dL/dM  = diag(w) diag(var + eps)^-1/2 R - n diag(c) M S      with c = w v (var + eps)^-3/2 / n, for n pixels
     dL/dz  = A' g - M' diag(c) M (z - m) - (mean over the pixels of A' g)
 
-w is an operation's weight in a search cell, and BN's own weight in the augment network. The sums over pixels are put
-together in float64 (by native.c): variances are differences of such sums.
+In a search cell w is the weight of a candidate, in the augment network it is the weight parameter of BN. native.c adds
+the sums over pixels in float64, since variances are differences of such sums.
 """
 
 import torch
@@ -24,7 +24,7 @@ from models.sync_bn import refuse_second_derivatives, sum_over_ranks
 
 
 def normalised_product(z, weight, bn):
-    """bn of the pointwise convolution of z with weight, (C, K, 1, 1), as in training; its running statistics move."""
+    """bn(conv(z)) in training, with the pointwise weight (C, K, 1, 1); updates the running statistics of bn."""
     mean, var, y = Mixture.apply(bn.eps, is_synced(bn), 1, bn.weight, bn.bias, weight, z)
     if bn.track_running_stats:
         with torch.no_grad():
@@ -36,13 +36,13 @@ def normalised_product(z, weight, bn):
 
 
 class Mixture(torch.autograd.Function):
-    """y = base + bias + sum of w BN(M z) over the products of each of E edges, keeping the z alone.
+    """For each of E edges y = base + bias + sum of w BN(M z) over the products of the edge; saves only the z.
 
-    The products of edge e are e, e + E, ...; with E = products, nothing is summed. M: (products, C, K), or of one
-    convolution its weight (C, K, 1, 1); w: (products,), or of one convolution (C,), or None; bias: (E * C,), or None;
-    then each product's z, (N, K, h, w), and each edge's base, (N, C, h, w), if any. Returns the means and unbiased
-    variances of M z, (products, C), and each edge's y, (N, C, h, w). synced: over the pixels of all ranks; what w, bias
-    and M get is this rank's part.
+    The products of edge e have the indices e, e + E, ...; if there are E products, each edge has one. M: (products, C,
+    K), or the weight (C, K, 1, 1) of a single convolution; w: (products,), or (C,) for a single convolution, or None;
+    bias: (E * C,) or None; tensors: the z of each product, (N, K, h, w), and then the base of each edge, (N, C, h, w),
+    if there are bases. Returns the means and unbiased variances of M z, (products, C), and the y of each edge,
+    (N, C, h, w). synced: BN uses the pixels of all ranks; the gradients of w, bias and M are this rank's part.
     """
 
     @staticmethod
@@ -98,13 +98,13 @@ def _number_of_products(M):
 
 
 def _with_rows(M, w, bias, edges):
-    """M, w and bias with a row for each product or edge, as `native.fold` takes them."""
+    """M, w and bias in the shapes that `native.fold` takes: a row for each product or edge."""
     M = M if M.dim() == 3 else M[None, :, :, 0, 0]
     return M, w if w is None else w.view(len(M), -1), bias if bias is None else bias.view(edges, -1)
 
 
 def _sums_over_ranks(*tensors):
-    """The sums over the ranks, by one message."""
+    """The sums of the tensors over the ranks, with one all-reduce."""
     flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

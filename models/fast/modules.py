@@ -1,7 +1,7 @@
-"""What modules are, so that the fast execution leaves to their own `forward` all that it does not know.
+"""Recognises the modules that the fused execution supports. All others run by their own `forward`.
 
-A `Chain` is an operation as a list of links (activation, depthwise convolution, pointwise convolutions, BN).
-`signature` says which modules may run together; it is None for one that only a call of the module itself runs rightly.
+A chain is an operation as a list of `Link`s: (activation, depthwise convolution, pointwise convolutions, BN). Modules
+with equal `signature`s may run together. The signature is None for a module that must run by its own `forward`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ ACTIVATIONS = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # eleme
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
 
-# The classes that the fast execution runs in another way, as they are: a class that is patched later runs its own code.
+# `forward` of the classes that the fused execution replaces, as it was at import: a class that is patched later is not
+# replaced. A class must be added here if it is to be replaced.
 FORWARDS = {
     kind: kind.forward
     for kind in (
@@ -29,7 +30,7 @@ FORWARDS = {
 
 @dataclass(frozen=True)
 class Link:
-    """A step of a chain. depthwise: a convolution, or None, where FactorizedReduce reads even and odd pixels."""
+    """A step of a chain. depthwise: a convolution, or None in FactorizedReduce, which has two pointwise ones."""
 
     activation: nn.Module
     depthwise: nn.Module | None
@@ -38,7 +39,7 @@ class Link:
 
 
 def links_of(op):
-    """The links that a SepConv, DilConv or FactorizedReduce chains; none of one that is made of other parts."""
+    """The links of a SepConv, DilConv or FactorizedReduce; [] for other operations, or if their parts were replaced."""
     kind, parts = type(op), list(op.children())
     if kind is SepConv and [type(half) for half in parts] == [DilConv, DilConv]:
         halves = [links_of(half) for half in parts]
@@ -50,7 +51,7 @@ def links_of(op):
 
 
 def is_overridden(module):
-    """Whether a module has hooks, a `forward` of its own, or a class whose `forward` was patched."""
+    """Whether a module has hooks, a `forward` set on the instance, or a class whose `forward` was patched."""
     attributes, kind = vars(module), type(module)
     return bool(
         attributes["_forward_hooks"]
@@ -63,7 +64,7 @@ def is_overridden(module):
 
 
 def has_global_hooks():
-    """Whether there are hooks that every call of any module must run, as profilers have them."""
+    """Whether there are global module hooks, as profilers install them: every call of any module must run these."""
     hooks = torch.nn.modules.module
     return any(
         getattr(hooks, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
@@ -71,7 +72,7 @@ def has_global_hooks():
 
 
 def signature(module):
-    """What a module computes but for its weights: equal for two modules that may run as one; None: see above."""
+    """A hashable description of what a module computes, without its weights: see the top of this file."""
     kind, attributes = type(module), vars(module)
     if is_overridden(module):
         return None
@@ -95,7 +96,7 @@ _OF_CONV = itemgetter(
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
 )
 _OF_BN = itemgetter("num_features", "eps", "momentum", "training", "track_running_stats")
-_SETTINGS = {  # what a signature has of a module, and all that `is_standard_link` asks
+_SETTINGS = {  # class -> f(attributes) that returns the settings in the signature; `is_standard_link` checks no others
     nn.Conv2d: _conv_settings,
     nn.BatchNorm2d: _bn_settings,
     SyncBatchNorm2d: _bn_settings,
@@ -109,7 +110,7 @@ _SETTINGS = {  # what a signature has of a module, and all that `is_standard_lin
 
 
 def is_standard_link(link):
-    """Whether a link is as `models.ops` makes it, but for the activation."""
+    """Whether a link has the form that `models.ops` gives it, with any of `ACTIVATIONS`."""
     stride = (1, 1) if link.depthwise else (2, 2)
     return (
         type(link.activation) in ACTIVATIONS
@@ -140,12 +141,12 @@ def _is_standard_pointwise(conv, stride):
 
 
 def is_standard_bn(bn):
-    """Whether BN is PyTorch's, or that over all ranks, and moves running statistics by a momentum."""
+    """Whether this is `nn.BatchNorm2d` or `SyncBatchNorm2d`, with running statistics and a momentum."""
     return type(bn) in BATCH_NORMS and bn.momentum is not None and bn.running_mean is not None
 
 
 def is_synced(bn):
-    """Whether BN uses the statistics of all ranks' rows."""
+    """Whether BN uses the statistics of the global batch."""
     return type(bn) is SyncBatchNorm2d
 
 

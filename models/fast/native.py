@@ -1,7 +1,7 @@
-"""The C code for the CPU, native.c: compiled when it is first needed, kept in a cache folder, and called here.
+"""Calls the C code for the CPU, native.c. It is compiled when it is first needed, and kept in a cache folder.
 
-It works on float32 and float64. Images are (N, C, H, W), and the outputs channels-last; nothing is recorded for
-differentiation. What C reads is checked first: every function raises ValueError for tensors of another shape or type.
+It works on float32 and float64. Images are (N, C, H, W), and outputs are channels-last. Autograd does not record these
+functions. Each checks its arguments before C reads them, and raises ValueError for tensors of another shape or type.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ REAL = {torch.float32: "float", torch.float64: "double"}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 SOURCE = Path(__file__).with_name("native.c")
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
-COMPILE_SECONDS = 120  # at most
-MALLOPT = {-3: 2**25, -1: 2**31 - 1}  # M_MMAP_THRESHOLD, at most so large, and M_TRIM_THRESHOLD
+COMPILE_SECONDS = 120  # time limit of a call of the compiler
+MALLOPT = {-3: 2**25, -1: 2**31 - 1}  # glibc's M_MMAP_THRESHOLD, with its largest value, and M_TRIM_THRESHOLD
 ARGUMENTS = {
     "depthwise": "pnnnnnpn",
     "depthwise_gradients": "pnnnnnpn",
@@ -36,26 +36,26 @@ ARGUMENTS = {
     "fold_gradients": "ppdppnppppppnnn",
     "blend": "pnpnpn",
     "dots": "pnpnpn",
-}  # p: a pointer, n: a long, d: a double
+}  # argument types of native.c's functions; p: a pointer, n: a long, d: a double
 
 
 def knows(dtype):
-    """Whether native.c does the work for numbers of this type; False where there is no C compiler."""
+    """Whether native.c supports this dtype; False if it could not be compiled."""
     return _library(dtype) is not None
 
 
 def can_read(x):
-    """Whether x lies in the CPU's memory: not where an exporter, compiler or fake tensor follows what is done to it."""
+    """Whether x is an ordinary CPU tensor: not a fake tensor, and not traced by an exporter or a compiler."""
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
     return is_plain and x.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def depthwise(images, relus, kernels, convolutions):
-    """Depthwise convolutions of images, (N, C, H, W) of one size: a list of their outputs.
+    """Depthwise convolutions of images: a list of their outputs.
 
-    relus: whether relu(image) is convolved, for each; kernels: tensors (C, 1, k, k), or (rows, C, 1, k, k), several;
-    convolutions: tuples of the index of an image, that of a tensor of kernels, a row of it, and (stride, padding,
-    dilation).
+    images: (N, C, H, W), all of one size; relus: for each image, whether relu(image) is convolved instead; kernels:
+    tensors (C, 1, k, k), or (rows, C, 1, k, k) with several kernels; convolutions: tuples (index in images, index in
+    kernels, row of that tensor, (stride, padding, dilation)).
     """
     _check_convolutions(images, kernels, convolutions)
     images = _channels_last(images)
@@ -68,7 +68,7 @@ def depthwise(images, relus, kernels, convolutions):
 
 
 def depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
-    """Of `depthwise` [dimage], [dkernels] from the gradients of its outputs; None for what is not wanted."""
+    """The gradients ([dimage], [dkernel]) of `depthwise`, from those of its outputs, dzs; None for those not wanted."""
     _check_convolutions(images, kernels, convolutions)
     images, dzs = _channels_last(images), _channels_last(dzs)
     N, C, H, W = images[0].shape
@@ -81,10 +81,10 @@ def depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images,
 
 
 def mix(terms, bases=None, shifts=None):
-    """For each of E edges base + shift + sum over terms of x A: a list of images of C channels.
+    """For each of E edges, base + shift + the sum over terms of x A: a list of E images of C channels.
 
-    terms: pairs of a list of E images x of K channels and matrices A, (E, K, C); bases: a list of E images; shifts:
-    (E, C); either may be None. All images are of one size.
+    terms: pairs of (list of E images x of K channels, matrices A (E, K, C)); bases: a list of E images, or None;
+    shifts: (E, C), or None. All images have the same size.
     """
     (x, *_), A = terms[0]
     edges, _, C = A.shape
@@ -108,9 +108,9 @@ def mix(terms, bases=None, shifts=None):
 
 
 def products(a, b):
-    """For each pair of images, of K and C channels, the sums over their pixels of a, and of a b', in float64.
+    """For each pair of images a[i], b[i]: the sums of a and of a b' over pixels, in float64.
 
-    a, b: lists of images, all of one size. Returns (pairs, K) and (pairs, K, C).
+    a, b: lists of images of K and of C channels, all of one size. Returns two tensors, (pairs, K) and (pairs, K, C).
     """
     _check(a, len(a), a[0].shape, a[0].dtype)
     _check(b, len(a), (len(a[0]), b[0].shape[1], *a[0].shape[2:]), a[0].dtype)
@@ -123,12 +123,12 @@ def products(a, b):
 
 
 def fold(sums, grams, n, M, scale, bias, eps, edges):
-    """BN(M z), times a scale, as y = A' z + shift, of some products of K with C channels; see folded_bn.py.
+    """Write scale * BN(M z) as A' z + shift, for several products M z; see folded_bn.py.
 
-    sums, grams: (products, K) and (products, K, K), those of z and z z' over n pixels, in float64; M: (products, C, K);
-    scale: (products, 1) or (products, C), or None; bias: (edges, C), or None. Returns A, (products, K, C); shifts,
-    (edges, C), with the bias the sums over products e, e + edges, ...; mean and unbiased variance of M z, each
-    (products, C); and what `fold_gradients` needs.
+    sums, grams: the sums of z and of z z' over n pixels, (products, K) and (products, K, K), in float64; M: (products,
+    C, K); scale: (products, 1) or (products, C), or None; bias: (edges, C), or None. Returns A, (products, K, C);
+    shifts, (edges, C): for edge e the bias plus the shifts of the products e, e + edges, ...; mean and unbiased
+    variance of M z, (products, C) each; and moments, which `fold_gradients` takes.
     """
     count, C, K = M.shape
     _check_fold(sums, (count, K), grams, (count, K, K), M, scale)
@@ -144,11 +144,10 @@ def fold(sums, grams, n, M, scale, bias, eps, edges):
 
 
 def fold_gradients(sums, products, n, M, scale, moments, wants_scale, wants_M, wants_z):
-    """Of `fold` the gradients of scale and M, and A, D and shift of z's, which is A' g + D' z + shift, None for what is
-    not wanted.
+    """The gradients of `fold`: (dscale, dM, A, D, shift), None for those not wanted. dL/dz = A' g + D' z + shift.
 
-    sums, products: (products, C) and (products, C, K), those of g = dL/dy and g z' over the pixels, in float64. A:
-    (products, C, K); D: (products, K, K); shift: (products, K).
+    sums, products: the sums of g = dL/dy and of g z' over pixels, (products, C) and (products, C, K), in float64;
+    moments: from `fold`. A: (products, C, K); D: (products, K, K); shift: (products, K).
     """
     count, C, K = M.shape
     _check_fold(sums, (count, C), products, (count, C, K), M, scale)
@@ -162,7 +161,7 @@ def fold_gradients(sums, products, n, M, scale, moments, wants_scale, wants_M, w
 
 
 def blend(images, weights):
-    """Weighted sums of T images of one size: by weights (E, T), a list of E images."""
+    """E weighted sums of T images of one size, as a list. weights: (E, T)."""
     _check(images, weights.shape[1], images[0].shape, weights.dtype)
     images, weights = _channels_last(images), weights.contiguous()
     ys = [_empty(images[0], *images[0].shape[1:]) for _ in weights.unbind()]
@@ -172,7 +171,7 @@ def blend(images, weights):
 
 
 def dots(a, b):
-    """The sums of the products of each image of a with each of b, all of one size: (E, T), in float64."""
+    """The dot products of each of E images a with each of T images b, all of one size: (E, T), in float64."""
     _check(a + b, len(a) + len(b), a[0].shape, a[0].dtype)
     a, b = _channels_last(a), _channels_last(b)
     sums = torch.empty(len(a), len(b), dtype=torch.float64)
@@ -181,7 +180,7 @@ def dots(a, b):
 
 
 def _check(tensors, n, shape, dtype):
-    """native.c reads n tensors of this shape and type, in the CPU's memory."""
+    """Raise ValueError unless there are n tensors, of this shape and dtype, on the CPU."""
     if len(tensors) != n or any(
         tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu for tensor in tensors
     ):
@@ -213,13 +212,16 @@ def _channels_last(images):
 
 
 def _empty(x, C, H, W):
-    """Images, channels-last. NumPy's memory lies at 16 bytes, which glibc's allocator finds again once it is free; of
-    PyTorch's, at 64, it loses much to holes that are just too small."""
+    """Uninitialised channels-last images, with x's dtype and number of images.
+
+    The memory is NumPy's, aligned to 16 bytes, which glibc's allocator reuses once it is freed. PyTorch aligns to 64
+    bytes; then freed blocks are often slightly too small for the next tensor, and memory is wasted.
+    """
     return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype]).transpose(0, 3, 1, 2))
 
 
 def _convolution_table(convolutions, kernels, zs, dkernels, pixels):
-    """native.c's structures of convolutions; pixels: the longer side of the images."""
+    """The array of native.c's structures that describe convolutions. pixels: the longer side of the images."""
     rows = []
     for (image, index, row, (stride, _, dilation)), z in zip(convolutions, zs):
         weight, dweight = kernels[index], dkernels[index]
@@ -249,7 +251,7 @@ def _pointers(tensors):
 
 
 def _pointer(tensor, row=0):
-    """To the tensor, or to a row of it; null if it is None."""
+    """The address of a tensor, or of a row of it; 0 (null) if it is None."""
     return 0 if tensor is None else tensor.data_ptr() + (row and row * tensor.stride(0) * tensor.element_size())
 
 
@@ -261,7 +263,7 @@ def _call(dtype, name, *arguments):
 
 @functools.cache
 def _library(dtype):
-    """native.c for numbers of a type, or None, which is told in the log."""
+    """native.c compiled for a dtype. If that fails it logs a warning and returns None."""
     if dtype not in REAL:
         return None
     compiler = os.environ.get("CC") or "cc"
@@ -280,11 +282,11 @@ def _library(dtype):
 
 
 def _compiled(compiler, real):
-    """The library of native.c with this compiler on this processor, from the cache folder or compiled into it.
+    """Load native.c as compiled by this compiler for this processor; compile it first unless the cache folder has it.
 
-    Its name holds a hash of all that it depends on. It gets that name when it is complete, so that processes that
-    compile it at the same time do not disturb each other. Without a folder that is the user's own it is for this
-    process alone.
+    The file's name contains a hash of everything that it depends on. It gets that name once it is complete, so that
+    several processes may compile it at the same time. If there is no safe cache folder, it is compiled into a temporary
+    folder, for this process only.
     """
     command = [*compiler, *OPTIONS, f"-DREAL={real}"]
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=COMPILE_SECONDS, check=False).stdout
@@ -296,26 +298,26 @@ def _compiled(compiler, real):
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
             compiled, library = scratch / "native.o", scratch / "native.so"
             for words in ([*command, "-c", SOURCE, "-o", compiled], [*compiler, "-shared", compiled, "-o", library]):
-                # linked without OpenMP's library, so that it takes the one that PyTorch has loaded, and its threads
+                # not linked to an OpenMP library, so that it uses the one that PyTorch has loaded, with its threads
                 subprocess.run(words, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             os.replace(library, path)
         return ctypes.CDLL(path)
 
 
 def _cache_folder():
-    """The folder for compiled code, the user's alone; None where there cannot be one."""
+    """The cache folder for compiled code. None unless only this user can write to it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darts"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except (OSError, RuntimeError):  # no home
+    except (OSError, RuntimeError):  # it cannot be made, or the user has no home folder
         return None
     is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
     return folder if is_ours and os.access(folder, os.W_OK) else None
 
 
 def _processor():
-    """What -march=native depends on: caches may be shared by machines. On Linux the processor's features."""
+    """The processor's model and features, on which -march=native depends: machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
@@ -324,16 +326,19 @@ def _processor():
 
 
 def _keep_freed_memory():
-    """Let glibc's allocator keep what is freed for what comes next: getting it from the system again, page by page,
-    would take a tenth of a step with --recompute."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another allocator
+    """Make glibc's allocator keep freed memory for the next allocations.
+
+    Otherwise it returns memory to the system and gets it back page by page, which takes a tenth of the time of a step
+    with --recompute. This setting is for the whole process.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the C library is not glibc
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, size in MALLOPT.items():
             mallopt(parameter, size)
 
 
 def _declared(library):
-    """The library, its functions' arguments declared. Raises AttributeError where one is missing."""
+    """The library, with its functions' argument types declared. Raises AttributeError if a function is missing."""
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double}
     for function, arguments in ARGUMENTS.items():
         getattr(library, function).argtypes = [kinds[kind] for kind in arguments]

@@ -1,20 +1,23 @@
-"""The fused execution of the search cell: the sum that `SearchCell` defines, in fewer and larger steps.
+"""The fused execution of the search cell: it computes the sum that `SearchCell` defines with fewer, larger operations.
 
-Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(state_j). Here, in the paper's terms:
+Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(state_j). It is computed like this:
 
-1. Edges whose sources are computed run together: first all edges from both inputs, then those from each new node. They
-   share relu(state_j), and both pools with their normalisation, which have no weights; `none` costs nothing. What they
-   share is mixed for all of them in one step.
-2. A chain of (activation, depthwise, pointwise, BN) runs on all its edges at once. On CUDA the pointwise convolutions
-   of all edges are one batched matrix product, the depthwise ones one grouped convolution; on the CPU all depthwise
-   convolutions of a step are one operation.
-3. The last BN of a chain, the weighting and the sum over candidates are one step. On the CPU it is `Mixture`, which
-   keeps what the depthwise convolutions gave alone (folded_bn.py has the mathematics); elsewhere, where a launch costs
-   more than another pass over the data, it is PyTorch's BN, with w as its scale.
+1. Edges run together as soon as their sources are known: first all edges from both inputs, then all edges from each new
+   node. The edges from one source share relu(state_j) and the pooling operations with their BN, which have no weights;
+   `none` is skipped. One operation computes the weighted sums of these shared tensors for all edges.
+2. A chain of (activation, depthwise convolution, pointwise convolution, BN) runs on all edges at once. On CUDA the
+   pointwise convolutions of all edges are one batched matrix product, and their depthwise convolutions one grouped
+   convolution. On the CPU all depthwise convolutions of a step are one call of C code.
+3. The last BN of a chain, the weighting and the sum over candidates are one operation. On the CPU it is `Mixture`; it
+   saves only the outputs of the depthwise convolutions for the backward pass (folded_bn.py has the mathematics). On
+   other devices, where a kernel launch costs more than another pass over the data, it is PyTorch's BN with w as its
+   scale.
 
-There are two ways of laying the tensors out: edge_by_edge.py for the CPU, batched.py for other devices. An edge that is
-not a plain `MixedOp`, or has a hook, runs by its own `forward`; so does a candidate that has none of these forms, on
-each edge. A new operation or edge works before it is fast.
+There are two memory layouts: edge_by_edge.py for the CPU, batched.py for other devices.
+
+An edge of a subclass of `MixedOp`, or with a hook, runs by its own `forward`; so do the other edges to the same node
+that would run together with it. A candidate operation that has none of the forms above runs by its own `forward` on
+each edge. So a new operation or edge class gives right results at once, but is slower than the others.
 """
 
 import logging
@@ -32,12 +35,12 @@ BATCHED, EDGE_BY_EDGE = Batched(), EdgeByEdge()
 
 
 def can_run(x):
-    """Whether there is a fast way for states like x; where not, the cell's definition runs."""
+    """Whether the fused execution supports states like x. If not, `plain_nodes` runs."""
     return layout_for(x) is not None and x.numel() > 0 and not has_global_hooks()
 
 
 def layout_for(x):
-    """How edges from states like x run: on the CPU edge by edge if native.c can, on other devices all at once."""
+    """The `Layout` for states like x: `EDGE_BY_EDGE` on the CPU, `BATCHED` elsewhere; None if native.c cannot run."""
     if x.device.type != "cpu":
         return BATCHED
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
@@ -47,9 +50,9 @@ def layout_for(x):
 def fused_nodes(dag, s0, s1, w_dag):
     """The nodes of a search cell: a list of tensors (N, C, H, W).
 
-    dag[i][j]: the `MixedOp` from state j to node i; s0, s1: (N, C, H, W), the first two states; w_dag[i]:
-    (i + 2, candidates), the weights of node i's edges. In training, running statistics are recorded as modules would.
-    The results can be differentiated once. Raises ValueError where the weights' shapes are others.
+    dag[i][j]: the `MixedOp` from state j to node i; s0, s1: states 0 and 1, (N, C, H, W); w_dag[i]: weights of node i's
+    edges, (i + 2, candidates). In training, running statistics are recorded as the modules would record them. The
+    results can be differentiated once. Raises ValueError if w_dag does not have a row for each edge.
     """
     rows = [weights.unbind() for weights in w_dag]
     if list(map(len, rows)) != list(map(len, dag)):
@@ -76,7 +79,7 @@ def fused_nodes(dag, s0, s1, w_dag):
 
 
 def _is_standard(edge, weights):
-    """Whether an edge is a `MixedOp` as it comes, of as many candidates as it has weights."""
+    """Whether an edge is an unmodified `MixedOp` (no subclass, no hooks) with as many candidates as weights."""
     is_standard = type(edge) is MixedOp and not is_overridden(edge) and len(edge._ops) == len(weights)
     if not is_standard and type(edge) not in _classes_in_log:
         _classes_in_log.add(type(edge))
@@ -85,4 +88,4 @@ def _is_standard(edge, weights):
     return is_standard
 
 
-_classes_in_log = set()  # classes of edges that the log has named
+_classes_in_log = set()  # classes of edges that were already logged
