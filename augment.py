@@ -1,7 +1,7 @@
-"""Train a found cell from scratch: the evaluation of DARTS (Liu et al., arXiv:1806.09055, section 3.2).
+"""Train the network of a genotype from scratch: architecture evaluation (DARTS, arXiv:1806.09055, section 3.2).
 
 python augment.py --dataset cifar10 --genotype DARTS_V2                  # the paper's protocol
-python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the cell that a search found
+python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the last cell of a search
 python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
 python augment.py --evaluate runs/augment/cifar10                        # its accuracy, by class too
 python augment.py --gpus all ...                                         # on all GPUs of this machine
@@ -36,7 +36,7 @@ from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, 
 
 
 def main(network=AugmentCNN):
-    """Train, or evaluate, as the command line says. network: the class to use; a script of yours gives a subclass."""
+    """Train or evaluate, as the command line says. network: the class; your own script may pass a subclass."""
     with user_errors_in_one_line("augment.py"), ranks.group():
         augment(network)
 
@@ -48,7 +48,7 @@ def augment(network):
             raise ranks.user_error("--evaluate takes one process; leave torchrun out")
         return print_accuracy(config)
     genotype = ranks.on_rank_0(lambda: resolve(config.genotype))
-    config.genotype = str(genotype)  # a folder may change; the run's configuration must not
+    config.genotype = str(genotype)  # saved as text, since the file or folder that it names may change
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
     run = Run(config)
@@ -120,7 +120,7 @@ def augment(network):
 def load_data(config, saved):
     """[size, channels, n_classes, training images, test images].
 
-    saved: results of the run to resume, or None. Raises UserError where its images were others.
+    saved: the results of the run to resume, or None. Raises UserError if that run had other images.
     """
     data = get_data(
         config.dataset,
@@ -139,7 +139,7 @@ def load_data(config, saved):
 
 
 def check_sizes(config, size):
-    """Raise UserError unless the network can be trained on batches and images of this size (pixels a side)."""
+    """Raise UserError if batches or images (`size` pixels a side) are too small for the network."""
     if config.aux_weight > 0 and config.batch_size < 2:
         raise ranks.user_error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
     if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
@@ -150,7 +150,7 @@ def check_sizes(config, size):
 
 
 def build(network, config, device, size, channels, n_classes, genotype):
-    """The network of these options and this genotype."""
+    """Build the network for these options and this genotype, on the device."""
     net = network(
         size,
         channels,
@@ -166,14 +166,14 @@ def build(network, config, device, size, channels, n_classes, genotype):
 
 
 def learning_rate(optim, config, done):
-    """The scheduler, after `done` epochs: exponential with --lr-decay, else along a cosine to zero."""
+    """The learning-rate scheduler after `done` epochs: exponential with --lr-decay, else a cosine to zero."""
     if config.lr_decay:
         return exponential_lr(optim, config.lr_decay, done)
     return cosine_lr(optim, config.epochs, done=done)
 
 
 def print_accuracy(config):
-    """The accuracy of a trained network, overall and by class."""
+    """Print the accuracy of a trained network, overall and by class."""
     data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
     evaluation = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
     confusion = evaluation.confusion()
@@ -183,7 +183,7 @@ def print_accuracy(config):
 
 
 def train(epoch, run, net, loader, optim):
-    """One epoch of SGD on the loss of the logits, plus that of the auxiliary head's times its weight."""
+    """One epoch of SGD. The objective is the loss plus aux_weight times the loss of the auxiliary head."""
     config = run.config
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     weights = list(net.parameters())
@@ -191,7 +191,7 @@ def train(epoch, run, net, loader, optim):
 
     net.train()
     for X, y, n in loader.epoch(epoch, meters.steps_done):
-        net.shared_batch(n, ranks.rows(n))  # drop path draws for the global batch
+        net.shared_batch(n, ranks.rows(n))  # drop path draws its mask for the global batch, on every rank
         optim.zero_grad()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
             logits, aux_logits = net(X)
@@ -209,7 +209,7 @@ def train(epoch, run, net, loader, optim):
         meters.write_scalars("step", "val")
         run.scalar("lr/w", optim.param_groups[0]["lr"])
         meters.show()
-        if meters.steps_done < len(loader):  # the last step is saved with the lines of the epoch's end, below
+        if meters.steps_done < len(loader):  # the last step is saved below, after the epoch's log lines
             run.note_position(meters)
             run.save_if_due()
             run.stop_if_asked()

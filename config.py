@@ -1,4 +1,4 @@
-"""The options of both scripts, each with its default, in one place."""
+"""All options of search.py and augment.py, with their defaults."""
 
 import argparse
 import json
@@ -13,13 +13,13 @@ from running.data_sets import DATASETS
 from running.errors import OneLineParser, UserError
 from running.folder import RunFolder, launcher
 
-MAX_NUMBER = 2**31 - 1  # that any option takes
-MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # when a run is resumed; the rest is the run's
-NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # options of the command, not the run
+MAX_NUMBER = 2**31 - 1  # the largest value of any option
+MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
+NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # not written to config.json
 
 
 def _number(kind, low, high=math.inf, low_open=False, high_open=False):
-    """An argparse type: a number of this kind within bounds, which the complaint names."""
+    """An argparse type: an int or float (`kind`) within bounds. The error message names the bounds."""
     names = {int: "a whole number", float: "a number"}
     bounds = f"{'above' if low_open else 'of at least'} {low}"
     if high < math.inf:
@@ -43,11 +43,11 @@ positive_int = _number(int, 1)
 natural = _number(int, 0)
 positive = _number(float, 0, low_open=True)
 nonnegative = _number(float, 0)
-probability = _number(float, 0, 1, high_open=True)  # 1 would leave nothing to divide by
+probability = _number(float, 0, 1, high_open=True)  # below 1: drop path divides by 1 - p
 
 
 def _folder_name(text):
-    """An argparse type: the name of a folder, which --overwrite may delete, so no path to another place."""
+    """An argparse type: a folder name. Not a path, since --overwrite deletes the folder."""
     if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 255:
         raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text[:50]!r}")
     return text
@@ -62,10 +62,10 @@ def _gpus(text):
 
 
 def _primitives(text):
-    """An argparse type: operations, with commas, or the name of a search space; returns the operations, with commas."""
+    """An argparse type: names of operations separated by commas, or a search space. Returns names with commas."""
     names = SEARCH_SPACES.get(text) or text.split(",")
     if not set(names) <= set(PRIMITIVES):
-        from models.ops import OPS  # takes the seconds of `import torch`; holds operations that a user's script adds
+        from models.ops import OPS  # slow, since it imports torch; has also the operations that a user's script adds
 
         unknown = [name for name in names if name not in OPS]
         if unknown:
@@ -79,16 +79,16 @@ def _primitives(text):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults, where there are any."""
+    """Adds the default to the help of each option, unless it is None or False."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class _Config:
-    """Options as attributes. `argv` is a list of words; None takes the command line."""
+    """Options as attributes. argv: the command-line words; None: those of sys.argv."""
 
-    stage = None  # the run's parent folder
+    stage = None  # "search" or "augment": the name of the folder that contains the run's folder
 
     def __init__(self, argv=None):
         parser = self.build_parser()
@@ -106,12 +106,12 @@ class _Config:
             self.resume, self.overwrite = str(self.folder()), False
 
     def _resume(self, parser, words, options):
-        """The options of the run to be resumed, with those that may change as given on the command line."""
+        """The saved options of the run to be resumed, updated by those on the command line, of `MAY_CHANGE` only."""
         folder = self._resumed_folder(options.resume)
-        not_given = object()
-        given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), not_given)))
-        given = {name: value for name, value in vars(given).items() if value is not not_given and name != "resume"}
-        for name in given:
+        unset = object()
+        parsed = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), unset)))
+        changed = {name: value for name, value in vars(parsed).items() if value is not unset and name != "resume"}
+        for name in changed:
             if name not in (*MAY_CHANGE, "gpus"):
                 allowed = ", ".join(f"--{_option(other)}" for other in MAY_CHANGE)
                 raise UserError(f"--{_option(name)} is fixed by the run {folder}; --resume allows only {allowed}")
@@ -124,13 +124,13 @@ class _Config:
         if not isinstance(saved, dict):
             raise UserError(f"--resume {options.resume}: {folder.config} is not of a {self.stage} run")
         saved = self.completed(saved, folder.config)
-        return parser.parse_args(_words(saved | given | {"resume": options.resume}))
+        return parser.parse_args(_words(saved | changed | {"resume": options.resume}))
 
     @classmethod
     def completed(cls, saved, source):
-        """A run's saved options, with the defaults of options that the program did not have when it saved them.
+        """A run's saved options; options that did not exist when the run was saved get their defaults.
 
-        source: the file, for the message. Raises UserError where there are options that this program does not know.
+        source: the file, for error messages. Raises UserError if there are options that this program does not know.
         """
         parser = cls.build_parser()
         cls.set_defaults(parser, _words(saved))
@@ -145,7 +145,7 @@ class _Config:
         return {name: value for name, value in defaults.items() if name not in NOT_SAVED} | saved
 
     def _continues(self):
-        """Whether to resume a run because the same command is given once more: by --auto-resume or by torchrun."""
+        """Whether to resume a run without --resume: with --auto-resume, or if torchrun restarts the ranks."""
         folder = self.folder()
         if not folder.config.is_file():
             return False
@@ -158,7 +158,7 @@ class _Config:
 
     @staticmethod
     def set_defaults(parser, words):
-        """Change defaults that depend on other options."""
+        """Set the defaults that depend on other options. words: the command line. Overridden in `AugmentConfig`."""
 
     def folder(self):
         """The `RunFolder` of the run."""
@@ -250,7 +250,7 @@ class _Config:
             sys.exit()
 
     def data_options(self):
-        """The command-line words that name the same data."""
+        """The options that select the same data, as a command line."""
         names = ("data_path", "image_size", "image_channels")
         defaults = self.build_parser()
         changed = [name for name in names if getattr(self, name) != defaults.get_default(name)]
@@ -258,7 +258,7 @@ class _Config:
         return shlex.join([*words, *["--skip-bad-images"] * self.skip_bad_images])
 
     def as_dict(self):
-        """What makes the run what it is: all options but those in `NOT_SAVED`."""
+        """The options that are saved with the run: all but those in `NOT_SAVED`."""
         return {name: value for name, value in vars(self).items() if name not in NOT_SAVED}
 
     def as_markdown(self):
@@ -418,7 +418,7 @@ def _option(name):
 
 
 def _words(options):
-    """A command line that sets these options, so that values from a file pass the same checks as typed ones."""
+    """The command-line words that set these options, so that the parser checks saved values like typed ones."""
     words = []
     for name, value in options.items():
         if value is True:
@@ -429,7 +429,7 @@ def _words(options):
 
 
 def _hyphenate(word):
-    """`--batch_size` is `--batch-size`; values are left alone."""
+    """Accept `--batch_size` for `--batch-size`: replace underscores in the option's name, not in its value."""
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")

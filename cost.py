@@ -14,7 +14,7 @@ DEFAULTS = {
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},
     "imagenet": {name: IMAGENET[name] for name in ("layers", "init_channels", "image_size")} | {"classes": 1000},
 }
-SMALLEST = {  # that the stem can handle
+SMALLEST = {  # the smallest values that work with each stem
     "cifar": {"init_channels": 1, "image_size": 8},
     "imagenet": {"init_channels": 2, "image_size": 64},
 }
@@ -41,8 +41,8 @@ def main():
 
 
 def print_table(cells, args):
-    """Print what networks of these cells cost, a line each. cells: name -> genotype; args: the command's options."""
-    import torch  # which takes seconds, as do the modules that import it
+    """Print a table of the costs of networks of these cells. cells: name -> genotype; args: the parsed options."""
+    import torch  # here, since this and the modules below take seconds to import
 
     from models.augment_cnn import AugmentCNN
     from running.costs import BATCH_SIZES, cost, latency, median_and_range

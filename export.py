@@ -22,8 +22,8 @@ def main():
 
 
 def export(path, output, data_path):
-    """Write the trained network to `output`, after a check that the file gives the network's logits on test images."""
-    import torch  # which takes seconds, as do the modules that import it
+    """Write the trained network to `output`, if the file gives the same logits as the network on test images."""
+    import torch  # here, since this and the modules below take seconds to import
 
     from running.evaluation import file_of, images_of, load_network, load_trained
     from running.exporting import FORMATS, Classifier, check

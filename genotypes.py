@@ -1,10 +1,10 @@
-"""Genotypes: the discrete cells that a search finds, how they are read off alpha, written, read and built.
+"""Genotypes: discrete cells. How they are derived from alpha, written, read and built.
 
-A gene is a list of nodes; a node is a list of its (operation, source) pairs, strongest first. Sources 0 and 1 are the
-two previous cells, 2 and up the nodes of this cell in order. A `Genotype` has a gene for each kind of cell, and which
-nodes each concatenates as its output.
+A gene describes one cell: it is a list of nodes, and a node is a list of (operation, source) pairs, strongest first.
+Sources 0 and 1 are the outputs of the two previous cells, sources 2, 3, ... are the nodes of this cell in order. A
+`Genotype` has a gene for the normal and for the reduction cell, and the list of the nodes that each concatenates.
 
-Reading and writing genotypes needs no torch, which takes seconds to import; building one does.
+Only `to_dag` imports torch, which takes seconds; reading and writing genotypes does not.
 """
 
 import ast
@@ -17,15 +17,15 @@ from pathlib import Path
 from models.choices import PRIMITIVES
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
 
-GENOTYPE_FILE = "genotype.json"  # in a search's folder
+GENOTYPE_FILE = "genotype.json"  # in the folder of a search
 
-LARGEST_NUMBER = 10**6  # that is read in a genotype
+LARGEST_NUMBER = 10**6  # bound on the numbers in a genotype, and on the length of a text that is searched for one
 
 FORMS = ("nested", "flat", "json", "name")
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-Published = namedtuple("Published", "genotype source results")  # results: what the source reports, by name
+Published = namedtuple("Published", "genotype source results")  # results: name -> number, as the source reports them
 
 
 class GenotypeError(UserError):
@@ -52,10 +52,10 @@ def parse(alpha, k, primitives=PRIMITIVES):
 
 
 def to_dag(C_in, gene, reduction):
-    """Build a cell's operations from its gene: a ModuleList per node of operations, each with its source as `s_idx`.
+    """Build the operations of a cell: a ModuleList of nodes, each a ModuleList of operations with an attribute `s_idx`.
 
-    C_in: the cell's channels. In a reduction cell the operations on the two input nodes have stride 2. Every operation
-    but the identity is followed by drop path (DARTS, appendix A.2.1).
+    s_idx: index of the source; C_in: channels of the cell. In a reduction cell the operations on the two inputs have
+    stride 2. Every operation but the identity is followed by drop path (DARTS, appendix A.2.1).
     """
     from torch import nn
 
@@ -77,10 +77,10 @@ def to_dag(C_in, gene, reduction):
 def from_str(s):
     """Read a genotype in any form that `to_str` writes: nested, flat, JSON, or the name of a published cell.
 
-    Taken too as people paste it: with a name and `=` in front, as in the log, in quotes, or as `gt.Genotype(...)`.
-    Nothing in the string is run. Lists, tuples and ranges come back as they were written, from JSON as in
-    `str(genotype)` of a search's, so that from_str(str(genotype)) == genotype. Raises GenotypeError (a ValueError) with
-    the place and what is allowed there.
+    Also accepts pasted text: with a name and `=` in front, as in the log, in quotes, or as `gt.Genotype(...)`. It never
+    executes the string. Lists, tuples and ranges keep their types, so that from_str(str(genotype)) == genotype; JSON
+    gives the types that a search writes. Raises GenotypeError (a ValueError), which says where the error is and what is
+    allowed there.
     """
     text = s.strip()
     if text in PUBLISHED:
@@ -89,9 +89,9 @@ def from_str(s):
 
 
 def to_str(genotype, form="nested"):
-    """Write a genotype: `nested`, as `str` does; `flat`, the original code's, all pairs in one list; `json`; `name`.
+    """Write a genotype. form: `nested`, as by `str`; `flat`, one list of pairs as in the authors' code; `json`; `name`.
 
-    Raises GenotypeError where it has no such form: flat needs two edges a node, the name a published cell.
+    Raises GenotypeError if the form is impossible: `flat` needs two edges per node, `name` a published cell.
     """
     if form == "nested":
         return str(genotype)
@@ -122,7 +122,7 @@ PASTED = re.compile(
 
 
 def _without_assignment(text):
-    """`Genotype(...)` alone, of a text such as `DARTS = Genotype(...)`; any other text as it is."""
+    """`Genotype(...)` from a text such as `DARTS = Genotype(...)`; any other text unchanged."""
     pasted = PASTED.fullmatch(text) if len(text) < LARGEST_NUMBER else None
     return pasted["call"] if pasted else text
 
@@ -130,7 +130,7 @@ def _without_assignment(text):
 def _from_call(text):
     """Genotype(normal=..., ...) as Python writes it, nested or flat."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a strange text's escapes and numbers
+        with warnings.catch_warnings(action="ignore"):  # about escapes and numbers in the text
             tree = ast.parse(text.replace("\n", " "), mode="eval").body
     except SyntaxError as error:
         raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {_shorten(text)}") from None
@@ -148,7 +148,7 @@ def _from_call(text):
 
 
 def _from_json(text):
-    """An object of lists with the fields of a `Genotype`, nested or flat; others beside them are left alone."""
+    """A genotype from a JSON object that has the fields of `Genotype`, nested or flat. Other fields are ignored."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -177,7 +177,7 @@ def _is_integers(values):
 
 
 def _by_node(gene, kind):
-    """A flat gene, two (operation, source) pairs for each node in one list, by node; others as they are."""
+    """Convert a flat gene (one list, two (operation, source) pairs per node) to a nested one; keep others unchanged."""
     pairs = isinstance(gene, (list, tuple)) and gene
     if not pairs or not all(isinstance(e, (list, tuple)) and len(e) == 2 and isinstance(e[0], str) for e in gene):
         return gene
@@ -187,7 +187,7 @@ def _by_node(gene, kind):
 
 
 def _same(one, other):
-    """Whether two genotypes are the same cell, lists, tuples and ranges taken alike."""
+    """Whether two genotypes are equal when lists, tuples and ranges are not distinguished."""
     return json.dumps(as_lists(one)) == json.dumps(as_lists(other))
 
 
@@ -197,7 +197,7 @@ def as_lists(genotype):
 
 
 def check(genotype):
-    """Return the genotype if it can be built; raise GenotypeError with the place and what is allowed if not."""
+    """Return the genotype if it is valid; else raise GenotypeError, which says what is wrong and what is allowed."""
     for kind in ("normal", "reduce"):
         gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
         if not isinstance(gene, (list, tuple)) or not gene:
@@ -231,22 +231,22 @@ def _check_operation(name, where):
     """Raise GenotypeError unless there is an operation of this name."""
     if isinstance(name, str) and name in PRIMITIVES:
         return
-    from models.ops import OPS  # with torch, which only the operations outside of DARTS's search space need here
+    from models.ops import OPS  # imports torch, so only if the name is not in DARTS's search space
 
     if not isinstance(name, str) or name not in OPS:
         raise GenotypeError(f"genotype: {where}: unknown operation {_shorten(name)}; allowed are {', '.join(OPS)}")
 
 
 def resolve(text):
-    """A genotype from whatever a user has of it: what `from_str` reads, a file of that, or a search's folder.
+    """Read a genotype from a text that `from_str` reads, from a file with such a text, or from the folder of a search.
 
-    Of a search the last genotype is taken, as in the paper. Raises GenotypeError.
+    From a search the genotype of the last epoch is taken, not that of the best. Raises GenotypeError.
     """
     path = Path(text)
     try:
         path = path / GENOTYPE_FILE if path.is_dir() else path
         is_file = path.is_file()
-    except (OSError, ValueError):  # no name that a file could have
+    except (OSError, ValueError):  # not a possible file name
         is_file = False
     if not is_file and (text in PUBLISHED or "(" in text or text.lstrip().startswith("{")):
         return from_str(text)
@@ -266,7 +266,7 @@ def resolve(text):
 
 
 def _last(text):
-    """Of a search's genotype.json the last genotype's string; any other text as it is."""
+    """The string of the last genotype if the text is a genotype.json of a search; any other text unchanged."""
     try:
         last = json.loads(text)["last"]["string"]
     except (ValueError, RecursionError, KeyError, TypeError):
@@ -277,7 +277,7 @@ def _last(text):
 
 
 def _read(node):
-    """The value of a literal built of lists, tuples, strings, integers and range(...) only."""
+    """Evaluate a syntax tree of lists, tuples, strings, integers and range(...); raise GenotypeError for others."""
     if isinstance(node, ast.List):
         return [_read(item) for item in node.elts]
     if isinstance(node, ast.Tuple):
@@ -302,7 +302,7 @@ def _shorten(value, limit=80):
 
 
 def _published():
-    """The cells of published_cells.json: name -> `Published`. That each can be built is a test, and takes torch."""
+    """The cells of published_cells.json: name -> `Published`. A test checks that they are valid."""
     cells = json.loads((Path(__file__).parent / "published_cells.json").read_text(encoding="utf-8"))
     published = {}
     for name, cell in cells.items():

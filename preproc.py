@@ -9,8 +9,8 @@ from running.data_sets import DATASETS
 class Cutout:
     """Set a square to zero, centred at a random pixel and clipped at the border (DeVries & Taylor, arXiv:1708.04552).
 
-    length: the square's side, in pixels; 0 leaves images alone. Takes and returns a tensor (C, H, W); after
-    normalisation, zero is the mean colour.
+    length: the square's side, in pixels; 0: no cutout. Takes and returns a tensor (C, H, W). After normalisation, zero
+    is the mean colour.
     """
 
     def __init__(self, length):
@@ -31,19 +31,19 @@ class Cutout:
 
 
 def augmentation(kind, size):
-    """The random transforms of images of this kind, `size` pixels a side: a key of `DATASETS`'s `augmentation`."""
+    """The random transforms for images of `size` pixels a side. kind: the `augmentation` of a `Spec`, see below."""
     crop = transforms.RandomCrop(size, padding=size // 8)  # 4 pixels at 32
     flip = transforms.RandomHorizontalFlip()
     affine = transforms.RandomAffine(
         15, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=0.1, interpolation=transforms.InterpolationMode.BILINEAR
     )
-    if kind == "parts+flip+colour":  # of images of any size, as for ImageNet
+    if kind == "parts+flip+colour":  # for images of any size, as for ImageNet
         return [transforms.RandomResizedCrop(size), flip, transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)]
     return {"crop": [crop], "crop+flip": [crop, flip], "affine": [affine], "affine+flip": [affine, flip]}[kind]
 
 
 def preprocessing(dataset, size, crops):
-    """How a picture of any size becomes one of `size` pixels a side in validation, in words."""
+    """Describe, in words, how validation turns an image of any size into one of `size` pixels a side."""
     if dataset != "folder":
         return f"none: pictures have {size} x {size} pixels"
     shorter = size * 8 // 7 if crops else size
@@ -53,10 +53,10 @@ def preprocessing(dataset, size, crops):
 def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=False):
     """Transforms of a data set's images for training and for validation: (train, valid), from PIL to float tensors.
 
-    dataset: a key of `DATASETS`; cutout_length: pixels, in training only; size: of the images, in pixels (default: the
-    data set's own); mean_std: (mean, std) per channel, of pixels in [0, 1] (default: the data set's constants; without
-    those images are not normalised, which is why `get_data` computes them); crops: for images of any size, of which
-    training sees random parts, flipped and in other colours, and validation the middle. Raises ValueError for an
+    dataset: a key of `DATASETS`; cutout_length: pixels, in training only; size: of the images, in pixels (default: that
+    of the data set); mean_std: (mean, std) per channel, of pixels in [0, 1] (default: the constants of the data set; if
+    it has none, images are not normalised, which is why `get_data` computes them); crops: for images of any size, with
+    random resized crops, flips and colour changes in training, centre crops in validation. Raises ValueError for an
     unknown data set.
 
     All randomness is drawn from torch's global generator, which `running.loading.Images` seeds for each sample.

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from preproc import data_transforms
-from running.checkpoints import save_checkpoint  # noqa: F401 - where users of older DARTS code look for it
+from running.checkpoints import save_checkpoint  # noqa: F401 - older DARTS code has it in utils
 from running.data_sets import DATASETS, pixel_statistics
 from running.errors import UserError
 from running.image_folder import listed
@@ -34,12 +34,12 @@ def get_data(
 ):
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
-    dataset: a key of `DATASETS`; data_path: its folder; cutout_length: pixels, in training, at most half the image's
-    side (16 would leave nothing of 8x8 pixels); image_size (pixels a side) and image_channels (1 or 3): of `folder`'s
-    images, others have their own; seed: of the augmentation; skip_bad_images: leave out images of `folder` that cannot
-    be read; crops: take random parts of `folder`'s images in training, as for ImageNet; mean_std: to normalise by, per
-    channel, instead of the data set's; hold_out_by_name: False for the test images of `folder` without val/ that older
-    versions chose. The data are `Images`. Raises UserError where the data set is unknown or not to be had.
+    dataset: a key of `DATASETS`; data_path: its folder; cutout_length: in pixels, for training, reduced to half of the
+    image's side if it is larger; seed: of the augmentation; mean_std: per channel, to normalise by instead of the data
+    set's. For the data set `folder` only: image_size (pixels a side) and image_channels (1 or 3); skip_bad_images:
+    leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet;
+    hold_out_by_name: False to hold out the test images that older versions chose. train_data and valid_data are
+    `Images`. Raises UserError if the data set is unknown or cannot be loaded.
     """
     folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
     size, channels, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
@@ -67,7 +67,7 @@ def get_test_data(
     crops=False,
     hold_out_by_name=True,
 ):
-    """The test images alone, `valid_data` of `get_data`: of a `folder` with val/, train/ may be missing."""
+    """Only the test images, as the valid_data of `get_data`. A `folder` with val/ needs no train/ then."""
     folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
     size, _, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
     source, labels, _ = load(train=False)
@@ -76,7 +76,7 @@ def get_test_data(
 
 
 def _data_set(dataset, data_path, image_size, image_channels, folder_options):
-    """(size, channels, load) of a data set: load(train=...) is its registry entry's `load` with these options."""
+    """(size, channels, load) of a data set. load(train=...) calls its `Spec.load` with these options."""
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
     spec = DATASETS[dataset]
@@ -87,9 +87,9 @@ def _data_set(dataset, data_path, image_size, image_channels, folder_options):
 
 
 def get_logger(file_path):
-    """The logger `darts`, writing to standard output and appending to a file; handlers of an earlier call are closed.
+    """The logger `darts`, which writes to standard output and appends to a file. Closes the handlers of earlier calls.
 
-    It doesn't pass on to the root logger, which libraries write to.
+    Its messages do not go to the root logger, which libraries configure.
     """
     logger = logging.getLogger("darts")
     logger.setLevel(logging.INFO)
@@ -105,7 +105,7 @@ def get_logger(file_path):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that on a full disk loses lines, and does not end the run."""
+    """A log file. If a line cannot be written, as on a full disk, it is lost, and the run continues."""
 
     warned = False
 
@@ -122,20 +122,20 @@ class _LogFile(logging.FileHandler):
 
 
 def param_size(model):
-    """Millions (10^6) of parameters, without the auxiliary head's, as papers count them."""
+    """The number of parameters in millions, without the auxiliary head, as papers count them."""
     names = (name for name, _ in model.named_parameters() if not name.startswith("aux_head."))
     return sum(model.get_parameter(name).numel() for name in names) / 1e6
 
 
 @contextlib.contextmanager
 def garbage_collection_of_new_objects():
-    """Inside, garbage collection skips the objects that exist now: modules and the network, 260,000 in a search.
+    """Inside, Python's garbage collector ignores all objects that exist on entry (260,000 in a search).
 
-    It would go through them every third step, in a fifth of a second.
+    Otherwise it would traverse them about every third step, which takes a fifth of a second.
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.freeze)  # the collection at the interpreter's end would take a second too
+    atexit.register(gc.freeze)  # the collection at exit would take a second
     try:
         yield
     finally:
@@ -143,17 +143,17 @@ def garbage_collection_of_new_objects():
 
 
 def shell_quote(text):
-    """The text as one word of a shell's: as it is, in double quotes where that is enough, as for a genotype."""
+    """The text as one word for a shell: in double quotes if it has single quotes, as a genotype, and these suffice."""
     return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
 
 
 def one_line(value):
-    """The value as text without line breaks."""
+    """str(value) with each run of white space replaced by a blank."""
     return " ".join(str(value).split())
 
 
 class AverageMeter:
-    """A running mean: `val` is the last value, `avg` the mean, weighted by the counts that came with the values."""
+    """A running mean. val: the last value; avg: the mean of all values, weighted by their n."""
 
     def __init__(self):
         self.reset()
@@ -170,9 +170,9 @@ class AverageMeter:
 
 
 def accuracy(output, target, topk=(1,)):
-    """Fractions of the samples whose target is among the k largest logits, a scalar tensor for each k of `topk`.
+    """Top-k accuracy: the fraction of samples whose target is among the k largest logits, a tensor for each k in topk.
 
-    output: (N, n_classes); target: (N,). With fewer than k classes every sample counts.
+    output: (N, n_classes); target: (N,). If there are at most k classes it is 1.
     """
     n_classes = output.size(1)
     ranked = output.topk(min(max(topk), n_classes), dim=1).indices
@@ -181,14 +181,14 @@ def accuracy(output, target, topk=(1,)):
 
 
 def exponential_lr(optim, decay, done=0):
-    """A scheduler, stepped once an epoch, that multiplies the learning rate by `decay`; resumed after `done` epochs."""
+    """A scheduler, stepped once per epoch, that multiplies the learning rate by `decay`. done: epochs trained."""
     return torch.optim.lr_scheduler.LambdaLR(optim, lambda epoch: decay**epoch, last_epoch=done - 1)
 
 
 def cosine_lr(optim, epochs, lr_min=0.0, done=0):
-    """A scheduler, stepped once an epoch, that takes the learning rate to lr_min along half a cosine.
+    """A scheduler, stepped once per epoch: cosine annealing of the learning rate to lr_min. done: epochs trained.
 
-    In closed form of the number of epochs done, so that a resumed run may be given another number of epochs.
+    It computes the rate from the number of epochs done, so that a resumed run may have another total of epochs.
     """
 
     def factor(epoch):

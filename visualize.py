@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from genotypes import resolve
-from report.cells import (  # noqa: F401 -- `plot` and `draw` are offered here
+from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from here by users
     FORMATS,
     NotDrawnError,
     draw,
@@ -39,16 +39,16 @@ def main():
 
 
 def is_run(path):
-    """Whether a path is a run's folder."""
+    """Whether a path is the folder of a run."""
     try:
         return RunFolder(path).config.is_file()
-    except (OSError, ValueError):  # not a name that a file could have
+    except (OSError, ValueError):  # not a possible file name
         return False
 
 
 def write_report(folders, output):
     """Write the report of these runs, by default into the folder of a single one, and print its path."""
-    from report.pages import write  # which imports torch and matplotlib, and they take seconds
+    from report.pages import write  # here, since it imports torch and matplotlib, which take seconds
 
     folder = Path(folders[0]) if len(folders) == 1 else Path()
     path = Path(output or folder / "report.html")

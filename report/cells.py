@@ -9,12 +9,12 @@ FORMATS = ("png", "svg")
 HOW_TO_INSTALL = (
     "install graphviz's `dot` to draw it (Debian, Ubuntu: apt-get install graphviz; macOS: brew install graphviz)"
 )
-INPUTS = ("c_{k-2}", "c_{k-1}")  # the two previous cells
+INPUTS = ("c_{k-2}", "c_{k-1}")  # the outputs of the two previous cells
 OUTPUT = "c_{k}"
 
 
 class NotDrawnError(Exception):
-    """`dot` is missing or failed; the message, one line, says which. source: the .gv file that was written instead."""
+    """`dot` is missing or failed; the message says which. source: the .gv file that was written instead, or None."""
 
     source = None
 
@@ -22,9 +22,9 @@ class NotDrawnError(Exception):
 def plot(gene, file_path, caption=None, concat=None):
     """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture.
 
-    file_path: where to, ending in .png or .svg; .png is added to any other. caption: a line above the cell; concat: the
-    states that make the output, all nodes by default. Returns the path of the picture; or, where `dot` is missing or
-    fails, of its .gv source, which `dot` can draw later.
+    file_path: the output, which ends in .png or .svg; otherwise .png is appended. caption: a line above the cell;
+    concat: the states that are concatenated to the output, by default all nodes. Returns the path of the picture. If
+    `dot` is missing or fails, returns that of a .gv file, which `dot` can draw later.
     """
     try:
         return write_picture(gene, file_path, caption, concat)
@@ -33,7 +33,7 @@ def plot(gene, file_path, caption=None, concat=None):
 
 
 def write_picture(gene, file_path, caption=None, concat=None):
-    """As `plot`, but raises NotDrawnError where `dot` is missing or fails."""
+    """As `plot`, but raises NotDrawnError if `dot` is missing or fails."""
     path = Path(file_path)
     if path.suffix[1:] not in FORMATS:
         path = path.with_name(path.name + ".png")

@@ -20,7 +20,7 @@ MAX_MISTAKES = 16
 
 
 def to_svg(figure):
-    """The figure as the bytes of an SVG. Its text stays text, so that a browser shows letters that matplotlib lacks."""
+    """The bytes of the figure as SVG. Text is not converted to paths, so a browser shows characters of any script."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
@@ -29,20 +29,20 @@ def to_svg(figure):
 
 
 def printable(name, length=24):
-    """A class's name for a figure: shortened, unprintable characters escaped, no `$` read as mathematics."""
+    """A class name for a figure: shortened, with unprintable characters and `$` (mathematics in matplotlib) escaped."""
     short = name if len(name) <= length else name[: length - 1] + "…"
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
     return escaped.replace("$", r"\$")
 
 
 def epoch_axis(axes):
-    """Ticks at whole epochs, and a grid."""
+    """Set ticks at whole epochs, and a grid."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.grid(alpha=0.3)
 
 
 def curves(story):
-    """Loss and top 1 by epoch, on the training batches and on the held-out images."""
+    """Loss and top-1 accuracy by epoch, on the training images and on the validation or test images."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, quantity, title, scale in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top 1, %"), (1, 100)):
         for phase, label in (("train", "training"), (story.held_out, story.held_out)):
@@ -54,24 +54,24 @@ def curves(story):
     return figure
 
 
-# A search.
+# Figures of a search.
 
 
 def line_styles(candidates):
-    """A colour and a dash pattern for each candidate, 36 different ones; `none` is grey.
+    """A colour and a dash pattern for each candidate: 36 combinations, and grey for `none`.
 
     An operation of DARTS's search space has the same style in every run.
     """
     names = [name for name in dict.fromkeys([*PRIMITIVES, *candidates]) if name != "none"]
     styles = {"none": {"color": GREY, "linestyle": "-"}}
     for i, name in enumerate(names):
-        lap, colour = divmod(i, len(COLOURS))
-        styles[name] = {"color": COLOURS[colour], "linestyle": DASHES[lap % len(DASHES)]}
+        dash, colour = divmod(i, len(COLOURS))
+        styles[name] = {"color": COLOURS[colour], "linestyle": DASHES[dash % len(DASHES)]}
     return {name: styles[name] for name in candidates}
 
 
 def edge_weights(weights, candidates):
-    """A panel for each edge: rows are nodes, columns sources, a line for each candidate.
+    """Weights by epoch: a panel for each edge (row: node, column: source) with a line for each candidate.
 
     weights: [node][source], (epochs, candidates) each.
     """
@@ -99,7 +99,7 @@ def edge_weights(weights, candidates):
 def draw_edge(axes, weights, candidates, source):
     """One edge's weights by epoch; the title names the source and the strongest candidate other than `none`."""
     epochs = range(1, len(weights) + 1)
-    marker = "." if len(weights) == 1 else None  # a line of one point would not be seen
+    marker = "." if len(weights) == 1 else None  # a line with a single point is invisible
     for name, style in line_styles(candidates).items():
         axes.plot(epochs, weights[:, candidates.index(name)], lw=1.4, label=name, marker=marker, **style)
     last = {name: weight for name, weight in zip(candidates, weights[-1]) if name != "none"}
@@ -109,7 +109,7 @@ def draw_edge(axes, weights, candidates, source):
 
 
 def settling(genotypes, weights, candidates):
-    """Margins of the chosen operations, skip connections and changes of the genotype, by epoch.
+    """By epoch: margins of the chosen operations, the number of skip connections, and changes of the genotype.
 
     weights: kind -> [node][source], (epochs, candidates) each.
     """
@@ -138,7 +138,7 @@ def settling(genotypes, weights, candidates):
     return figure
 
 
-# An augment run.
+# Figures of an augment run.
 
 
 def confusion_matrix(counts, names):
@@ -162,7 +162,7 @@ def confusion_matrix(counts, names):
 
 
 def mistakes(evaluation):
-    """The test images that the network was surest of and wrong about. evaluation: an `Evaluation` with mistakes."""
+    """The misclassified test images with the largest predicted probability. evaluation: an `Evaluation`, with some."""
     worst = evaluation.wrong()[:MAX_MISTAKES]
     names = [printable(name, 14) for name in evaluation.names]
     columns = min(len(worst), 8)

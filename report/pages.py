@@ -1,6 +1,6 @@
-"""Reports of runs: one HTML page that holds everything it shows, from a run's folder. `visualize.py RUN ...` writes it.
+"""Reports of runs as one self-contained HTML page. `visualize.py RUN ...` writes it.
 
-An augment run's best network is run on the test images once more.
+For an augment run, the best network is evaluated on the test images again.
 """
 
 import base64
@@ -35,11 +35,11 @@ def write(folders, path):
         columns="\n".join(columns),
         count=len(stories),
     )
-    Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
+    Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
 
 
 def column(story):
-    """The HTML of one run."""
+    """The HTML of one run, a column of the page."""
     options = [(name.replace("_", "-"), value) for name, value in sorted(story.config.as_dict().items())]
     return "\n".join(
         [
@@ -54,7 +54,7 @@ def column(story):
 
 
 def results(story):
-    """(name, value) of each result; before the run's end, of how far it is."""
+    """(name, value) of each result; before the end of the run, its progress."""
     if not story.summary:
         return [("stage", story.stage), ("epochs so far", f"{len(story.steps)} of {story.config.epochs}")]
     return [
@@ -82,7 +82,7 @@ def search_sections(story):
 
 
 def edge_section(kind, weights, candidates):
-    """The weights of all candidates on all edges of a cell."""
+    """The section with the weights of all candidates on all edges of a cell."""
     figure = figures.edge_weights(weights, candidates)
     return section(
         f"Weight of each operation, {kind} cell",
@@ -93,7 +93,7 @@ def edge_section(kind, weights, candidates):
 
 
 def film(story, genotypes):
-    """Both cells after each epoch, with a slider. Cells that are the same share a picture."""
+    """Both cells after each epoch, with a slider for the epoch. Equal cells share a picture."""
     pictures, frames = {}, []  # (kind, gene as text) -> the picture's index and HTML
     for genotype in genotypes:
         frame = []
@@ -115,7 +115,7 @@ def film(story, genotypes):
 
 
 def drawing(kind, gene, concat):
-    """A cell as a picture; in words where `dot` is missing or fails, and why."""
+    """A cell as a picture; if `dot` is missing or fails, the gene as text, and the error."""
     try:
         svg = render(draw(gene, f"{kind} cell", concat), "svg")
     except NotDrawnError as error:
@@ -124,7 +124,7 @@ def drawing(kind, gene, concat):
 
 
 def stability(genotypes):
-    """How often and when the genotype changed, in a sentence."""
+    """A sentence: how often and when the genotype changed."""
     n, epochs = len(genotypes), [i + 1 for i in changes(genotypes)]
     if not epochs:
         return f"The genotype was the same in all {n} epochs."
@@ -134,7 +134,7 @@ def stability(genotypes):
 
 
 def default_cost(genotype, config):
-    """What the network costs that augment.py makes by default, for the searched data set's images."""
+    """The cost of the network that augment.py builds by default, for images of the search's data set; 10 classes."""
     default, data_set = AugmentConfig(["--genotype", str(genotype)]), DATASETS[config.dataset]
     size, channels = data_set.size, data_set.channels
     if config.dataset == "folder":
@@ -177,7 +177,7 @@ def augment_sections(story):
 
 
 def network_cost(net, layers, C, channels, size, note=""):
-    """What a network costs, and its latency on this machine, in a paragraph."""
+    """A paragraph with the cost of a network, and its latency on this machine."""
     return (
         f"<p>{layers} cells, C = {C}, images of {channels} x {size} x {size}{note}: "
         f"{html.escape(describe(cost(net, channels, size)))}. A forward pass takes "
@@ -189,7 +189,7 @@ def network_cost(net, layers, C, channels, size, note=""):
 
 
 def section(title, content, folded=False):
-    """A heading and what is under it; `folded`: shown when the heading is clicked."""
+    """A heading with content. folded: the content is shown when the heading is clicked."""
     if folded:
         return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
     return f"<h2>{html.escape(title)}</h2>{content}"
@@ -202,12 +202,12 @@ def table(rows):
 
 
 def scrolled(content):
-    """Content that is scrolled sideways where the screen is too narrow to read it."""
+    """Content that scrolls horizontally if the screen is too narrow."""
     return f'<div class="wide">{content}</div>'
 
 
 def picture(figure, text):
-    """A figure of matplotlib's as an image; text: what it shows, for those who can't see it."""
+    """A matplotlib figure as an image. text: the alt text, for those who cannot see it."""
     return image(figures.to_svg(figure), text)
 
 

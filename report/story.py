@@ -1,6 +1,6 @@
-"""What a run's folder tells: its options, its results, its values by epoch, and a search's cells.
+"""Reads the folder of a run: options, results, values by epoch, and the cells of a search.
 
-Values come from TensorBoard's files, a search's cells from history.json.
+Values are read from TensorBoard's files, the cells of a search from history.json.
 """
 
 import itertools
@@ -23,10 +23,11 @@ KINDS = ("normal", "reduce")
 
 @dataclass
 class Story:
-    """What a run's folder tells.
+    """The contents of a run's folder.
 
-    stage: "search" or "augment"; config: the run's options; summary: what summary.json holds, {} before the run's end;
-    scalars: TensorBoard tag -> {step: value}; history: of a search, a dict for each epoch that is over.
+    stage: "search" or "augment"; config: the options; summary: the contents of summary.json, {} before the end of the
+    run; scalars: TensorBoard tag -> {step: value}; history: the contents of history.json, a dict for each completed
+    epoch of a search; [] for an augment run.
     """
 
     folder: Path
@@ -38,22 +39,22 @@ class Story:
 
     @property
     def held_out(self):
-        """The images that accuracy is measured on, as in TensorBoard's tags."""
+        """The prefix of TensorBoard's tags for the images that measure accuracy: "valid" or "test"."""
         return "valid" if self.stage == "search" else "test"
 
     @property
     def steps(self):
-        """Epoch -> the step that it ended with, of all epochs that are over."""
+        """Completed epoch -> its last step."""
         ends = {round(epoch): step for step, epoch in self.scalars.get("epoch", {}).items()}
         measured = self.scalars.get(f"{self.held_out}/top1", {})
         return {epoch: step for epoch, step in sorted(ends.items()) if step in measured}
 
     def by_epoch(self, tag, epochs=None):
-        """A tag's value at the end of each epoch, (epochs,); NaN where TensorBoard's files lack it."""
+        """The values of a tag at the end of each epoch, (epochs,); NaN if TensorBoard's files do not have one."""
         values, steps = self.scalars.get(tag, {}), self.steps
         return np.array([values.get(steps.get(epoch), np.nan) for epoch in epochs or steps])
 
-    # Of a search.
+    # Only for a search
 
     @property
     def candidates(self):
@@ -65,7 +66,7 @@ class Story:
         return [from_str(epoch["string"]) for epoch in self.history]
 
     def edge_weights(self, kind):
-        """[node][source]: the candidates' weights on an edge after each epoch of `history`, (epochs, candidates)."""
+        """[node][source]: weights of the candidates on an edge after each epoch of `history`, (epochs, candidates)."""
         epochs = [epoch["epoch"] for epoch in self.history]
         return [
             [
@@ -77,7 +78,7 @@ class Story:
 
 
 def read(path):
-    """The `Story` of a run's folder. Raises UserError where it is not one, or no epoch of it is over."""
+    """Read the `Story` of a run's folder. Raises UserError if it is not one, or no epoch is completed."""
     folder = RunFolder(path)
     options = _read_json(folder.config)
     if options is None:
@@ -92,7 +93,7 @@ def read(path):
 
 
 def _read_json(path):
-    """What a JSON file holds; None where there is no such file, or it cannot be read."""
+    """The contents of a JSON file; None if it does not exist or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -100,20 +101,20 @@ def _read_json(path):
 
 
 def _read_scalars(folder):
-    """TensorBoard's scalars: tag -> {step: the last value written at it}."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # which takes a second
+    """TensorBoard's scalars: tag -> {step: the last value that was written for this step}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # here, since it takes a second
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-# How settled a search's choice is.
+# How stable the genotype of a search is.
 
 
 def margins(weights, gene, candidates):
-    """By how much each chosen operation's weight exceeds that of the best other on its edge, `none` left out.
+    """For each chosen operation, its weight minus the largest weight of the others on its edge, without `none`.
 
-    weights: [node][source][candidate]; gene: the operations chosen. Where there is no other, the weight itself counts.
+    weights: [node][source][candidate]; gene: the chosen operations. If there is no other candidate, it is the weight.
     """
     differences = []
     for node, chosen in zip(weights, gene):
@@ -130,12 +131,12 @@ def skip_connections(gene):
 
 
 def changes(values):
-    """The positions at which a list's value is another than the one before; 1 is that of the second."""
+    """The indices i with values[i] != values[i - 1]."""
     return [i for i, (before, after) in enumerate(itertools.pairwise(values), 1) if before != after]
 
 
 def commands(story):
-    """What to type to repeat the run and, after a search, to go on from it."""
+    """The commands that repeat the run and, for a search, train its cell."""
     parser = story.config.build_parser()
     story.config.set_defaults(parser, ["--stem", getattr(story.config, "stem", "cifar")])
     defaults = vars(parser.parse_args([]))

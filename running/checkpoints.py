@@ -1,4 +1,4 @@
-"""Checkpoints: files written atomically, with a checksum, read without running code in them, that fit the run."""
+"""Checkpoints: written atomically, with a checksum; read without executing code; checked against the run."""
 
 import hashlib
 import io
@@ -13,42 +13,42 @@ from config import MAY_CHANGE
 from running.errors import UserError
 from running.folder import RunFolder, write_temporary
 
-FORMAT = 2  # of checkpoints
+FORMAT = 2  # the version of the checkpoint format
 SEAL = b"sha256 of the file without this comment: "
 
-# What a run's checkpoint holds, and of which type. `classes` came later, and may be missing.
+# The entries of a checkpoint and their types. Older checkpoints lack one more entry, `classes`; see `check_fits`.
 CONTENTS = {
     "format": int,
     "stage": str,  # search or augment
     "config": dict,  # the options
     "epoch": int,  # epochs that are done
-    "step": int,  # steps of the weights' optimizer since the start
-    "within": dict,  # where the run is in its next epoch, see EPOCH_START
-    "seconds": float,  # that the run has taken
-    "random": dict,  # the state of all random generators
+    "step": int,  # steps of the optimizer of w since the start
+    "within": dict,  # the position in the epoch after those, see EPOCH_START
+    "seconds": float,  # the running time so far
+    "random": dict,  # the states of all random generators
     "events": dict,  # the lengths of TensorBoard's files
     "keeps": dict,  # the states of the network and the optimizers
-    "results": dict,  # what else the script needs: genotypes and history, accuracies
+    "results": dict,  # other values of the script: genotypes, history, accuracies
 }
 
-# Where a run is when an epoch begins. batches: steps done of its training; trained: whether those are all; meters: the
-# averages over them; log: the length of the log, in bytes.
+# The position of a run within an epoch, here at its beginning. batches: training steps done; trained: whether that is
+# all of them; meters: the averages over them; log: the length of the log, in bytes.
 EPOCH_START = {"batches": 0, "trained": False, "meters": [], "log": 0}
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is cut off or changed."""
+    """A checkpoint file that is truncated or corrupted."""
 
 
 def save_checkpoint(state, folder, is_best=False):
-    """Save tensors and built-in types as checkpoint.pt in the folder, and as best.pt too if `is_best`.
+    """Save a state of tensors and built-in types as checkpoint.pt in the folder, and also as best.pt if `is_best`.
 
-    Each file is written atomically, see `write_temporary`. What checkpoint.pt held before is kept as previous.pt. Each
-    ends with its checksum, which `load_checkpoint` checks and `torch.load` doesn't mind. Raises OSError if a file
-    cannot be written; those that were there stay.
+    The old checkpoint.pt becomes previous.pt. Each file is written atomically, see `write_temporary`, and ends with its
+    checksum, which `load_checkpoint` checks and `torch.load` ignores. Raises OSError if a file cannot be written; the
+    old files stay as they are.
     """
     files, data = RunFolder(folder), _sealed(state)
-    if is_best:  # first: a run that is killed between the two comes here again
+    if is_best:  # first: if the run is killed before checkpoint.pt is written, it repeats this step
         os.replace(write_temporary(files.best, data), files.best)
     temporary = write_temporary(files.checkpoint, data)
     if files.checkpoint.exists():
@@ -58,10 +58,10 @@ def save_checkpoint(state, folder, is_best=False):
 
 
 def load_checkpoint(path):
-    """Read what `save_checkpoint` wrote, onto the CPU; nothing in the file is run.
+    """Read a file of `save_checkpoint`, with tensors on the CPU. Nothing in the file is executed.
 
-    Raises DamagedCheckpointError where its checksum is missing or wrong, UserError where it holds more than tensors and
-    built-in types, FileNotFoundError where it does not exist.
+    Raises DamagedCheckpointError if the checksum is missing or wrong, UserError if the file contains more than tensors
+    and built-in types, FileNotFoundError if it does not exist.
     """
     data = Path(path).read_bytes()
     body, seal, _ = data.rpartition(SEAL)
@@ -85,10 +85,10 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(folder, preferred=None):
-    """The last checkpoint of a `RunFolder` that is not damaged: (checkpoint, its path, warning).
+    """Load the latest undamaged checkpoint of a `RunFolder`. Returns (checkpoint, its path, warning).
 
-    preferred: a file to try first. warning: that one is damaged, or None. All are None if there is no checkpoint: the
-    run was killed before it saved anything. Raises UserError if there are only damaged ones.
+    preferred: a file to try first; warning: a text if a later file is damaged, else None. Returns (None, None, None) if
+    there is no checkpoint, since the run was killed before it saved one. Raises UserError if all are damaged.
     """
     paths = [folder.checkpoint, folder.previous]
     if preferred is not None and Path(preferred).is_file():
@@ -109,9 +109,9 @@ def find_checkpoint(folder, preferred=None):
 
 
 def check_fits(checkpoint, path, config, classes):
-    """Raise UserError, saying what differs, unless a run with these options and classes can go on from a checkpoint.
+    """Raise UserError, which says what differs, unless a run with these options and classes can resume a checkpoint.
 
-    classes: "network" (and "architect") -> the class's name.
+    classes: "network" (in a search also "architect") -> name of the class. Only the names are compared.
     """
     content = checkpoint if isinstance(checkpoint, dict) else {}
     for name, value in {"format": FORMAT, "stage": config.stage}.items():
@@ -126,7 +126,7 @@ def check_fits(checkpoint, path, config, classes):
         raise UserError(f"{path} is not a checkpoint that this program wrote: within has other keys")
     saved, options = config.completed(checkpoint["config"], path), config.as_dict()
     fixed = options.keys() - set(MAY_CHANGE)
-    if "data" not in checkpoint["results"]:  # an older version: nothing tells whether other data are the same
+    if "data" not in checkpoint["results"]:  # an older version: no fingerprint to compare data with
         fixed |= {"data_path"}
     for name in sorted(fixed):
         if saved[name] != options[name]:
@@ -137,26 +137,26 @@ def check_fits(checkpoint, path, config, classes):
                 f"{path} is of a run with the {role} {name}, not {classes.get(role)}; resume it with the script that "
                 "started it"
             )
-    begun = checkpoint["epoch"] + (checkpoint["within"]["batches"] > 0)
-    if begun > config.epochs:
-        raise UserError(f"--epochs {config.epochs}: {path} has begun {begun} already")
+    epochs_begun = checkpoint["epoch"] + (checkpoint["within"]["batches"] > 0)
+    if epochs_begun > config.epochs:
+        raise UserError(f"--epochs {config.epochs}: {path} has begun {epochs_begun} already")
 
 
 def _sealed(state):
-    """The bytes of torch.save, with their checksum."""
+    """Serialise a state with torch.save, and append the checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return _seal(buffer.getvalue())
 
 
 def _seal(archive):
-    """A zip archive with its checksum as its comment, whose length, until then 0, is the archive's last two bytes."""
+    """Append the checksum of a zip archive as its comment. Before, its last two bytes are the comment's length, 0."""
     seal = SEAL + hashlib.sha256(archive).hexdigest().encode()
     return archive[:-2] + len(seal).to_bytes(2, "little") + seal
 
 
 def _keep_as(path, previous):
-    """Give the file the name `previous` too; on file systems without hard links, instead of its own."""
+    """Make `previous` a hard link to the file. On file systems without hard links, rename the file to it."""
     temporary = previous.with_name(previous.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -168,7 +168,7 @@ def _keep_as(path, previous):
 
 
 def _flush_names(folder):
-    """Let a folder's renamed files survive a crash of the machine, where the system can."""
+    """Flush a folder's entries to disk, so that renamed files survive a crash of the machine. No effect on Windows."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -10,19 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from running.devices import device_name
 from utils import param_size
 
-BATCH_SIZES = (1, 64)  # whose latency is measured
-LONG_PASS = 1e3  # milliseconds: a forward pass that takes longer is timed once
-LONGEST_PASS = 10e3  # one that would take longer is not tried
+BATCH_SIZES = (1, 64)  # for the latency
+LONG_PASS = 1e3  # in milliseconds: a slower forward pass is timed only once
+LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be slower is not timed
 
 
 def cost(net, channels, size):
-    """What an augment network costs, for one image: a dict of millions, and of MB (10^6 bytes) in float32.
+    """The cost of an augment network for one image: parameters_M and multiply_adds_M (millions), activations_MB.
 
     parameters_M: without the auxiliary head; multiply_adds_M: of convolutions and the linear layer in a forward pass
-    without the head, half of what PyTorch's FlopCounterMode counts; activations_MB: what training keeps for the
-    backward pass, module by module, the head's too if there is one, each tensor once.
+    without the auxiliary head, half of the FLOPs of PyTorch's FlopCounterMode; activations_MB: the float32 tensors that
+    training saves for the backward pass, in 10^6 bytes, with those of the auxiliary head if there is one.
     """
-    net = copy.deepcopy(net).to("meta")  # where nothing is computed but shapes
+    net = copy.deepcopy(net).to("meta")  # on the meta device only shapes are computed
     x = torch.empty(2, channels, size, size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.eval()(x)
@@ -34,7 +34,7 @@ def cost(net, channels, size):
 
 
 def describe(costs):
-    """What `cost` returned, in words."""
+    """The result of `cost` in words."""
     return (
         f"{costs['parameters_M']:.3f} M parameters, {costs['multiply_adds_M']:.1f} M multiply-adds an image, "
         f"{costs['activations_MB']:.1f} MB of activations an image in training"
@@ -42,13 +42,13 @@ def describe(costs):
 
 
 def activation_bytes(net, x):
-    """Bytes that a forward pass in training keeps for the backward pass, parameters and buffers left out."""
+    """Bytes that a forward pass saves for the backward pass, without parameters and buffers; each tensor once."""
     parameters = {storage_of(tensor) for tensor in (*net.parameters(), *net.buffers())}
     saved = {}
 
     def save(tensor):
         if storage_of(tensor) not in parameters:
-            saved[storage_of(tensor)] = tensor  # a reference, so that its storage's address is not used again
+            saved[storage_of(tensor)] = tensor  # keep the tensor alive, so that its storage's address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
@@ -57,13 +57,13 @@ def activation_bytes(net, x):
 
 
 def storage_of(tensor):
-    """A number that tensors have in common if they share memory."""
+    """An identifier of the tensor's memory: equal for tensors that share memory."""
     return tensor.untyped_storage()._cdata
 
 
 @torch.no_grad()
 def latency(net, x, rounds):
-    """Milliseconds of each of `rounds` forward passes, after one that is not counted; of that alone if it is long."""
+    """Milliseconds of each of `rounds` forward passes, after a warm-up. If the warm-up is slow, only its time."""
     x = x.to(memory_format=torch.channels_last)
     net.eval()
     milliseconds = []
@@ -93,7 +93,7 @@ def describe_latency(net, channels, size, rounds=5):
         x = torch.randn(n, channels, size, size, generator=generator)
         try:
             milliseconds = latency(net, x.to(device), rounds)
-        except (MemoryError, RuntimeError):  # PyTorch's out of memory is one of these; a run need not end by it
+        except (MemoryError, RuntimeError):  # out of memory raises one of these, and must not end the run
             times.append(f"too much memory at batch {n}")
             continue
         milliseconds_per_image = statistics.median(milliseconds) / n

@@ -1,6 +1,6 @@
-"""Data sets behind one registry, and their splits.
+"""The registry of data sets, `DATASETS`, and how data sets are split.
 
-A new data set is one entry in `DATASETS`; the tests walk the registry. Nothing here needs torch until a data set is
+To add a data set, add an entry to `DATASETS`; tests run on every entry. torch is imported only when a data set is
 loaded, so that command lines are read without it.
 """
 
@@ -18,19 +18,20 @@ from PIL import Image
 from running.errors import UserError
 from running.image_folder import is_hidden, list_folder, listed, open_image, warn_once
 
-HELD_OUT = 5  # where a data set has no test images of its own, one in five is held out
-DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # what torchvision raises at damaged files
-CONSTANT = 1e-6  # standard deviation of pixels in [0, 1] that are all the same, by float rounding
-STATISTICS_IMAGES = 10_000  # mean and std of a larger training set come from that many of its images, evenly spaced
+HELD_OUT = 5  # if a data set has no test images, one in HELD_OUT images is held out as such
+DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # torchvision's errors for damaged files
+CONSTANT = 1e-6  # a channel with a smaller standard deviation, of pixels in [0, 1], is constant up to rounding
+STATISTICS_IMAGES = 10_000  # mean and std are computed from about so many training images, evenly spaced
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What the rest of the code needs to know of a data set.
+    """The description of a data set.
 
-    load(path, train, size, channels) returns (source, labels, n_classes): source[i] is (PIL image, label), of `size`
-    pixels a side and `channels` channels; labels is a list of integers. `augmentation` is a key of
-    `preproc.augmentation`; mean_std the pixels' (mean, std) per channel, None where it is computed from the images.
+    load: a function (path, train, size, channels) -> (source, labels, n_classes), where source[i] is (PIL image, label)
+    with `size` pixels a side and `channels` channels, and labels is a list of integers. It is called with `train`,
+    `size` and `channels` as keyword arguments. augmentation: a kind of `preproc.augmentation`; mean_std: (mean, std) of
+    the pixels per channel, or None to compute them from the images.
     """
 
     load: Callable
@@ -41,7 +42,7 @@ class Spec:
 
 
 def load_torchvision(name, path, train, size, channels):
-    """A data set of torchvision's, downloaded to `path` if it isn't there."""
+    """Load a data set of torchvision; download it if it is not in the folder `path`."""
     from torchvision import datasets
 
     split = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
@@ -66,9 +67,9 @@ def load_torchvision(name, path, train, size, channels):
 
 
 def is_whole_idx_file(file):
-    """Whether a file of MNIST's format has the length that its header tells.
+    """Whether a file in MNIST's format has the length that its header implies.
 
-    The header: two zeros, the type (8: bytes), the number of dimensions, and each as a big-endian 32-bit integer.
+    Header: two zero bytes, the type (8: bytes), the number of dimensions, the dimensions as big-endian 32-bit integers.
     """
     with open(file, "rb") as opened:
         header = opened.read(4)
@@ -81,7 +82,7 @@ def is_whole_idx_file(file):
 
 
 def load_digits(path, train, size, channels):
-    """scikit-learn's 1,797 handwritten digits, which come with the library; a fixed fifth of them is the test set."""
+    """scikit-learn's 1,797 handwritten digits, which are part of the library. A fixed fifth of them is the test set."""
     from sklearn.datasets import load_digits as load
 
     digits = load()
@@ -91,10 +92,11 @@ def load_digits(path, train, size, channels):
 
 
 def load_folder(path, train, size, channels, skip_bad_images=False, whole=False, hold_out_by_name=True):
-    """Images in `path`/train/CLASS/ and `path`/val/CLASS/; without val/, about a fifth of train/ is held out.
+    """Images in `path`/train/CLASS/ and `path`/val/CLASS/. Without val/, about a fifth of train/ is the test set.
 
-    whole: leave them as large as they are; skip_bad_images: read all first, and leave out what cannot be read, with a
-    warning that counts them; hold_out_by_name: choose the fifth by `held_out_by_name`, or as runs before that did.
+    whole: do not resize the images; skip_bad_images: read all images first, and leave out those that cannot be read,
+    with a warning that counts them; hold_out_by_name: choose the test set by `held_out_by_name`; False: by
+    `stratified_split`, as older versions did.
     """
     root = Path(path)
     read = functools.partial(open_image, size=None if whole else size, mode={1: "L", 3: "RGB"}[channels])
@@ -116,7 +118,7 @@ def load_folder(path, train, size, channels, skip_bad_images=False, whole=False,
 
 
 def _warn_of_other_folders(root, has_val):
-    """Warn of folders beside train/ and val/, which nothing reads."""
+    """Warn if there are other folders than train/ and val/: they are not read."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
     others = [name for name in names if name not in ("train", "val") and not is_hidden(name)]
     if others and "train" in names:
@@ -125,11 +127,12 @@ def _warn_of_other_folders(root, has_val):
 
 
 def held_out_by_name(names, labels):
-    """Which images are held out for the test: a boolean for each, by a hash of its name.
+    """Choose test images by a hash of their names: a boolean array, True for each image that is held out.
 
-    An image is held out if its hash is in the lowest of `HELD_OUT` equal ranges. That depends on its name alone, so
-    that images that are added move no other, and about one in `HELD_OUT` is held out. Two exceptions keep small classes
-    usable: the smallest hash of a class is always held out, and the largest never.
+    An image is held out if its hash is in the lowest of `HELD_OUT` equal ranges, so about one in `HELD_OUT` is. That
+    depends on its own name only, so adding images does not move others between the sets. There are two exceptions, so
+    that each class is in both sets: the image with the smallest hash of a class is always held out, that with the
+    largest never.
     """
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) for name in names], np.uint64)
     in_test = hashes < 2**64 // HELD_OUT
@@ -161,7 +164,7 @@ DATASETS = {
 
 
 def pixel_statistics(source):
-    """(mean, std) of the pixels of each channel, in [0, 1]; of a channel that is constant, with a warning, std is 1."""
+    """(mean, std) of the pixels per channel, in [0, 1]. For a constant channel std is 1, and there is a warning."""
     count, total, squares = 0, 0.0, 0.0
     for i in range(0, len(source), math.ceil(len(source) / STATISTICS_IMAGES)):
         pixels = np.asarray(source[i][0], dtype=np.float64) / 255
@@ -178,17 +181,18 @@ def pixel_statistics(source):
 
 
 def stratified_split(labels, every, seed):
-    """Indices of the images, split in two: one in `every` of each class, and the others; each class within one image.
+    """Split the indices of the images in two: (one in `every` images of each class, to within one image; the others).
 
-    A permutation by class and, within it, by chance: a data set sorted by class is split as any other.
+    The images are sorted by class, and randomly within a class; then every `every`-th is taken. So a data set may be
+    sorted by class.
     """
     order = np.lexsort((np.random.default_rng(seed).random(len(labels)), labels))
-    taken = np.arange(len(order)) % every == 0
-    return np.sort(order[taken]), np.sort(order[~taken])
+    in_first_part = np.arange(len(order)) % every == 0
+    return np.sort(order[in_first_part]), np.sort(order[~in_first_part])
 
 
 def hold_out(source, labels, train):
-    """The training or the test part of a data set that comes in one: the same split for every seed."""
+    """The training or test part of a data set that has no test images. The split does not depend on the run's seed."""
     from torch.utils.data import Subset
 
     test_part, train_part = stratified_split(labels, HELD_OUT, seed=0)

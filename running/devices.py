@@ -1,4 +1,4 @@
-"""The device that a run computes on, and the state of all random generators."""
+"""The device of a run, and the states of all random generators."""
 
 import os
 import platform
@@ -12,9 +12,9 @@ from running.errors import OtherRankError, UserError
 
 
 def pick_device(name):
-    """The torch.device that --device names; `auto` is CUDA where there is one, else the CPU. A rank has its own GPU.
+    """The torch.device for --device. `auto` is CUDA if available, else the CPU. Each of several ranks has its own GPU.
 
-    Raises UserError where this machine has no such device.
+    Raises UserError if this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,7 @@ def pick_device(name):
     if ranks.size() > 1 and name.startswith("cuda"):
         n_local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
         if name != "cuda" or n_local_ranks > n_gpus:
-            error = UserError if ranks.local_rank() == 0 else OtherRankError  # one line for each machine
+            error = UserError if ranks.local_rank() == 0 else OtherRankError  # one message for each machine
             raise error(
                 f"--device {name}: each of the {n_local_ranks} ranks here takes a GPU of its own, and there are "
                 f"{n_gpus}; give cuda or cpu, and no more ranks than GPUs"
@@ -36,23 +36,23 @@ def pick_device(name):
 
 
 def device_name(device):
-    """The processor's or accelerator's name, with the number of threads that PyTorch uses."""
+    """The name of the GPU, or of the CPU with the number of threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def seed_generators(seed):
-    """Seed every global generator: torch's, numpy's and Python's."""
+    """Seed all global random generators: torch's, NumPy's and Python's."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def random_state(device):
-    """The state of every global generator, in built-in types: torch's, on the CPU and the device, numpy's, Python's.
+    """The states of all global random generators: torch's (CPU and device), NumPy's and Python's, for a checkpoint.
 
-    It is the same on all ranks, which draw alike.
+    All ranks have the same states, since they draw the same numbers.
     """
     return {
         "cpu": torch.get_rng_state(),
@@ -63,7 +63,7 @@ def random_state(device):
 
 
 def set_random_state(state, device):
-    """Set every global generator to what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"][0], device)

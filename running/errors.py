@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that says what was given and what is allowed."""
+"""Errors that the user can correct: printed as one line that says what is wrong and what is allowed."""
 
 import argparse
 import contextlib
@@ -14,21 +14,21 @@ LESS_MEMORY = {
 
 
 class UserError(ValueError):
-    """A mistake in the input: an option, a file, a genotype. Scripts print it in one line and exit with 2."""
+    """An error in the input: an option, a file, a genotype. Scripts print it in one line and exit with code 2."""
 
 
 class OtherRankError(UserError):
-    """A mistake that another rank of a distributed run tells the user of."""
+    """A `UserError` that another rank prints: this rank exits silently."""
 
 
 @contextlib.contextmanager
 def user_errors_in_one_line(program):
     """Turn a `UserError` raised inside into one line on stderr and exit code 2.
 
-    So too what the operating system refuses, such as a name too long or a folder without permission: its message names
-    the file. Running out of memory says what to lower. Ctrl-C exits with 130, losing another rank with 1. Other
-    exceptions are a programmer's mistake and keep their traceback. Inside, output that cannot be written is lost and
-    ends nothing.
+    An OSError (a name too long, a folder without permission) is printed in the same way: its message names the file. If
+    memory runs out, the message says which options to lower. Ctrl-C exits with code 130, the loss of another rank with
+    code 1. All other exceptions are bugs and keep their traceback. Output that cannot be written is dropped, and does
+    not stop the program.
     """
     with surviving_output(), _errors_in_one_line(program):
         yield
@@ -54,8 +54,8 @@ def _errors_in_one_line(program):
 
 
 def _is_out_of_memory(error):
-    """CUDA's has a type of its own, the CPU's allocator has none."""
-    import torch  # which takes seconds, and has been imported long before anything can fail so
+    """On CUDA this error has its own type; on the CPU it is a RuntimeError, known by its message."""
+    import torch  # here, since it takes seconds; when this runs, it is imported already
 
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
 
@@ -64,11 +64,11 @@ def _is_of_communication(error):
     import torch
 
     known = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
-    return known or "gloo" in str(error).lower()  # whose errors have no type of their own
+    return known or "gloo" in str(error).lower()  # gloo raises a RuntimeError, known by its message
 
 
 def warn(text):
-    """Print a warning to stderr, on rank 0 alone."""
+    """Print a warning to stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)
 
@@ -79,7 +79,7 @@ def _exit(program, message, code=2):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, without the usage; argparse exits with 2 as it is."""
+    """A parser that prints errors in one line, without the usage. The exit code is 2, as in argparse."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")

@@ -1,4 +1,4 @@
-"""Trained networks: loaded from checkpoints, run on their test images, and used to start another training."""
+"""Trained networks: load them from checkpoints, run them on test images, and use them to initialise a training."""
 
 import re
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from utils import get_test_data
 
 @dataclass
 class Evaluation:
-    """What a network predicts for the test images.
+    """The predictions of a network for the test images.
 
-    labels: (N,) true classes; probabilities: (N, n_classes); names: of the classes; images: an `Images`; checkpoint:
-    the file that the network was loaded from.
+    labels: the true classes, (N,); probabilities: (N, n_classes); names: the names of the classes; images: the test
+    images, an `Images`; checkpoint: the file that the network was loaded from.
     """
 
     labels: np.ndarray
@@ -38,29 +38,29 @@ class Evaluation:
         return float((self.probabilities.argmax(1) == self.labels).mean())
 
     def confusion(self):
-        """Counts, (true class, predicted class)."""
+        """The confusion matrix: counts, (true class, predicted class)."""
         counts = np.zeros((len(self.names), len(self.names)), dtype=int)
         np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
         return counts
 
     def wrong(self):
-        """The indices of the images that were predicted wrongly, the largest probability first."""
+        """The indices of the misclassified images, in order of decreasing probability of the predicted class."""
         guesses = self.probabilities.argmax(1)
         indices = np.flatnonzero(guesses != self.labels)
         return indices[np.argsort(-self.probabilities[indices, guesses[indices]], kind="stable")].tolist()
 
     def image(self, i):
-        """A test image before any transform, an array."""
+        """A test image as an array, before any transform."""
         return np.asarray(self.images.source[i][0])
 
 
 def file_of(path):
-    """The file that a user means by a path to a checkpoint, or to a run's folder, whose best is meant."""
+    """The checkpoint file for a path: best.pt if the path is a run's folder, else the path itself."""
     return RunFolder(path).best if Path(path).is_dir() else Path(path)
 
 
 def load_trained(path):
-    """The checkpoint of an augment run: a file, or the best in a run's folder. Raises UserError if it is not one."""
+    """Load the checkpoint of an augment run. path: see `file_of`. Raises UserError if it is not such a checkpoint."""
     path = file_of(path)
     try:
         checkpoint = load_checkpoint(path)
@@ -74,7 +74,7 @@ def load_trained(path):
 
 
 def load_network(checkpoint, device):
-    """The trained network of a checkpoint, ready for inference."""
+    """The trained network of a checkpoint, an `AugmentCNN` in eval mode."""
     config, state, results = checkpoint["config"], checkpoint["keeps"]["net"], checkpoint["results"]
     net = AugmentCNN(
         results["input_size"],
@@ -91,27 +91,27 @@ def load_network(checkpoint, device):
 
 
 def start_from(net, checkpoint, classes):
-    """Load a checkpoint's weights into a network of the same cells; its classifiers only if the classes are the same.
+    """Initialise a network with the weights of a checkpoint; the classifiers only if the classes are the same.
 
-    classes: the names of those that the network is to tell apart. Raises UserError, naming what doesn't fit.
+    classes: the class names of the new training. Raises UserError if other tensors are missing or of another shape.
     """
     saved, state = checkpoint["keeps"]["net"], net.state_dict()
     classifiers = {name for name in state if re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)}
     missing = {name for name in state if name not in saved or saved[name].shape != state[name].shape}
-    others = [name for name in state if name in missing - classifiers]
-    if others:
+    errors = [name for name in state if name in missing - classifiers]
+    if errors:
         raise ranks.user_error(
-            f"--init-checkpoint is of another network: {len(others)} of {len(state)} tensors are missing or of another "
-            f"shape, first {others[0]}"
+            f"--init-checkpoint is of another network: {len(errors)} of {len(state)} tensors are missing or of another "
+            f"shape, first {errors[0]}"
         )
     kept = missing if checkpoint["results"]["classes"] == classes else classifiers
     net.load_state_dict({name: state[name] if name in kept else saved[name] for name in state})
 
 
 def images_of(checkpoint, data_path=None):
-    """The `Images` that a trained network was tested on, normalised as in its training.
+    """The test images of a trained network, an `Images`, normalised as in its training.
 
-    data_path: where they are, if no longer where they were. Raises UserError where they are not the same.
+    data_path: their folder, if it is no longer that of the training. Raises UserError if they are not the same images.
     """
     results, saved = checkpoint["results"], checkpoint["config"]
     config = AugmentConfig(["--genotype", saved["genotype"]])
@@ -124,10 +124,10 @@ def images_of(checkpoint, data_path=None):
         image_channels=config.image_channels,
         skip_bad_images=config.skip_bad_images,
         crops=config.stem == "imagenet",
-        hold_out_by_name="data" in results,  # older runs chose their test images otherwise
+        hold_out_by_name="data" in results,  # older runs have no "data", and chose other test images
     )
     check_unchanged({"test": images}, results)
-    classes = results["classes"]  # of an older run they are all that is known
+    classes = results["classes"]  # an older run has no fingerprint, so only these are compared
     if images.class_names(len(classes)) != classes:
         raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(classes)}")
     return images
@@ -135,7 +135,7 @@ def images_of(checkpoint, data_path=None):
 
 @torch.no_grad()
 def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirror=False):
-    """The `Evaluation` of an augment run's folder (its best network) or a checkpoint, on its data set's test images.
+    """The `Evaluation` of a trained network on the test images. path: a checkpoint, or a run's folder for its best.pt.
 
     mirror: average the probabilities of each image and its mirror image.
     """

@@ -1,4 +1,4 @@
-"""Files that classify images without this code, from trained networks: ONNX, or `torch.export`'s .pt2."""
+"""Export trained networks as ONNX, or as .pt2 of `torch.export`: such files classify images without this code."""
 
 import copy
 import importlib.util
@@ -12,15 +12,15 @@ from torchvision import transforms
 from running.errors import UserError
 from running.loading import Images
 
-N_CHECKED = 100  # test images on which the file's logits are compared with the network's
-BATCH_SIZES = (1, 7)  # in which the file gets these images
-TOLERANCE = 1e-4  # of logits
-METADATA_FILE = "about.json"  # in a .pt2; ONNX has a place for metadata
+N_CHECKED = 100  # the number of test images on which the logits of file and network are compared
+BATCH_SIZES = (1, 7)  # of these images, for the exported file
+TOLERANCE = 1e-4  # on the difference of logits
+METADATA_FILE = "about.json"  # in a .pt2; ONNX has its own place for metadata
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Classifier(nn.Module):
-    """A copy of a network that takes pixels: it normalises them first, and has no auxiliary head.
+    """A copy of a network whose input is pixels in [0, 1]: it normalises them, and has no auxiliary head.
 
     mean, std: per channel, of pixels in [0, 1].
     """
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 def metadata(results):
-    """What the exported file says of itself: strings. results: those in the checkpoint."""
+    """The metadata of the exported file: name -> string. results: those in the checkpoint."""
     size, channels = results["input_size"], results["input_channels"]
     colours = {1: "grey", 3: "red, green, blue"}[channels]
     return {
@@ -68,7 +68,7 @@ def write_pt2(classifier, results, path):
 
 
 def read_pt2(path):
-    """The classifier in a .pt2 file, as a function from images to logits, numpy arrays."""
+    """Load a .pt2 file as a function from images to logits, both NumPy arrays."""
     module = torch.export.load(path).module()
     return lambda images: module(torch.from_numpy(images)).numpy()
 
@@ -99,8 +99,8 @@ def write_onnx(classifier, results, path):
 
 
 def read_onnx(path):
-    """The classifier in an ONNX file, as a function from images to logits, numpy arrays."""
-    import onnxruntime  # which only export needs
+    """Load an ONNX file as a function from images to logits, both NumPy arrays."""
+    import onnxruntime  # here, since only export.py needs it
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]
@@ -111,11 +111,11 @@ FORMATS = {".onnx": (write_onnx, read_onnx), ".pt2": (write_pt2, read_pt2)}
 
 @torch.no_grad()
 def check(exported, net, images):
-    """Compare an exported network with the one that it is from, on test images; returns the outcome in words.
+    """Compare the logits of an exported network and of the original on test images. Returns the result in words.
 
-    exported: a function from pixels to logits, numpy arrays; net: the network, which gets what the data set's
-    transforms make of the pixels. Raises RuntimeError where logits differ by more than `TOLERANCE`, relative to the
-    largest if that is above 1.
+    exported: a function from pixels to logits, NumPy arrays; net: the original, which gets the images as `images`
+    normalises them. Raises RuntimeError if logits differ by more than `TOLERANCE`, times the largest absolute logit if
+    that is above 1.
     """
     steps = images.transform.transforms
     raw = transforms.Compose([step for step in steps if not isinstance(step, transforms.Normalize)])
@@ -127,7 +127,7 @@ def check(exported, net, images):
         batches = (chosen[i : i + n] for i in range(0, len(chosen), n))
         logits = [exported(np.stack([pixels[i][0].numpy() for i in batch])) for batch in batches]
         outputs.append(np.concatenate(logits))
-    worst = float(np.max([np.abs(logits - expected) for logits in outputs]))  # NaN if one is
+    worst = float(np.max([np.abs(logits - expected) for logits in outputs]))  # NaN if any logit is
     if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise RuntimeError(f"the exported network's logits differ by {worst:.2g}; it is not kept")
     same = min(int((logits.argmax(1) == expected.argmax(1)).sum()) for logits in outputs)

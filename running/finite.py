@@ -1,4 +1,4 @@
-"""The check that a step's numbers are finite, before they spoil the weights."""
+"""Checks that losses and gradients are finite, before a step changes the weights."""
 
 import math
 
@@ -7,7 +7,7 @@ from running.folder import write_json
 
 
 def check_finite_mean(run, phase, loss):
-    """Raise UserError unless a pass's mean loss, the same number on all ranks, is finite; nothing is saved of it."""
+    """Raise UserError unless the mean loss of a validation pass is finite. All ranks must pass the same number."""
     if math.isfinite(loss):
         return
     message = (
@@ -19,10 +19,10 @@ def check_finite_mean(run, phase, loss):
 
 
 def check_finite(run, phase, loss, gradient_norm, optim, loaders):
-    """Raise UserError, and leave the step's samples in fault.json, unless loss and gradient norm are finite.
+    """Unless loss and gradient norm are finite, write the step's samples to fault.json and raise UserError.
 
-    phase: "alpha" or "w", the parameters that `optim` is about to step; loaders: name -> the `Loader` of a batch of the
-    step. To be called with the same numbers on all ranks. Reading them waits for the device.
+    phase: "alpha" or "w", the parameters that `optim` is going to update; loaders: name -> the `Loader` of a batch of
+    this step. All ranks must pass the same numbers. Reading them synchronises with the device.
     """
     if math.isfinite((loss.detach() + gradient_norm).item()):
         return

@@ -1,6 +1,6 @@
-"""A run's folder: the names of its files, and what is done to the folder as a whole.
+"""The folder of a run: the names of its files, and the operations on the folder as a whole.
 
-Nothing here needs torch, so that command lines are read without it.
+This module does not import torch, so that command lines are read without it.
 """
 
 import json
@@ -13,7 +13,7 @@ from running.errors import UserError
 
 
 class RunFolder:
-    """The folder of a run, with the path of each of its files as an attribute. Nothing is created or read yet.
+    """The folder of a run, with the path of each of its files as an attribute. Creates and reads nothing.
 
     path: `RUNS_PATH/search/NAME` or `RUNS_PATH/augment/NAME`.
     """
@@ -22,19 +22,19 @@ class RunFolder:
         self.path = Path(path)
 
         self.config = self.path / "config.json"  # the options
-        self.launcher = self.path / "launcher.txt"  # the process that started the run, see `launcher`
+        self.launcher = self.path / "launcher.txt"  # identifies the process that started the run, see `launcher`
 
         self.checkpoint = self.path / "checkpoint.pt"  # the last
         self.previous = self.path / "previous.pt"  # the one before
-        self.best = self.path / "best.pt"  # the one of the best epoch
+        self.best = self.path / "best.pt"  # the checkpoint of the epoch with the best accuracy
 
         self.log = self.path / "log.txt"
         self.tensorboard = self.path / "tb"  # a folder of event files
         self.plots = self.path / "plots"  # a folder of pictures of cells
-        self.genotype = self.path / "genotype.json"  # of a search: the last genotype and the best
-        self.history = self.path / "history.json"  # of a search: each epoch's genotype and validation accuracy
-        self.summary = self.path / "summary.json"  # the results, once the run is done
-        self.fault = self.path / "fault.json"  # the batch whose loss or gradient was not finite
+        self.genotype = self.path / "genotype.json"  # search only: the genotypes of the last and of the best epoch
+        self.history = self.path / "history.json"  # search only: genotype and validation accuracy of each epoch
+        self.summary = self.path / "summary.json"  # the results, written at the end of the run
+        self.fault = self.path / "fault.json"  # the batches of the step whose loss or gradient was not finite
         self.report = self.path / "report.html"
 
     def __str__(self):
@@ -47,7 +47,7 @@ class RunFolder:
         if not self.path.is_dir():
             raise UserError(f"{self} is a file; choose another --name")
         if all(path.suffix == ".tmp" or path == self.launcher for path in self.path.iterdir()):
-            return  # a run that was killed before it wrote anything
+            return  # left by a run that was killed before it wrote config.json
         if not self.config.is_file():
             raise UserError(f"{self} holds files that are no run's; choose another --name")
         if not overwrite:
@@ -57,7 +57,7 @@ class RunFolder:
             )
 
     def create(self, options, overwrite):
-        """Create the folder, with the options in config.json; with `overwrite`, delete what it holds."""
+        """Create the folder if necessary, and write config.json. With `overwrite`, delete the old contents first."""
         if overwrite and self.path.is_dir():
             self.delete()
         self.plots.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,10 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def check_room(self):
-        """Raise OSError unless there is room for a run's three checkpoints, and for the one that is being written.
+        """Raise OSError unless the disk has room for three checkpoints and for a fourth while it is written.
 
-        To be called when the start is saved. Later checkpoints are taken to be twice as large: they have the
-        optimizers' buffers.
+        To be called after the first checkpoint is saved. Later ones are assumed to be twice as large, since they
+        contain the optimizers' buffers.
         """
         needed = 4 * 2 * self.checkpoint.stat().st_size
         free = shutil.disk_usage(self.path).free
@@ -79,15 +79,15 @@ class RunFolder:
             raise OSError(f"its checkpoints need {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
 
     def log_size(self):
-        """The length of the log, in bytes."""
+        """The length of log.txt in bytes."""
         return self.log.stat().st_size if self.log.exists() else 0
 
     def event_sizes(self):
-        """The lengths of TensorBoard's files: name -> bytes."""
+        """The lengths of TensorBoard's event files: name -> bytes."""
         return {path.name: path.stat().st_size for path in self.tensorboard.glob("events.*")}
 
     def cut_off(self, log_size, event_sizes):
-        """Shorten the log and TensorBoard's files to these lengths: what came after a checkpoint will be done again."""
+        """Truncate log.txt and the event files to the lengths at a checkpoint, since the steps after it run again."""
         sizes = {self.log: log_size}
         sizes |= {path: event_sizes.get(path.name, 0) for path in self.tensorboard.glob("events.*")}
         for path, size in sizes.items():
@@ -96,9 +96,9 @@ class RunFolder:
 
 
 def write_temporary(path, data):
-    """Write bytes to a temporary file beside `path`, flushed to disk; returns it, to be renamed.
+    """Write bytes to a temporary file in the folder of `path`, and flush it to disk. Returns its path, to be renamed.
 
-    Raises OSError if it cannot be written, and leaves nothing then.
+    If it cannot be written, deletes it and raises OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -113,20 +113,20 @@ def write_temporary(path, data):
 
 
 def write_json(path, content):
-    """Write a JSON file atomically: a reader, or a kill, finds the old file or the new one, never a part.
+    """Write a JSON file atomically: at any time, `path` is the old or the new file, even if the process is killed.
 
-    Raises OSError if it cannot be written; the old file stays then.
+    Raises OSError if it cannot be written; then the old file remains.
     """
     os.replace(write_temporary(path, (json.dumps(content, indent=2) + "\n").encode()), path)
 
 
 def launcher():
-    """The process that started this one: host, number and start time, which no two processes share.
+    """A unique identifier of the parent process: host, process id and start time.
 
-    A restart by the same torchrun finds the same. torchrun's own count of restarts would not do: it leaves out those
-    that another machine's ranks were the cause of.
+    It is the same after torchrun restarts its ranks. torchrun's own count of restarts cannot be used instead: it does
+    not count restarts that ranks on another machine caused.
     """
     parent = os.getppid()
-    status = Path(f"/proc/{parent}/stat")  # on Linux; its 22nd field is when the process started
+    status = Path(f"/proc/{parent}/stat")  # Linux only; field 22 is the start time
     started = status.read_text().rpartition(")")[2].split()[19] if status.is_file() else ""
     return f"{socket.gethostname()} {parent} {started}"

@@ -1,6 +1,6 @@
-"""Folders of images, a folder for each class: which files are images of which class, and how one is read.
+"""Image folders with a subfolder for each class: how images are listed and read.
 
-Only the names of files are read until an image is asked for, in time linear in their number.
+Listing reads file names only, in time linear in their number. An image is read when it is indexed.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from PIL import Image, ImageOps
 from running.errors import UserError, warn
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what a file holds, whatever its name ends in
-SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # which file managers leave behind
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # accepted formats of the content of a file
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by file managers, and ignored
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-MAX_ASPECT_RATIO = 100  # scaled until its shorter side fits, a longer image would take gigabytes
-LISTED = 10  # names in a message, at most
+MAX_ASPECT_RATIO = 100  # a longer image would take gigabytes when its shorter side is scaled to size
+LISTED = 10  # the largest number of names in a message
 
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of metadata, which no pixel depends on
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about metadata, which does not affect pixels
 
-warn_once = functools.cache(warn)  # a folder without val/ is listed for its training and for its test images
+warn_once = functools.cache(warn)  # a folder without val/ is listed twice, for training and for test images
 
 
 class ImageFolder:
-    """The images in root/CLASS/ and the folders in it, class by class, in the order of their paths.
+    """The images in root/CLASS/ and its subfolders, sorted by class and path.
 
-    folder[i] is (PIL image, label). classes: the classes' names, sorted, with bytes that are no UTF-8 written as \\xNN;
-    names: the files, relative to root, with slashes; labels: an index into `classes` for each.
+    folder[i] is (PIL image, label). classes: the names of the classes, sorted, with bytes that are not UTF-8 written as
+    \\xNN; names: the files' paths relative to root, with slashes; labels: for each image an index into `classes`.
     """
 
     def __init__(self, root, classes, names, labels, read):
@@ -40,7 +40,7 @@ class ImageFolder:
         self.classes = classes
         self.names = names
         self.labels = labels
-        self.read = read  # function of a file's path that returns a PIL image
+        self.read = read  # function: file path -> PIL image
 
     def __len__(self):
         return len(self.names)
@@ -49,16 +49,16 @@ class ImageFolder:
         return self.read(os.path.join(self.root, self.names[i])), self.labels[i]
 
     def part(self, indices):
-        """The folder with these images only."""
+        """An `ImageFolder` with only the images of these indices."""
         names, labels = ([values[i] for i in indices] for values in (self.names, self.labels))
         return ImageFolder(self.root, self.classes, names, labels, self.read)
 
 
 def list_folder(root, read, skip_bad_images=False):
-    """The `ImageFolder` at `root`. Warns of what in it is left out: hidden names, files that are no images.
+    """List the `ImageFolder` at `root`. Warns if it leaves out anything: hidden names, files that are not images.
 
     skip_bad_images: read all images first, and leave out those that cannot be read, with a warning that counts them.
-    Raises UserError unless there are two classes or more, each with an image.
+    Raises UserError unless there are at least two classes, each with an image.
     """
     root = str(root)
     if not os.path.isdir(root):
@@ -87,9 +87,9 @@ def list_folder(root, read, skip_bad_images=False):
 
 
 def _images_of_class(root, name, left_out):
-    """The files of images in root/name and in the folders in it, relative to root.
+    """The image files in root/name and its subfolders, as paths relative to root.
 
-    Links are followed, to each folder once. Adds the names of what is left out to `left_out`.
+    Symbolic links are followed, but each folder is entered only once. Names that are left out are added to `left_out`.
     """
     entered = {_identity(path) for path in (root, *Path(root).resolve().parents)}
     images = {}  # folder: files
@@ -128,7 +128,7 @@ def _leave_out(name, reason, left_out):
 
 
 def _identity(path):
-    """What tells a folder from others, whatever links lead to it."""
+    """An identifier of a folder that is the same for all links to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
@@ -142,7 +142,7 @@ def _check_classes_have_images(folder, rest_of_complaint):
 
 
 def _readable_part(folder):
-    """The images of a folder that can be read."""
+    """The part of an `ImageFolder` whose images can be read. Reads all of them."""
 
     def complaint(i):
         try:
@@ -162,17 +162,17 @@ def _readable_part(folder):
 
 
 def listed(words):
-    """The words with commas, at most the first ten."""
+    """The words, separated by commas; only the first `LISTED`, and how many more there are."""
     return ", ".join(words[:LISTED]) + (f" and {len(words) - LISTED} more" if len(words) > LISTED else "")
 
 
 def open_image(file, size, mode):
-    """The image's centre, as a square of `size` pixels a side; the whole image where size is None.
+    """The centre crop of an image, scaled to `size` pixels a side; the whole image if size is None.
 
-    mode: "L" or "RGB". The image is turned as its EXIF orientation says; what is transparent is laid on white; of 16
-    bits the upper 8 are kept, as they lie: a camera's 12 bits in a file of 16 become nearly black. Of several frames
-    or pages it is the first. Raises UserError where it cannot be read, or is more than `MAX_ASPECT_RATIO` times as long
-    as it is wide.
+    mode: "L" or "RGB". The image is rotated by its EXIF orientation. Transparent parts are blended with white. Of 16
+    bits the upper 8 are used without rescaling, so a camera's 12 bits in a 16-bit file become nearly black. Of several
+    frames or pages the first is used. Raises UserError if the image cannot be read, or its aspect ratio is above
+    `MAX_ASPECT_RATIO`.
     """
     try:
         with Image.open(file, formats=FORMATS) as opened:
@@ -181,10 +181,10 @@ def open_image(file, size, mode):
                 width, height = opened.size
                 raise ValueError(f"it has {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1")
             opened.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data: the image is as it is stored
+            with contextlib.suppress(Exception):  # damaged EXIF data: the image is not rotated
                 ImageOps.exif_transpose(opened, in_place=True)
             image = _eight_bits(opened, mode)
-    except Exception as error:  # damaged files make the readers raise a dozen types
+    except Exception as error:  # for damaged files, readers raise a dozen different types
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read the image {file}: {reason}; --skip-bad-images goes on without it") from None
     if size is None:
@@ -197,7 +197,7 @@ def open_image(file, size, mode):
 
 
 def _eight_bits(image, mode):
-    """An image of any mode in 8 bits a channel, mode "L" or "RGB", what is transparent laid on white."""
+    """Convert an image of any mode to 8 bits per channel, mode "L" or "RGB", blended with white."""
     if image.mode == "F":
         raise ValueError("its pixels are real numbers, of no known range")
     if image.mode.startswith("I"):  # which `convert` would clip at 255
@@ -206,13 +206,13 @@ def _eight_bits(image, mode):
         layer = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(layer, mask=layer.getchannel("A"))
-    if image.mode == "LAB":  # for which Pillow has no direct way to grey
+    if image.mode == "LAB":  # Pillow cannot convert LAB to grey directly
         image = image.convert("RGB")
     return image.convert(mode)
 
 
 def _from_integers(image):
-    """The upper 8 of the 16 bits of grey levels, or of 12 where a TIFF file says so; mode "L"."""
+    """Convert 16-bit grey levels, or 12-bit ones if a TIFF tag says so, to the upper 8 bits, mode "L"."""
     levels = np.asarray(image)
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError(f"its pixels reach from {levels.min()} to {levels.max()}, where 0 to 65535 is read")

@@ -1,4 +1,4 @@
-"""Labelled images in batches, whose randomness depends on (seed, epoch, sample) alone."""
+"""Labelled images and their batches. Augmentation and order depend only on seed, epoch and sample."""
 
 import atexit
 import hashlib
@@ -19,10 +19,11 @@ from running.signals import STOP_SIGNALS
 
 
 class Images(Dataset):
-    """Labelled images, transformed; what the transforms draw depends on (seed, epoch, sample) alone.
+    """Labelled images with their transforms. The random numbers of a transform depend only on (seed, epoch, sample).
 
-    Indexed by (epoch, sample), or by sample for epoch 0, so that it doesn't matter which process loads an image.
-    `labels` are all images' labels, at no cost.
+    Indexed by (epoch, sample), or by sample for epoch 0, so that it does not matter which process loads an image.
+    labels: the labels of all images, known without reading the images; plain_transform: the transform without
+    augmentation.
     """
 
     def __init__(self, source, labels, transform, plain_transform, seed):
@@ -37,7 +38,7 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         epoch, sample = key if isinstance(key, tuple) else (0, key)
-        sample = range(len(self))[sample]  # IndexError past the end, as any sequence
+        sample = range(len(self))[sample]  # negative indices, and IndexError past the end, as in any sequence
         image, label = self.source[sample]
         generator = torch.default_generator  # torch.manual_seed would reset CUDA's generators too
         state = generator.get_state()
@@ -48,31 +49,31 @@ class Images(Dataset):
             generator.set_state(state)
 
     def without_augmentation(self):
-        """The same images, as they are in validation."""
+        """The same images with the transform of validation."""
         return Images(self.source, self.labels, self.plain_transform, self.plain_transform, self.seed)
 
     def class_names(self, n):
-        """The names of the n classes, where the data set tells, else their numbers."""
+        """The names of the n classes if the data set has them, else their numbers as strings."""
         source = self.source
-        while hasattr(source, "dataset"):  # a part of another
+        while hasattr(source, "dataset"):  # a torch.utils.data.Subset
             source = source.dataset
         names = getattr(source, "classes", None)
         return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
 
     def class_counts(self):
-        """The number of images of each class: name -> number, in the order of labels."""
+        """The number of images in each class: name -> number, in the order of the labels."""
         counts = np.bincount(self.labels).tolist()
         return dict(zip(self.class_names(len(counts)), counts))
 
     def describe_classes(self):
-        """The classes with their numbers of images, for a log line; of many the first."""
+        """The first classes with their numbers of images, for a log line."""
         return listed([f"{name} {count}" for name, count in self.class_counts().items()])
 
     def fingerprint(self):
-        """What is saved with a run, to tell later whether these are still its images; of built-in types.
+        """A dict of built-in types, saved with a run to check later whether the images are still the same.
 
-        classes: `class_counts`; sha256: of the labels in order, each with its file's name where images are files. No
-        image is read: pixels that change under the same name are not noticed.
+        classes: `class_counts`; sha256: of the labels in order, each with the file name if images are files. Images are
+        not read, so a file that changes but keeps its name is not noticed.
         """
         names = getattr(self.source, "names", [""] * len(self))
         lines = (os.fsencode(name) + b"\0%d\n" % label for name, label in zip(names, self.labels))
@@ -80,16 +81,16 @@ class Images(Dataset):
         return {"classes": self.class_counts(), "sha256": digest}
 
     def normalisation(self):
-        """The (mean, std) per channel by which the pixels, in [0, 1], are normalised."""
+        """The (mean, std) per channel that normalise the pixels, which are in [0, 1]."""
         normalise = next(step for step in self.transform.transforms if isinstance(step, transforms.Normalize))
         return tuple(normalise.mean), tuple(normalise.std)
 
 
 def difference(before, now):
-    """What differs between two of `Images.fingerprint`'s, in words; None where they are equal."""
+    """Describe the difference of two results of `Images.fingerprint` in words; None if they are equal."""
     old, new = before["classes"], now["classes"]
-    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
-    words = [f"without class {listed(gone)}"] * bool(gone) + [f"with new class {listed(added)}"] * bool(added)
+    removed, added = [name for name in old if name not in new], [name for name in new if name not in old]
+    words = [f"without class {listed(removed)}"] * bool(removed) + [f"with new class {listed(added)}"] * bool(added)
     counts = [f"{new[name]} of {name}, not {old[name]}" for name in old if new.get(name, old[name]) != old[name]]
     words += [f"images: {listed(counts)}"] * bool(counts)
     if not words and list(old) != list(new):
@@ -100,10 +101,10 @@ def difference(before, now):
 
 
 def check_unchanged(images, results):
-    """Raise UserError, saying what differs, unless these images are those of a run.
+    """Raise UserError, which says what differs, unless these images are those of a saved run.
 
-    images: "training" or "test" -> `Images`; results: those saved with the run, whose "data" has fingerprints under the
-    same names. A run of an older version has none, and is accepted.
+    images: "training" or "test" -> `Images`; results: the saved results of the run, where results["data"] has the
+    fingerprints under the same keys. Runs of older versions have no fingerprints, and are not checked.
     """
     before = results.get("data", {})
     for name in images.keys() & before.keys():
@@ -113,9 +114,9 @@ def check_unchanged(images, results):
 
 
 class Batches(Sampler):
-    """This rank's rows of batches of (epoch, sample) keys, in an order that depends on (seed, epoch) alone.
+    """Yields this rank's rows of each batch, as (epoch, sample) keys. The order depends only on (seed, epoch).
 
-    In training (`shuffle`) a last batch of a single image is left out: BN has no statistics of one value.
+    With `shuffle`, in training, a last batch of a single image is dropped, since BN needs more than one value.
     """
 
     def __init__(self, samples, batch_size, shuffle, seed):
@@ -123,7 +124,7 @@ class Batches(Sampler):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.epoch = self.first = 0  # of the next pass: its epoch, and the batch that it starts with
+        self.epoch = self.first = 0  # epoch and first batch of the next iteration; set by `Loader.epoch`
 
     def __len__(self):
         n = len(self.samples)
@@ -134,11 +135,11 @@ class Batches(Sampler):
             yield [(self.epoch, sample) for sample in samples[ranks.rows(len(samples))].tolist()]
 
     def size(self, i):
-        """The images in the i-th batch, over all ranks."""
+        """The number of images in the i-th batch, over all ranks."""
         return min(self.batch_size, len(self.samples) - i * self.batch_size)
 
     def of(self, epoch):
-        """The batches of an epoch, each an array of samples."""
+        """The global batches of an epoch: a list of arrays of sample indices."""
         samples = self.samples
         if self.shuffle:
             samples = np.random.default_rng([self.seed, epoch]).permutation(samples)
@@ -146,9 +147,9 @@ class Batches(Sampler):
 
 
 class Loader:
-    """This rank's rows of each epoch's batches, loaded by `workers` processes, channels-last on `device`.
+    """Loads this rank's rows of each batch, in `workers` processes, as channels-last tensors on `device`.
 
-    images: an `Images`; samples: the indices of those to use. `len(loader)` is the number of batches.
+    images: an `Images`; samples: the indices of the images to use. `len(loader)` is the number of batches.
     """
 
     def __init__(self, images, samples, batch_size, device, workers=0, shuffle=True, seed=0):
@@ -162,7 +163,7 @@ class Loader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # of its own, so that creating workers draws nothing from the global one
+            generator=torch.Generator(),  # so that creating workers draws no number from the global generator
             worker_init_fn=_leave_signals_to_the_main_process,
         )
 
@@ -170,13 +171,13 @@ class Loader:
         return len(self.batches)
 
     def samples(self, epoch, batch):
-        """The indices of the images in a batch of an epoch."""
+        """The indices of the images in a global batch of an epoch."""
         return self.batches.of(epoch)[batch]
 
     def epoch(self, epoch, first=0):
-        """Yield (X, y, n) from batch `first` on: (N, C, H, W) float and (N,) integer tensors on the device.
+        """Yield (X, y, n) for each batch from number `first`: images (N, C, H, W) and labels (N,), on the device.
 
-        They are this rank's rows of a global batch of n images.
+        X and y are this rank's rows of a global batch of n images.
         """
         self.batches.epoch, self.batches.first = epoch, first
         try:
@@ -186,7 +187,7 @@ class Loader:
                     y.to(self.device, non_blocking=True),
                     self.batches.size(i),
                 )
-        except UserError as error:  # a worker's comes with its traceback, the message last
+        except UserError as error:  # from a worker: its text is a traceback, with the message in the last line
             raise UserError(str(error).splitlines()[-1].removeprefix("running.errors.UserError: ")) from None
 
 
@@ -197,13 +198,13 @@ def _leave_signals_to_the_main_process(worker):
 
 @atexit.register
 def _end_workers():
-    """Python waits for its workers at the end, and asks them by SIGTERM, to which these don't listen."""
+    """Kill the workers at exit. Python would send SIGTERM, which they ignore, and wait for them forever."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would take their end for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report their end as a failure
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def mix(*numbers):
-    """One seed from several natural numbers, so that neighbouring ones have nothing in common."""
+    """Derive one seed from several natural numbers. Seeds of neighbouring numbers are unrelated."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

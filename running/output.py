@@ -1,6 +1,6 @@
-"""Standard output and error, whatever they are: closed, full, a pipe that nobody reads, of another encoding.
+"""Robust standard output and error: they may be closed, a full disk, a broken pipe, or have a limited encoding.
 
-What cannot be written there is lost; the run goes on, and its log has it.
+Output that cannot be written is dropped. The run continues, and log.txt has the output.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import sys
 
 @contextlib.contextmanager
 def surviving_output():
-    """Inside, what is written to standard output and error never ends the program."""
+    """Inside, a failure to write to standard output or error does not stop the program."""
     _open_closed_ones()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Survivor(sys.stdout, "standard output"), _Survivor(sys.stderr, "standard error")
@@ -23,18 +23,18 @@ def surviving_output():
 
 
 def _open_closed_ones():
-    """Let the descriptors 0 to 2 be the null device where they are closed: a file of the run must not get one."""
+    """Open the null device for closed descriptors 0 to 2, since a file of the run could get their number otherwise."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `descriptor`
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- as long as the process lives
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- open until the process ends
 
 
 class _Survivor:
-    """A text stream that loses what it cannot write. Letters that its encoding lacks are written as escapes."""
+    """A text stream that drops what it cannot write. Characters that its encoding lacks are written as escapes."""
 
     def __init__(self, stream, name):
         self.stream, self.name = stream, name
@@ -55,7 +55,7 @@ class _Survivor:
             self._give_up(error)
 
     def _give_up(self, error):
-        """Send what is left, and all that follows, to the null device; say so unless it is a pipe that nobody reads."""
+        """Redirect the stream to the null device. Warn if it is standard output, except for a broken pipe."""
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         if not isinstance(error, BrokenPipeError) and self.name == "standard output":

@@ -1,4 +1,4 @@
-"""Averages over a pass through the data, shown as it goes on."""
+"""Averages of loss and accuracy over a pass through the data, and a progress bar."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from utils import AverageMeter, accuracy
 
 
 class Meters:
-    """Averages of loss, top 1 and top 5 (fractions) over a pass through the data of n_steps batches.
+    """Averages of loss, top-1 and top-5 accuracy (fractions) over a pass of n_steps batches.
 
-    `show` shows them: on a terminal as a progress bar with the time left, elsewhere as a log line every `print_freq`
-    steps. position: that of the run (see `EPOCH_START`) in an epoch's training, which may have been interrupted.
-    steps_done: batches so far, those before an interruption included.
+    `show` displays them: on a terminal as a progress bar with the time left, elsewhere as a log line every `print_freq`
+    steps. position: the position in an epoch's training from which the run resumes, see `EPOCH_START`. steps_done: the
+    number of batches so far, including those before an interruption.
     """
 
     def __init__(self, run, title, n_steps, position=EPOCH_START):
@@ -42,14 +42,14 @@ class Meters:
         return self.loss, self.top1, self.top5
 
     def state(self):
-        """The averages, in built-in types."""
+        """The averages as built-in types, for a checkpoint."""
         return [dict(vars(meter)) for meter in self._all()]
 
     def update(self, loss, logits, y, n):
-        """Add a batch of n images, over all ranks. loss and logits: this rank's, at labels y.
+        """Add a global batch of n images. loss, logits, y: those of this rank's rows.
 
-        Reading the numbers waits for the device, so: once a step, after its work is queued. On several ranks the
-        signals that any of them received come in the same message, so that all stop after the same step.
+        Call it once per step, after the step's work is queued, since reading the numbers synchronises with the device.
+        On several ranks the same all-reduce exchanges the received signals, so that all ranks stop after the same step.
         """
         means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
         if ranks.size() > 1:
@@ -61,7 +61,7 @@ class Meters:
         self.steps_done += 1
 
     def show(self):
-        """Show the step: move the progress bar, or log a line if it is time for one."""
+        """Advance the progress bar; without one, log a line every `print_freq` steps."""
         if not self.bar.disable:
             self.bar.set_postfix_str(str(self), refresh=False)
             self.bar.update()
@@ -73,7 +73,7 @@ class Meters:
         return (time.monotonic() - self.started) / max(self.steps_done - self.steps_before, 1)
 
     def write_scalars(self, prefix, attribute="avg"):
-        """Write the averages, or the last values (`val`), to TensorBoard."""
+        """Write the averages (attribute "avg") or the values of the last batch ("val") to TensorBoard."""
         for name in ("loss", "top1", "top5"):
             self.run.scalar(f"{prefix}/{name}", getattr(getattr(self, name), attribute))
 

@@ -1,4 +1,4 @@
-"""One run on several processes, the ranks, each with some rows of every batch.
+"""Distributed training: several processes (ranks) share a run, and each computes some rows of every batch.
 
 torchrun starts the ranks and connects them. Without it there is one rank, and averages and barriers do nothing. Let
 L_r be the mean loss over the n_r rows of rank r. The loss of the global batch is sum_r n_r L_r / sum_r n_r, and its
@@ -25,12 +25,12 @@ from torch.distributed.rendezvous import rendezvous
 from running.errors import OtherRankError, UserError
 
 MIN_ROWS_PER_RANK = 2  # BN has no statistics of a single value
-TIMEOUT = timedelta(hours=1)  # for a rank that is still downloading, or reading all images of a folder
+TIMEOUT = timedelta(hours=1)  # for communication: a rank may be downloading data, or reading all images of a folder
 
 
 @contextlib.contextmanager
 def group():
-    """Inside, this process is connected with the other ranks, if torchrun has started it."""
+    """Inside, this process is connected to the other ranks if torchrun started it."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -49,22 +49,22 @@ def group():
         yield
         dist.barrier()
     finally:
-        if not cuda or sys.exc_info()[0] is None:  # NCCL would wait for ranks that may be gone
+        if not cuda or sys.exc_info()[0] is None:  # after an error NCCL would wait for ranks that may have ended
             dist.destroy_process_group()
 
 
 def _fresh_store(store, rank, size):
-    """A part of torchrun's store that holds nothing of an earlier attempt, the same part on all ranks.
+    """A part of torchrun's key-value store that is the same on all ranks and empty at every restart.
 
-    torchrun keeps its store when it restarts the ranks, and they would find addresses of processes that are gone. Its
-    count of restarts cannot tell the attempts apart: each machine has its own. So each rank stores a new random word,
-    and goes on when rank 0 has read it. Rank 0's word names the part.
+    torchrun keeps its store when it restarts the ranks, so it has addresses of processes that have ended. torchrun's
+    count of restarts cannot distinguish the attempts, since each machine has its own count. So each rank stores a new
+    random word, and waits until rank 0 has read it. Rank 0's word is the prefix of the keys.
     """
     keys, word = [f"word of {i}" for i in range(size)], uuid.uuid4().hex
     store.set(keys[rank], word)
     if rank == 0:
         answers = [f"{word} has been read by {i}" for i in range(1, size)]
-        while answers and not store.check(answers):  # until then some of the words may be of an earlier attempt
+        while answers and not store.check(answers):  # before that, some words may be of an earlier attempt
             store.set("words", " ".join(store.get(key).decode() for key in keys))
             time.sleep(0.05)
         return dist.PrefixStore(word, store)
@@ -75,7 +75,7 @@ def _fresh_store(store, rank, size):
 
 
 def rank():
-    """This process's number, from 0. Only rank 0 writes."""
+    """The number of this process, from 0. Only rank 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -85,14 +85,15 @@ def size():
 
 
 def local_rank():
-    """This process's number on its machine."""
+    """The number of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rows(n):
-    """The rows of a global batch of n that this rank takes, a slice. The ranks' parts are as even as possible.
+    """This rank's rows of a global batch of n, as a slice. The numbers of rows differ by at most one between ranks.
 
-    A batch too small to give each rank `MIN_ROWS_PER_RANK` goes to every rank as a whole, which changes no mean.
+    If there are fewer than `MIN_ROWS_PER_RANK` rows for each rank, every rank gets the whole batch. That changes no
+    mean.
     """
     if n < MIN_ROWS_PER_RANK * size():
         return slice(0, n)
@@ -100,9 +101,9 @@ def rows(n):
 
 
 def row_weighted(loss, y):
-    """This rank's mean loss, times its number of rows, as `average` takes it; on one rank the mean loss itself.
+    """The mean loss times the number of this rank's rows, as `average` needs it; with one rank the mean loss itself.
 
-    y: the labels of the rank's rows.
+    y: the labels of this rank's rows.
     """
     return loss * len(y) if size() > 1 else loss
 
@@ -110,9 +111,9 @@ def row_weighted(loss, y):
 def average(tensors, y):
     """Average over the ranks, weighted by their numbers of rows: sum_r t_r / sum_r n_r, a list of tensors.
 
-    tensors: this rank's row-weighted values t_r (see `row_weighted`) and gradients of such, of one floating type and on
-    one device; y: the labels of its n_r rows. They are sent as one message. All ranks get the same bits. On one rank,
-    the tensors themselves.
+    tensors: this rank's values t_r: row-weighted ones (see `row_weighted`) or gradients of row-weighted losses, all of
+    one dtype and on one device; y: the labels of its n_r rows. There is one all-reduce, and all ranks get the same
+    bits. With one rank it returns `tensors`.
     """
     if size() == 1:
         return tensors
@@ -127,10 +128,10 @@ def average(tensors, y):
 def average_step(loss, net, parameters, y, sync_bn):
     """After backward of a row-weighted loss: average gradients, running statistics and the loss over the ranks.
 
-    loss: this rank's mean loss over its rows, of labels y; parameters: those whose gradients are averaged, in place.
-    One without a gradient, as of a node that a genotype does not use, has none on any rank, and is left out. Unless
-    `sync_bn` has made them equal, BN's running statistics become the ranks' mean: a statistic updated by the mean of
-    some values is the mean of the statistics updated by each. Returns the loss over the global batch.
+    loss: the mean loss over this rank's rows; y: their labels; parameters: their gradients are averaged in place. A
+    parameter without a gradient is skipped: it has none on any rank, as in a node that the cell does not concatenate.
+    The running statistics of BN are averaged too, unless `sync_bn` has made them equal. (They are linear in the batch
+    statistics, so their average is what the averaged batch statistics give.) Returns the loss over the global batch.
     """
     if size() == 1:
         return loss
@@ -142,18 +143,18 @@ def average_step(loss, net, parameters, y, sync_bn):
 
 
 def wait():
-    """Wait until all ranks have come here."""
+    """A barrier: wait until all ranks call this."""
     if size() > 1:
         dist.barrier()
 
 
 def user_error(message):
-    """A UserError to be raised on all ranks alike, which rank 0 alone prints."""
+    """An error to be raised on all ranks: only rank 0 prints it. The caller must raise it on every rank."""
     return UserError(message) if rank() == 0 else OtherRankError(message)
 
 
 def on_rank_0(function):
-    """Run on rank 0 and return its result on every rank. If it raises, every rank stops; only rank 0 prints."""
+    """Call the function on rank 0, and return its result on every rank. If it raises, every rank stops."""
     if size() == 1:
         return function()
     result = failure = None
@@ -176,9 +177,9 @@ def on_rank_0(function):
 
 
 def in_turn(function):
-    """Run on rank 0, then on one rank of each other machine, then on the rest, and return each rank's own result.
+    """Call the function on rank 0, then on one rank of each other machine, then on the others. Returns its result.
 
-    So each machine downloads data once, and the other ranks find it. If it raises on a rank, every rank stops.
+    So each machine downloads data only once. If the function raises on any rank, every rank stops.
     """
     if size() == 1:
         return function()
@@ -227,10 +228,10 @@ def _tensors_in(state):
 
 
 def launch(gpus, script):
-    """Run this command on several GPUs of this machine, a rank each, as torchrun does, and exit with its code.
+    """Run this command again with a rank for each of several GPUs, as torchrun does, and exit with its exit code.
 
-    gpus: `all`, or CUDA devices' numbers, as in 0,1,2; script: the file that was run. Raises UserError where there are
-    no such devices.
+    gpus: `all`, or numbers of CUDA devices, as 0,1,2; script: the Python file to run. Raises UserError if there are no
+    such devices.
     """
     if dist.is_torchelastic_launched():
         raise user_error("--gpus starts the ranks itself; with torchrun leave it out")
@@ -259,9 +260,9 @@ def _without_gpus(words):
 
 
 def run_ranks(n, command):
-    """Run a Python script with its words on n ranks of this machine; returns the first failure's exit code, or 0."""
+    """Run a Python script on n ranks of this machine. Returns the exit code of the first rank that fails, or 0."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what is wrong
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank that fails prints its error
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -276,7 +277,7 @@ def run_ranks(n, command):
         raise SignalException("", signal.Signals(number))
 
     if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, pass_on)  # as the launcher does with SIGINT and SIGTERM
+        signal.signal(signal.SIGUSR1, pass_on)  # the launcher handles only SIGINT and SIGTERM
     try:
         elastic_launch(config, sys.executable)("-u", *map(str, command))
     except ChildFailedError as failed:

@@ -1,4 +1,4 @@
-"""A run: its folder, where it is, and how it is saved, stopped and resumed."""
+"""A run: its folder, its position, and how it is saved, stopped and resumed."""
 
 import contextlib
 import copy
@@ -19,15 +19,16 @@ from utils import get_logger, shell_quote
 
 
 class Run:
-    """What surrounds the loop of a script, from a start or a checkpoint to the summary. Only rank 0 writes.
+    """The state of a run of search.py or augment.py, except for its training loop. Only rank 0 writes files.
 
-    epoch: epochs done; step: steps of the weights' optimizer since the start, the x axis of every scalar; position:
-    where the run is in its next epoch, see `EPOCH_START`; log: writes a line to log.txt and standard output;
-    tensorboard: a tensorboardX.SummaryWriter. The last two write nothing before `start`, and on other ranks.
+    epoch: number of completed epochs; step: steps of the optimizer of w since the start, the x axis of every scalar;
+    position: the position in the current epoch, see `EPOCH_START`; log: a function that writes a line to log.txt and
+    standard output; tensorboard: a tensorboardX.SummaryWriter. On ranks other than 0, and before `start`, the last two
+    write nothing.
 
-    Creating a Run only checks that the folder may be used. `start` creates it, so that a mistake in the input that is
-    met on the way leaves nothing behind. Raises UserError where the folder holds a run that is neither to be resumed
-    nor to be overwritten.
+    The constructor only checks that the folder may be used. `start` creates it, so that errors in the input that are
+    detected before `start` leave no folder. Raises UserError if the folder has a run, and neither --resume nor
+    --overwrite is given.
     """
 
     def __init__(self, config):
@@ -38,7 +39,7 @@ class Run:
         self.epoch = self.step = 0
         self.position = dict(EPOCH_START)
         self.started = self.saved_at = time.monotonic()
-        self.seconds_before = 0.0  # of the parts before an interruption
+        self.seconds_before = 0.0  # the running time before the last interruption
         self.save_failed = False
         self.log = lambda line: None
         self.tensorboard = silent_writer()
@@ -48,12 +49,12 @@ class Run:
     # Start and end
 
     def start(self, state, results, **classes):
-        """Create the folder, open log and TensorBoard, and save the start; or load the checkpoint of the run to resume.
+        """Create the folder, open log and TensorBoard, and save a checkpoint; or load the one of the run to resume.
 
-        state: name -> the network or an optimizer, whose states are saved with the run; results: what else is saved, of
-        built-in types, as it is at the start; classes: network=..., architect=..., which a run must be resumed with.
-        Returns the results to go on with: a copy of those given, or of those in the checkpoint. Raises UserError where
-        there is no room, or the checkpoint does not fit.
+        state: name -> the network or an optimizer, saved by their `state_dict`; results: initial values of all else
+        that is saved, of built-in types; classes: network=..., architect=..., whose names are saved, since a run must
+        be resumed with the same classes. Returns a copy of `results`, or of the results in the checkpoint. Raises
+        UserError if the disk is full, or the checkpoint is of a run with other options, classes or tensors.
         """
         self.state, self.results = state, copy.deepcopy(results)
         self.classes = {role: kind.__name__ for role, kind in classes.items()}
@@ -70,12 +71,12 @@ class Run:
         return copy.deepcopy(self.results)
 
     def will_resume(self):
-        """Whether there is a checkpoint to go on from; a run that was killed early has none."""
+        """Whether `start` will load a checkpoint. With --resume there may be none, if the run was killed early."""
         files = self.folder.checkpoint, self.folder.previous
         return self.config.resume is not None and any(path.is_file() for path in files)
 
     def saved_results(self):
-        """The results in the checkpoint of the run to resume, on every rank; None if the run starts."""
+        """The results in the checkpoint of the run to resume, on every rank; None for a new run."""
         return ranks.on_rank_0(self._saved_results)
 
     def _saved_results(self):
@@ -86,7 +87,7 @@ class Run:
         return results if isinstance(results, dict) else None
 
     def _find_checkpoint(self):
-        """The checkpoint to go on from, or None at the start, and a warning if it is not the last, or None."""
+        """(checkpoint to resume or None, warning or None). There is a warning if a later checkpoint is damaged."""
         if self.config.resume is None:
             return None, None
         checkpoint, path, warning = find_checkpoint(self.folder, preferred=self.config.resume)
@@ -95,7 +96,7 @@ class Run:
         return checkpoint, warning
 
     def _restore(self, checkpoint):
-        """Load what `_save` saved."""
+        """Restore the state from a checkpoint of `_save`."""
         try:
             for name, part in self.state.items():
                 part.load_state_dict(checkpoint["keeps"][name])
@@ -105,16 +106,16 @@ class Run:
             raise ranks.user_error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
         self.epoch, self.step, self.seconds_before = (checkpoint[name] for name in ("epoch", "step", "seconds"))
         self.position, self.results = checkpoint["within"], checkpoint["results"]
-        if self.position["trained"]:  # the optimizer's steps before the scheduler's were an earlier process's
+        if self.position["trained"]:  # the optimizer's steps were in an earlier process, so PyTorch warns wrongly
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
     def _open(self, checkpoint):
-        """Create the folder, or go on writing in it where the checkpoint is."""
+        """Create the folder; when resuming, truncate its files to the checkpoint and append to them."""
         try:
             self.folder.create(self.config.as_dict(), self.config.overwrite)
             self.folder.cut_off(self.position["log"], checkpoint["events"] if checkpoint else {})
             self.log = get_logger(self.folder.log).info
-            # a TensorBoard that is showing the run forgets what came after the checkpoint
+            # purge_step: TensorBoard discards the events after the checkpoint
             self.tensorboard = event_writer(self.folder.tensorboard, purge_step=checkpoint and self.step + 1)
             if not checkpoint:
                 self._write_options()
@@ -139,7 +140,7 @@ class Run:
         return f"resumed after {within if self.position['batches'] else f'epoch {self.epoch}'}"
 
     def finish(self, **results):
-        """Write summary.json, and log the same in one line: `summary` and then name=value, separated by blanks."""
+        """Write summary.json, and log the same values in one line: `summary name=value name=value ...`."""
         ranks.on_rank_0(lambda: self._finish(results))
 
     def _finish(self, results):
@@ -154,14 +155,14 @@ class Run:
         if self.save_failed:
             raise UserError(f"the run's end could not be saved in {self.folder}; with room, --resume does it again")
 
-    # What the run tells
+    # Output
 
     def seconds(self):
-        """Seconds that the run has taken, over all its parts."""
+        """The running time in seconds, including that before interruptions."""
         return self.seconds_before + time.monotonic() - self.started
 
     def scalar(self, tag, value):
-        """Write a number to TensorBoard."""
+        """Write a number to TensorBoard, at the current step."""
         self.tensorboard.add_scalar(tag, value, self.step)
 
     def warn(self, text):
@@ -172,7 +173,7 @@ class Run:
 
     @contextlib.contextmanager
     def surviving_full_disk(self, name):
-        """Inside, a file that cannot be written costs a warning with its name, not the run."""
+        """Inside, an OSError becomes a warning with the file's name, and the run continues."""
         try:
             yield
         except OSError as error:
@@ -181,7 +182,7 @@ class Run:
     # Saving
 
     def note_position(self, meters):
-        """Note that the epoch's training is where the meters are, and all its lines up to there are in the log."""
+        """Set the position to that of the meters. All log lines of the steps so far must be in the log already."""
         self.position = {
             "batches": meters.steps_done,
             "trained": meters.steps_done == meters.n_steps,
@@ -190,19 +191,19 @@ class Run:
         }
 
     def save_if_due(self):
-        """Save the run at its position, every --checkpoint-minutes and when it is about to stop."""
+        """Save the run if --checkpoint-minutes have passed since the last time, or if it is going to stop."""
         due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
         if due or self.signals.agreed is not None:
             self.save()
 
     def stop_if_asked(self):
-        """Stop, on all ranks after the same step, if a signal asked any of them to."""
+        """Raise StoppedError, on all ranks after the same step, if any rank received a signal to stop."""
         if self.signals.agreed is not None:
             ranks.wait()
             raise StoppedError
 
     def end_epoch(self, is_best, results):
-        """Count the epoch as done and save it with a copy of the results, as best.pt too if `is_best`."""
+        """Count the epoch as completed, and save the run with a copy of the results; also as best.pt if `is_best`."""
         self.epoch += 1
         self.position = EPOCH_START | {"log": self.folder.log_size()}
         self.results = copy.deepcopy(results)
@@ -212,7 +213,7 @@ class Run:
         self.save(is_best)
 
     def save(self, is_best=False):
-        """Write checkpoint.pt, and best.pt if `is_best`; if that fails, warn, and leave the old files."""
+        """Write checkpoint.pt, and best.pt if `is_best`. If that fails, warn, and keep the old files."""
         if ranks.rank() > 0:
             return
         try:
@@ -245,9 +246,9 @@ class Run:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Inside, SIGINT, SIGTERM and SIGUSR1 make the loop stop after its step, saved; see `StopSignals`.
+        """Inside, SIGINT, SIGTERM and SIGUSR1 stop the loop after its step, with a checkpoint; see `StopSignals`.
 
-        Then say how to go on, and exit with 128 + the signal's number.
+        Then log the command that resumes the run, and exit with 128 + the signal's number.
         """
         with self.signals:
             try:

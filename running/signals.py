@@ -1,11 +1,11 @@
-"""Signals that ask a run to stop: it finishes its step, saves itself, and exits with 128 + the signal's number."""
+"""Signals that stop a run: it finishes the step, saves a checkpoint, and exits with 128 + the signal's number."""
 
 import os
 import signal
 
 from running import ranks
 
-# SIGUSR1 is what Slurm sends ahead of a preemption
+# Slurm can send SIGUSR1 before it preempts a job
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -14,10 +14,10 @@ class StoppedError(Exception):
 
 
 class StopSignals:
-    """Notes, inside `with`, the signals that ask this process to stop, instead of ending at once.
+    """Inside `with`, records the signals of `STOP_SIGNALS` instead of ending the process.
 
-    received: the first that this process got; agreed: the one that all ranks stop for; both None until there is one.
-    A SIGINT after another signal stops the process at once.
+    received: the first signal of this process; agreed: the signal that all ranks stop for. Both are None until a signal
+    comes. A SIGINT after another signal ends the process at once.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class StopSignals:
 
     def _note(self, number, frame):
         repeated = self.received is not None and number == signal.SIGINT
-        if repeated and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats a Ctrl-C that its ranks have had
+        if repeated and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends a second SIGINT for one Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.received = self.received or signal.Signals(number)
@@ -40,9 +40,9 @@ class StopSignals:
             self.agreed = self.received
 
     def flags(self):
-        """A 1 for the signal of `STOP_SIGNALS` that this rank received, else zeros: to be added over the ranks."""
+        """A number for each of `STOP_SIGNALS`: 1 if this rank received it, else 0. To be summed over the ranks."""
         return [float(self.received == number) for number in STOP_SIGNALS]
 
     def agree(self, sums):
-        """Choose the signal that all ranks stop for: the first that any received. sums: of all ranks' `flags`."""
+        """Set `agreed` to the first of `STOP_SIGNALS` that any rank received. sums: the sum of all ranks' `flags`."""
         self.agreed = next((number for number, total in zip(STOP_SIGNALS, sums) if total > 0), None)

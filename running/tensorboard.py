@@ -1,4 +1,4 @@
-"""TensorBoard's files: written at once, and on a full disk without ending the run."""
+"""TensorBoard's event files: written without a queue; a full disk does not end the run."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from tensorboardX.event_file_writer import EventsWriter
 
 
 def alpha_tag(kind, node, source, op):
-    """The tag of an operation's weight on an edge; kind: of the cell, "normal" or "reduce"."""
+    """The tag of the weight of an operation on an edge. kind: the kind of cell, "normal" or "reduce"."""
     return f"alpha_{kind}/node{node}_from{source}/{op}"
 
 
@@ -19,9 +19,9 @@ def silent_writer():
 
 
 def event_writer(folder, purge_step=None):
-    """tensorboardX's SummaryWriter, without its queue of events, which is lost when a run is killed.
+    """A SummaryWriter of tensorboardX without its queue, whose events are lost when a run is killed.
 
-    purge_step: TensorBoard is to ignore earlier events from this step on.
+    purge_step: TensorBoard discards all events of this step and later that are in older files.
     """
     writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=_unique_suffix())
     writer.file_writer.event_writer.close()
@@ -34,7 +34,7 @@ def _unique_suffix():
 
 
 class _EventFile:
-    """A file of TensorBoard's events. On a full disk events are lost, not the run; the next flush begins a new file."""
+    """An event file. If the disk is full, events are lost and the run continues; the next flush opens a new file."""
 
     def __init__(self, folder):
         self.folder = folder
