@@ -21,7 +21,7 @@ from running.image_folder import is_hidden, list_folder, listed, open_image, war
 HELD_OUT = 5  # if a data set has no test images, one in HELD_OUT images is held out as such
 DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # torchvision's errors for damaged files
 CONSTANT = 1e-6  # a channel with a smaller standard deviation, of pixels in [0, 1], is constant up to rounding
-STATISTICS_IMAGES = 10_000  # mean and std are computed from about so many training images, evenly spaced
+STATISTICS_IMAGES = 10_000  # mean and std are computed from at most so many training images, evenly spaced
 
 
 @dataclass(frozen=True)
