@@ -62,16 +62,16 @@ def _gpus(text):
 
 
 def _primitives(text):
-    """An argparse type: names of operations separated by commas, or a search space. Returns names with commas."""
-    names = SEARCH_SPACES.get(text) or text.split(",")
+    """An argparse type: operations and search spaces, separated by commas. Returns operations with commas."""
+    names = [name for word in text.split(",") for name in SEARCH_SPACES.get(word, [word])]
     if not set(names) <= set(PRIMITIVES):
         from models.ops import OPS  # slow, since it imports torch; has also the operations that a user's script adds
 
         unknown = [name for name in names if name not in OPS]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"unknown operation {unknown[0]!r}; give some of {', '.join(OPS)}, with commas and without spaces, or "
-                f"one of the search spaces {', '.join(SEARCH_SPACES)}"
+                f"unknown operation {unknown[0]!r}; give some of {', '.join(OPS)}, or of the search spaces "
+                f"{', '.join(SEARCH_SPACES)}, with commas and without spaces"
             )
     if len(set(names)) < len(names) or names == ["none"]:
         raise argparse.ArgumentTypeError(f"must be different operations, at least one other than none, not {text!r}")
@@ -283,7 +283,7 @@ class SearchConfig(_Config):
             type=_primitives,
             default="darts",
             metavar="OPS",
-            help="candidates on every edge: operations as skip_connect,sep_conv_3x3, or a search space of "
+            help="candidates on every edge: operations with commas, as skip_connect,sep_conv_3x3; or search spaces, of "
             + ", ".join(SEARCH_SPACES),
         )
         _add_execution(group)

@@ -100,6 +100,7 @@ def test_a_named_search_space_is_stored_as_its_operations(space):
 
 def test_the_search_space_is_that_of_darts_unless_another_is_given():
     assert SearchConfig([]).primitives == ",".join(PRIMITIVES)
+    assert SearchConfig(["--primitives", "s3,max_pool_3x3"]).primitives == "none,skip_connect,sep_conv_3x3,max_pool_3x3"
 
 
 def test_an_operation_that_a_users_script_added_can_be_searched(monkeypatch):

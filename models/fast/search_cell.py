@@ -84,7 +84,7 @@ def _is_standard(edge, weights):
     if not is_standard and type(edge) not in _classes_in_log:
         _classes_in_log.add(type(edge))
         name = type(edge).__name__
-        logging.getLogger("darts").info(f"edges that were changed, of the class {name}, run by their own forward")
+        logging.getLogger("darts").info(f"edges that are no standard MixedOp, here {name}, run by their own forward")
     return is_standard
 
 
