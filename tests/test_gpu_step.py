@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import Batches, batch
+from launches import Launches, lie_alike
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augment
 import search
 from architect import Architect
-from benchmarks.paired import Launches, lie_alike
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
