@@ -6,6 +6,7 @@ import torch
 
 from models.search_cnn import frozen_statistics, tracking
 from running import ranks
+from running.precision import full_float32
 
 
 class Architect:
@@ -66,14 +67,13 @@ class Architect:
         """Eq. 7: (grad_a L_T(w + eps d, a) - grad_a L_T(w - eps d, a)) / (2 eps), a tensor per alpha.
 
         dw: d = grad_w' L_V(w', a), a tensor per weight; eps = eps_scale / ||d||, over all weights together. It is an
-        approximation of d2 L_T / (da dw) . d, which is zero where d is. Always at full precision: in bf16 the
-        difference of two gradients that lie so near each other would be rounding noise.
+        approximation of d2 L_T / (da dw) . d, which is zero where d is. Autocast is switched off: in bf16 the
+        difference of two gradients that lie so near each other would be rounding noise. So would it be in TF32, which
+        no pass here uses.
         """
         alphas = self.alphas
         norm = torch.nn.utils.get_total_norm(dw)
-        if norm == 0:
-            return [torch.zeros_like(alpha) for alpha in alphas]
-        eps = self.eps_scale / norm
+        eps = self.eps_scale / (norm + (norm == 0))  # d of zero shifts nothing; to ask for it would wait for the device
         shifts = torch._foreach_mul(dw, eps)
         with torch.autocast(trn_X.device.type, enabled=False):
             with self._weights_at(self._weights_plus(shifts, 1)):
@@ -92,7 +92,8 @@ class Architect:
         Other parameters are set not to need any meanwhile, so that nothing is computed or kept for them. All are this
         rank's parts: see `ranks.average`.
         """
-        with frozen_statistics(self.tracking), _only_requiring_grad(self.alphas + self.weights, wrt):
+        others_frozen = _only_requiring_grad(self.alphas + self.weights, wrt)
+        with frozen_statistics(self.tracking), others_frozen, full_float32():
             loss = ranks.row_weighted(objective(X, y), y)
             return loss.detach(), *torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
 
@@ -103,7 +104,7 @@ class Architect:
         Autocast keeps the bf16 casts of weights until its outermost context ends, so they are dropped at each change.
         """
         with torch.no_grad():
-            saved = [w.clone() for w in self.weights]
+            saved = torch._foreach_mul(self.weights, 1.0)  # the same bits, by a call for all
         try:
             self._set_weights(values)
             del values  # not to be kept through the passes

@@ -201,11 +201,12 @@ def train(epoch, run, net, loader, optim):
         ranks.row_weighted(objective, y).backward()
         objective = ranks.average_step(objective.detach(), net, weights, y, config.sync_bn)
         norm = nn.utils.clip_grad_norm_(weights, config.grad_clip)
+        # all that the step has computed is read here, since reading waits for the device
+        objective, norm = meters.update(loss.detach(), logits.detach(), y, n, others=(objective, norm))
         check_finite(run, "w", objective, norm, optim, {"w": loader})
         optim.step()
 
         run.step += 1
-        meters.update(loss.detach(), logits.detach(), y, n)
         meters.write_scalars("step", "val")
         run.scalar("lr/w", optim.param_groups[0]["lr"])
         meters.show()

@@ -238,6 +238,11 @@ class _Config:
             help="on several ranks: normalise by the statistics of the global batch, not of each rank's part",
         )
         group.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where PyTorch deems it safe")
+        group.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="on a GPU: use algorithms that give the same bits each time, as a CPU does without it",
+        )
         group.add_argument("--print-freq", type=positive_int, default=50, metavar="N", help="steps between log lines")
         return parser
 

@@ -33,7 +33,7 @@ from running.costs import cost, describe, describe_latency
 from running.data_sets import stratified_split
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
-from running.finite import check_finite, check_finite_mean
+from running.finite import Undo, check_finite, check_finite_mean
 from running.folder import write_json
 from running.loading import Loader, check_unchanged, mix
 from running.progress import Meters
@@ -167,7 +167,7 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         with mixed_precision:
             val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
         alpha_norm = nn.utils.get_total_norm([alpha.grad for alpha in alphas])
-        check_finite(run, "alpha", val_loss, alpha_norm, alpha_optim, loaders)
+        undo = Undo(alpha_optim)
         alpha_optim.step()
 
         # w: a step by the gradient of L_T(w, alpha), at the new alpha
@@ -178,13 +178,16 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         ranks.row_weighted(loss, trn_y).backward(inputs=weights)
         trn_loss = ranks.average_step(loss.detach(), net, weights, trn_y, config.sync_bn)
         w_norm = nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
-        check_finite(run, "w", trn_loss, w_norm, w_optim, loaders)
+        # all that the step has computed is read here, since reading waits for the device
+        read = meters.update(trn_loss, logits.detach(), trn_y, n, others=(val_loss, alpha_norm, w_norm))
+        val_loss, alpha_norm, w_norm = read
+        check_finite(run, "alpha", val_loss, alpha_norm, alpha_optim, loaders, undo)
+        check_finite(run, "w", meters.loss.val, w_norm, w_optim, loaders, undo)
         w_optim.step()
 
         run.step += 1
-        meters.update(trn_loss, logits.detach(), trn_y, n)
         meters.write_scalars("step", "val")
-        run.scalar("step/alpha_loss", val_loss.item())
+        run.scalar("step/alpha_loss", val_loss)
         run.scalar("lr/w", w_optim.param_groups[0]["lr"])
         run.scalar("lr/alpha", alpha_optim.param_groups[0]["lr"])
         meters.show()

@@ -74,7 +74,7 @@ class _SyncedBatchNorm(torch.autograd.Function):
         dtype, over = x.dtype, [i for i in range(x.dim()) if i != 1]
         var, mean = (part.double() for part in torch.var_mean(_precise(x), over, correction=0))
         n = x.numel() // x.shape[1]
-        sums = sum_over_ranks(torch.cat([n * mean, n * (var + mean.square()), mean.new_tensor([n])]))
+        sums = sum_over_ranks(torch.cat([n * mean, n * (var + mean.square()), mean.new_full((1,), n)]))
         total = sums[-1]
         mean, square = (sums[:-1] / total).chunk(2)
         var = (square - mean.square()).clamp_(min=0)

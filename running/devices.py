@@ -32,7 +32,18 @@ def pick_device(name):
     names += ["cuda"] * (n_gpus > 0) + ["mps"] * torch.backends.mps.is_available()
     if name not in names:
         raise UserError(f"--device {name}: not on this machine; there are auto, {', '.join(names)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # else PyTorch keeps a context, and memory, on the first one too
+    return device
+
+
+def use_deterministic_algorithms():
+    """Let all that follows on a GPU give the same bits each time. To be called before the GPU is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and takes time
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def device_name(device):

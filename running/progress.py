@@ -45,20 +45,28 @@ class Meters:
         """The averages as built-in types, for a checkpoint."""
         return [dict(vars(meter)) for meter in self._all()]
 
-    def update(self, loss, logits, y, n):
+    def update(self, loss, logits, y, n, others=()):
         """Add a global batch of n images. loss, logits, y: those of this rank's rows.
 
-        Call it once per step, after the step's work is queued, since reading the numbers synchronises with the device.
-        On several ranks the same all-reduce exchanges the received signals, so that all ranks stop after the same step.
+        others: scalars, the same on all ranks, that are read along and returned as floats. Call it once per step, after
+        the step's work is queued, since reading the numbers synchronises with the device. On several ranks the same
+        all-reduce exchanges the received signals, so that all ranks stop after the same step.
         """
         means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
         if ranks.size() > 1:
             signals = self.run.signals
-            means, flags = ranks.average([ranks.row_weighted(means, y), means.new_tensor(signals.flags())], y)
-            signals.agree(flags.tolist())
-        for meter, value in zip(self._all(), means.tolist()):
+            flags = torch.cat([means.new_full((1,), flag) for flag in signals.flags()])
+            means, flags = ranks.average([ranks.row_weighted(means, y), flags], y)
+            others = *others, *flags
+        numbers = torch.cat([means, *(other.view(1).to(means.dtype) for other in others)]).tolist()
+        for meter, value in zip(self._all(), numbers):
             meter.update(value, n)
         self.steps_done += 1
+        others = numbers[len(means) :]
+        if ranks.size() > 1:
+            signals.agree(others[-len(flags) :])
+            del others[-len(flags) :]
+        return others
 
     def show(self):
         """Advance the progress bar; without one, log a line every `print_freq` steps."""

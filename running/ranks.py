@@ -117,7 +117,7 @@ def average(tensors, y):
     """
     if size() == 1:
         return tensors
-    flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_tensor([len(y)])])
+    flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_full((1,), len(y))])
     dist.all_reduce(flat)
     averages = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])
     results = [torch.empty_like(tensor) for tensor in tensors]  # of the same memory format

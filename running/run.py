@@ -10,7 +10,7 @@ import torch
 
 from running import ranks
 from running.checkpoints import EPOCH_START, FORMAT, check_fits, find_checkpoint, save_checkpoint
-from running.devices import device_name, pick_device, random_state, set_random_state
+from running.devices import device_name, pick_device, random_state, set_random_state, use_deterministic_algorithms
 from running.errors import UserError
 from running.folder import write_json
 from running.signals import StoppedError, StopSignals
@@ -34,6 +34,8 @@ class Run:
     def __init__(self, config):
         self.config = config
         self.folder = config.folder()
+        if config.deterministic:
+            use_deterministic_algorithms()
         self.device = pick_device(config.device)
         self.signals = StopSignals()
         self.epoch = self.step = 0

@@ -1,10 +1,11 @@
 """The training loops of both scripts against steps written out by hand."""
 
+import copy
 import shlex
 
 import pytest
 import torch
-from conftest import Batches, batch, small_net
+from conftest import Batches, batch, sgd, small_net
 from torch import nn
 
 import augment
@@ -14,6 +15,7 @@ from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_
+from running.errors import UserError
 from running.run import Run
 from utils import cosine_lr
 
@@ -66,6 +68,42 @@ def test_a_search_epoch_is_algorithm_1_written_out(order):
         assert torch.allclose(parameter, expected, rtol=1e-6, atol=1e-9), name
     for (name, buffer), expected in zip(net.named_buffers(), other.buffers()):
         assert torch.allclose(buffer, expected, rtol=1e-6, atol=1e-9), name  # only the w step moved the statistics
+
+
+class FaultyBatches(Batches):
+    def samples(self, epoch, batch):
+        return torch.arange(6)
+
+
+@pytest.mark.parametrize("phase", ["alpha", "w"])
+def test_a_step_that_is_not_finite_leaves_weights_alphas_and_optimizers_as_they_were(phase, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, net = SearchConfig(["--order", "first", "--device", "cpu"]), small_net()
+    w_optim, alpha_optim = sgd(net, steps=1), torch.optim.Adam(net.alphas(), 0.1)
+
+    def train(trn, val):
+        optimizers = w_optim, alpha_optim, cosine_lr(w_optim, 50)
+        search.train(
+            1, Run(config), net, Architect(net, 0.9, 3e-4), FaultyBatches([trn]), FaultyBatches([val]), *optimizers
+        )
+
+    def state():
+        parameters = {name: p.detach().clone() for name, p in net.named_parameters()}
+        return copy.deepcopy([parameters, w_optim.state_dict()["state"], alpha_optim.state_dict()["state"]])
+
+    def leaves(tree):
+        return torch.utils._pytree.tree_leaves(tree)
+
+    good, (X, y) = batch(), batch(seed=1)
+    bad = X * float("inf"), y
+    for before_any_step in (True, False):
+        before = state()
+        with pytest.raises(UserError, match=f"phase {phase}"):
+            train(*(good, bad) if phase == "alpha" else (bad, good))
+        assert len(leaves(state())) == len(leaves(before))
+        assert all(torch.equal(now, then) for now, then in zip(leaves(state()), leaves(before)))
+        if before_any_step:
+            train(good, good)
 
 
 def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weight():

@@ -7,22 +7,27 @@ import torch
 import torch.nn.functional as F
 
 from models.fast.depthwise import pixels_read
-from models.fast.layout import Inputs, Layout, add, alike, batch_norm, candidates_of, recorded_scale
+from models.fast.layout import Inputs, Layout, add, alike, batch_norm, recorded_scale
 from models.fast.modules import geometry
 
 
 class Batched(Layout):
-    def mixed(self, states, edges, weights, statistics):
-        n, candidates = len(edges[0]), candidates_of(edges, weights)
-        source = torch.stack([state.transpose(0, 1) for state in states])
-        w, terms, total = self._without_weights(source, candidates, statistics)
+    def mixed(self, states, edges, statistics):
+        sources = [state.transpose(0, 1) for state in states]
+        source = torch.stack(sources) if len(sources) > 1 else sources[0].contiguous().unsqueeze(0)
+        w, terms, total = self._without_weights(source, edges.candidates, statistics)
         bases = add(total, _blended(w, terms)) if terms else total
-        outputs = self._add_chains(bases, Inputs([source], n, self._repeat), candidates, statistics)
-        outputs = outputs.unflatten(0, (len(states), n))
-        return [output.transpose(0, 1) for output in (outputs.sum(0) if len(states) > 1 else outputs[0]).unbind()]
+        outputs = self._add_chains(bases, Inputs([source], edges.n, self._repeat), edges.chains, statistics)
+        if len(states) > 1:
+            outputs = outputs.unflatten(0, (len(states), edges.n)).sum(0)
+        return [output.transpose(0, 1) for output in outputs.unbind()]
 
     def _repeat(self, sources, n):
-        return [source.unsqueeze(1).expand(-1, n, -1, -1, -1, -1).flatten(0, 1) for source in sources]
+        return [source.unsqueeze(1).expand(-1, n, -1, -1, -1, -1).contiguous().flatten(0, 1) for source in sources]
+
+    def _kernels(self, kernels, N):
+        """A copy for each image: (E, C * N, 1, k, k)."""
+        return kernels.expand(-1, -1, N, -1, -1).flatten(1, 2).unsqueeze(2)
 
     def _depthwise(self, jobs):
         """The output of each job (links, kernels, images): depthwise convolutions of the images."""
@@ -35,18 +40,18 @@ class Batched(Layout):
     def _unconvolved(self, images):
         return images[0]
 
-    def _normalised(self, products, statistics):
-        """BN(M z) of each product: a list with one tensor (E, C, N, H, W) for each."""
+    def _activated(self, products, statistics):
+        """The activation of BN(M z) of each product: a list with one tensor (E, C, N, H, W) for each."""
         outputs = []
-        for zs, M, bns, _ in alike(products):
+        for zs, M, bns, _, activation in alike(products):
             y = (M @ torch.cat(zs).flatten(2)).unflatten(2, zs[0].shape[2:])
             y = self._batch_norm(y, bns, statistics) if bns[0].training else _affine(y, *recorded_scale(bns))
-            outputs += [[part] for part in y.split(len(zs[0]))]
+            outputs += [[part] for part in activation(y).split(len(zs[0]))]
         return outputs
 
     def _add_mixture(self, bases, products, statistics):
         """bases + the sum of w BN(M z) over the products, which are the last links of their chains."""
-        for zs, M, bns, weights in alike(products):
+        for zs, M, bns, weights, _ in alike(products):
             w = torch.cat(weights)
             y = (M @ torch.cat(zs).flatten(2)).unflatten(2, zs[0].shape[2:])
             if bns[0].training:
@@ -71,9 +76,7 @@ class Batched(Layout):
 
     def _batch_norm(self, x, bns, statistics, scale=None):
         """PyTorch's BN of x with the batch's statistics, times scale, (E * C,)."""
-        y, moments = batch_norm(x.reshape(1, -1, x.shape[2:].numel()), bns, scale)
-        statistics.add(bns, *moments.unflatten(1, x.shape[:2]))
-        return y.view_as(x)
+        return batch_norm(x.reshape(1, -1, x.shape[2:].numel()), bns, scale, statistics).view_as(x)
 
 
 def _affine(x, factor, shift):
@@ -87,9 +90,8 @@ def _blended(weights, terms):
     return blended.unflatten(2, stacked.shape[2:]).flatten(0, 1)
 
 
-def _grouped_depthwise(x, weight, stride, padding, dilation):
+def _grouped_depthwise(x, kernels, stride, padding, dilation):
     """One grouped convolution with a group for each edge, channel and image: x is viewed as (1, E * C * N, H, W)."""
-    N = x.shape[2]
-    kernels = weight.expand(-1, -1, N, -1, -1).flatten(0, 2).unsqueeze(1)
+    kernels = kernels.flatten(0, 1)
     z = F.conv2d(x.flatten(0, 2).unsqueeze(0), kernels, None, stride, padding, dilation, len(kernels))
     return z.squeeze(0).unflatten(0, x.shape[:3])

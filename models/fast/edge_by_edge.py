@@ -13,7 +13,7 @@ from torch import nn
 from models.fast import native
 from models.fast.depthwise import convolve, pixels_read
 from models.fast.folded_bn import Mixture
-from models.fast.layout import Inputs, Layout, alike, batch_norm, candidates_of, recorded_scale
+from models.fast.layout import Inputs, Layout, alike, batch_norm, recorded_scale
 from models.fast.modules import geometry, is_synced
 from models.sync_bn import refuse_second_derivatives
 
@@ -21,17 +21,17 @@ from models.sync_bn import refuse_second_derivatives
 class EdgeByEdge(Layout):
     folded_activations = (nn.ReLU,)
 
-    def mixed(self, states, edges, weights, statistics):
-        n, candidates = len(edges[0]), candidates_of(edges, weights)
+    def mixed(self, states, edges, statistics):
+        n = edges.n
         sources = [state.contiguous(memory_format=torch.channels_last) for state in states]
         bases = []
         for i, source in enumerate(sources):
-            from_source = [candidate.of_source(i, n) for candidate in candidates]
+            from_source = [candidate.of_source(i, n) for candidate in edges.candidates]
             w, terms, total = self._without_weights(source, from_source, statistics)
             blended = _Blend.apply(w, *terms) if terms else [0] * n
             if terms or total is not None:
                 bases += blended if total is None else map(torch.add, total.unbind(), blended)
-        outputs = self._add_chains(bases, Inputs(sources, n, self._repeat), candidates, statistics)
+        outputs = self._add_chains(bases, Inputs(sources, n, self._repeat), edges.chains, statistics)
         return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
 
     def _repeat(self, sources, n):
@@ -65,22 +65,22 @@ class EdgeByEdge(Layout):
     def _unconvolved(self, images):
         return images
 
-    def _normalised(self, products, statistics):
-        """BN(M z) of each product: a list of E images."""
+    def _activated(self, products, statistics):
+        """The activation of BN(M z) of each product: a list of E images."""
         outputs = []
-        for zs, M, bns, _ in alike(products):
+        for zs, M, bns, _, activation in alike(products):
             images = list(itertools.chain(*zs))
             if bns[0].training:
                 mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, M, *images)
                 statistics.add(bns, mean, var)
             else:
                 ys = _scaled_products(M, images, *recorded_scale(bns))
-            outputs += _rows(ys, len(zs[0]))
+            outputs += _rows(list(map(activation, ys)), len(zs[0]))
         return outputs
 
     def _add_mixture(self, bases, products, statistics):
         """bases + the sum of w BN(M z) over the products, which are the last links of their chains."""
-        for zs, M, bns, weights in alike(products):
+        for zs, M, bns, weights, _ in alike(products):
             w = torch.cat(weights)
             images, edges = list(itertools.chain(*zs)), len(zs[0])
             if bns[0].training:
@@ -103,9 +103,7 @@ class EdgeByEdge(Layout):
 
     def _batch_norm(self, x, bns, statistics):
         """PyTorch's BN of x with the batch's statistics."""
-        y, moments = batch_norm(x, bns, None)
-        statistics.add(bns, *moments.unsqueeze(1))
-        return y
+        return batch_norm(x, bns, None, statistics)
 
 
 class _Blend(torch.autograd.Function):

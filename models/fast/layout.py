@@ -55,6 +55,16 @@ class Product:
     M: torch.Tensor
     bns: list
     weights: torch.Tensor  # (E,), of the candidate
+    activation: nn.Module | None = None  # that follows, but for the last of a chain
+
+
+@dataclass
+class Edges:
+    """Edges that run together, from each of S sources to each of n targets: edge s * n + t is from s to t."""
+
+    n: int
+    candidates: list
+    chains: list  # the `PendingChain`s of those candidates that are chains
 
 
 class Layout:
@@ -62,11 +72,23 @@ class Layout:
 
     folded_activations = ()  # those that `_depthwise` does itself
 
-    def mixed(self, states, edges, weights, statistics):
+    def prepared(self, operations, weights, N):
+        """The cell's `Edges`, all weights of chains stacked by one step.
+
+        operations: of each group of edges that run together, operations[s][t]: the candidates from source s to target
+        t; weights: of each, (S * n, candidates); N: images.
+        """
+        candidates = list(map(candidates_of, operations, weights))
+        chains = _pending(
+            [[candidate for candidate in group if candidate.kind == "chain"] for group in candidates],
+            lambda kernels: self._kernels(kernels, N),
+        )
+        return [Edges(len(ops[0]), *group) for ops, *group in zip(operations, candidates, chains)]
+
+    def mixed(self, states, edges, statistics):
         """The weighted sum of the candidates' outputs for each target: a list of tensors (N, C, h, w).
 
-        states: S sources, (N, C, H, W); edges[s][t]: the candidate operations from state s to target t; weights[s]:
-        (targets, candidates); statistics: a `RunningStatistics`.
+        states: the sources, (N, C, H, W); edges: an `Edges`, used up by this; statistics: a `RunningStatistics`.
         """
         raise NotImplementedError
 
@@ -95,9 +117,8 @@ class Layout:
                 total = add(total, outputs * candidate.weights[:, None, None, None, None])
         return torch.stack(columns, 1) if terms else None, terms, total
 
-    def _add_chains(self, bases, inputs, candidates, statistics):
-        """bases plus the candidates that are chains, weighted. inputs: an `Inputs`."""
-        chains = _pending([candidate for candidate in candidates if candidate.kind == "chain"])
+    def _add_chains(self, bases, inputs, chains, statistics):
+        """bases plus the chains, weighted. inputs: an `Inputs`."""
         if not chains:
             return bases
         for chain in chains:
@@ -113,15 +134,19 @@ class Layout:
                 z = self._unconvolved(chain.images) if kernels is None else next(convolved)
                 product = Product(z, M, [link.bn for link in links], chain.weights)
                 if steps:
+                    product.activation = self._activation(steps[0][0][0])
                     unfinished.append(PendingChain(chain.weights, steps))
                     inner.append(product)
                 else:
                     last.append(product)
-            for chain, outputs in zip(unfinished, self._normalised(inner, statistics)):
-                activation = self._activation(chain.steps[0][0][0])
-                chain.images = [activation(output) for output in outputs]
+            for chain, outputs in zip(unfinished, self._activated(inner, statistics)):
+                chain.images = outputs
             chains = unfinished
         return self._add_mixture(bases, last, statistics)
+
+    def _kernels(self, kernels, N):
+        """Depthwise kernels (E, C, 1, k, k) as `_depthwise` takes them, in parts of them, for N images."""
+        return kernels
 
     def _activation(self, link):
         """What is still to be done before a link's `_depthwise`."""
@@ -153,6 +178,14 @@ class RunningStatistics:
 
     def __init__(self):
         self.bns, self.means, self.variances = [], [], []
+        self.zeros = None  # not used yet
+
+    def moments(self, n, like):
+        """Two rows of n zeros, cut from a larger tensor."""
+        if self.zeros is None or self.zeros.shape[1] < n:
+            self.zeros = like.new_zeros(2, max(n, 8192))
+        moments, self.zeros = self.zeros.split([n, self.zeros.shape[1] - n], 1)
+        return moments
 
     def add(self, bns, means, variances):
         """means, variances: (..., C), each for as many of the bns in a row as there are for one."""
@@ -175,11 +208,10 @@ class RunningStatistics:
                 torch._foreach_add_(counts, 1)
 
 
-def candidates_of(edges, weights):
-    """The `Candidate`s on edges[source][target], each a list of operations; see `Layout.mixed`."""
-    columns = (torch.cat(weights) if len(weights) > 1 else weights[0]).unbind(1)
-    operations = zip(*itertools.chain(*edges), strict=True)
-    return [Candidate(list(ops), column, kind_of(ops)) for ops, column in zip(operations, columns, strict=True)]
+def candidates_of(operations, weights):
+    """The `Candidate`s of some edges; see `Layout.prepared`."""
+    columns = zip(*itertools.chain(*operations), strict=True)
+    return [Candidate(list(ops), w, kind_of(ops)) for ops, w in zip(columns, weights.unbind(1), strict=True)]
 
 
 def kind_of(ops):
@@ -212,33 +244,53 @@ def _is_without_weight(bn):
     return is_standard_bn(bn) and bn.weight is None
 
 
-def _pending(candidates):
-    """The `PendingChain`s of some candidates, all their weights stacked by one step."""
-    links = [list(zip(*map(links_of, candidate.ops))) for candidate in candidates]  # [candidate][step][edge]
-    groups = [group for steps in links for step in steps for group in _weights(step)]
-    stacks = iter(_stacked(groups))
-    chains = []
-    for candidate, steps in zip(candidates, links):
-        ready = []
-        for step in steps:
-            kernels = None if step[0].depthwise is None else next(stacks)
-            ready.append((step, kernels, next(stacks).flatten(2)))
-        chains.append(PendingChain(candidate.weights, ready))
-    return chains
+def _pending(groups, prepare):
+    """The `PendingChain`s of some groups of candidates, a list for each.
+
+    prepare: a function of kernels (E, C, 1, k, k), see `Layout._kernels`.
+    """
+    links = [[list(zip(*map(links_of, candidate.ops))) for candidate in group] for group in groups]
+    tensors = [weights for group in links for steps in group for step in steps for weights in _weights(step)]
+    stacks = iter(_stacked(tensors, prepare) if tensors else [])
+
+    def ready(step):
+        if step[0].depthwise is None:
+            return step, None, _block_diagonal(next(stacks).flatten(2), next(stacks).flatten(2))
+        return step, next(stacks), next(stacks).flatten(2)
+
+    return [
+        [PendingChain(candidate.weights, list(map(ready, steps))) for candidate, steps in zip(*group)]
+        for group in zip(groups, links)
+    ]
 
 
 def _weights(links):
-    """Of one step on each edge: its depthwise kernels, if any, and its pointwise matrices, (C, K, ...)."""
-    if links[0].depthwise is None:
-        return [[torch.block_diag(*(conv.weight.flatten(1) for conv in link.pointwise)) for link in links]]
-    return [[link.depthwise.weight for link in links], [link.pointwise[0].weight for link in links]]
+    """Of one step on each edge: its depthwise kernels, if any, and its pointwise convolutions' weights."""
+    pointwise = [list(weights) for weights in zip(*([conv.weight for conv in link.pointwise] for link in links))]
+    return pointwise if links[0].depthwise is None else [[link.depthwise.weight for link in links], *pointwise]
 
 
-def _stacked(groups):
-    """A stack of each group of tensors of one shape, by one concatenation of all."""
-    if all(len(group) == 1 for group in groups):
-        return [group[0].unsqueeze(0) for group in groups]
-    return _Stacks.apply([len(group) for group in groups], *itertools.chain(*groups))
+def _block_diagonal(A, B):
+    """Matrices with A, (E, C, K), above and left of B, (E, D, L), and zeros elsewhere: (E, C + D, K + L)."""
+    return torch.cat([F.pad(A, (0, B.shape[2])), F.pad(B, (A.shape[2], 0))], 1)
+
+
+def _stacked(groups, prepare):
+    """A stack of each group of tensors of one shape, by one concatenation of all; kernels as `prepare` makes them.
+
+    Kernels of one shape lie side by side, and are prepared by one call.
+    """
+    by_shape = {}
+    for i, group in enumerate(groups):
+        shape = group[0].shape
+        by_shape.setdefault(shape if shape[-1] > 1 else i, []).append(i)
+    together = [[tensor for i in indices for tensor in groups[i]] for indices in by_shape.values()]
+    stacks = [None] * len(groups)
+    for indices, stack in zip(by_shape.values(), _Stacks.apply(list(map(len, together)), *itertools.chain(*together))):
+        parts = prepare(stack).split([len(groups[i]) for i in indices]) if stack.shape[-1] > 1 else [stack]
+        for i, part in zip(indices, parts):
+            stacks[i] = part
+    return stacks
 
 
 class _Stacks(torch.autograd.Function):
@@ -268,14 +320,22 @@ def even_and_odd(x):
     return torch.cat([every_second(x), odd], 1)
 
 
-def batch_norm(images, bns, scale):
-    """PyTorch's BN by the statistics of the batch, times a scale (C,): the output, and mean and variance (2, C)."""
-    moments = images.new_zeros(2, images.shape[1], dtype=bns[0].running_mean.dtype)
-    if not is_synced(bns[0]):
-        return F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps), moments
-    y, *statistics = synced_batch_norm(images, scale, None, bns[0].eps)
-    torch._foreach_copy_(list(moments), statistics)
-    return y, moments
+def batch_norm(images, bns, scale, statistics):
+    """PyTorch's BN by the statistics of the batch, times a scale (E * C,), of images (N, E * C, ...) of E edges.
+
+    Means and variances go to `statistics`, if the modules record any.
+    """
+    shape = 2, -1, bns[0].num_features
+    if is_synced(bns[0]):
+        y, *moments = synced_batch_norm(images, scale, None, bns[0].eps)
+        statistics.add(bns, *(values.to(bns[0].running_mean.dtype).view(shape[1:]) for values in moments))
+        return y
+    if not bns[0].track_running_stats:
+        return F.batch_norm(images, None, None, scale, None, True, 1.0, bns[0].eps)
+    moments = statistics.moments(images.shape[1], like=bns[0].running_mean)
+    y = F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps)
+    statistics.add(bns, *moments.unflatten(1, shape[1:]))
+    return y
 
 
 def recorded_scale(bns, weights=None):
@@ -287,16 +347,27 @@ def recorded_scale(bns, weights=None):
 
 
 def alike(products):
-    """Products in runs whose matrices have one shape and BN of one kind: (zs, M, bns, list of weights) of each run."""
+    """Products in runs whose matrices have one shape, BN and activations of one kind.
+
+    Yields (zs, M, bns, list of weights, activation) of each run.
+    """
 
     def kind(product):
-        bn = product.bns[0]
-        return product.M.shape, type(bn), bn.eps, bn.training, bn.track_running_stats
+        bn, activation = product.bns[0], product.activation
+        return (
+            product.M.shape,
+            type(bn),
+            bn.eps,
+            bn.training,
+            bn.track_running_stats,
+            activation and signature(activation),
+        )
 
     for _, group in itertools.groupby(products, kind):
         run = list(group)
         zs, weights = [product.z for product in run], [product.weights for product in run]
-        yield zs, torch.cat([product.M for product in run]), [bn for product in run for bn in product.bns], weights
+        M, bns = torch.cat([product.M for product in run]), [bn for product in run for bn in product.bns]
+        yield zs, M, bns, weights, run[0].activation
 
 
 def add(total, term):

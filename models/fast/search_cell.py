@@ -20,6 +20,7 @@ that would run together with it. A candidate operation that has none of the form
 each edge. So a new operation or edge class gives right results at once, but is slower than the others.
 """
 
+import itertools
 import logging
 
 import torch
@@ -60,14 +61,12 @@ def fused_nodes(dag, s0, s1, w_dag):
             f"the cell has {list(map(len, dag))} edges by node, the weights are for {list(map(len, rows))}"
         )
     layout, states, sums, statistics = layout_for(s0), [s0, s1], [None] * len(dag), RunningStatistics()
-    for sources in ([0, 1], *([j] for j in range(2, len(dag) + 1))):
-        targets = range(sources[-1] - 1, len(dag))
-        standard = [i for i in targets if all(_is_standard(dag[i][j], rows[i][j]) for j in sources)]
+    steps = list(_steps(dag, rows))
+    prepared = iter(_prepared(layout, dag, rows, [step for step in steps if step[2]], N=len(s0)))
+    for sources, targets, standard in steps:
         outputs = {}
         if standard:
-            edges = [[dag[i][j]._ops for i in standard] for j in sources]
-            weights = [torch.stack([rows[i][j] for i in standard]) for j in sources]
-            mixed = layout.mixed([states[j] for j in sources], edges, weights, statistics)
+            mixed = layout.mixed([states[j] for j in sources], next(prepared), statistics)
             outputs = dict(zip(standard, mixed))
         for i in targets:
             if i not in outputs:
@@ -76,6 +75,23 @@ def fused_nodes(dag, s0, s1, w_dag):
         states.append(sums[targets[0]])
     statistics.record()
     return states[2:]
+
+
+def _steps(dag, rows):
+    """What runs together: yields (sources, the nodes that they lead to, those whose edges are all standard)."""
+    for sources in ([0, 1], *([j] for j in range(2, len(dag) + 1))):
+        targets = range(sources[-1] - 1, len(dag))
+        yield sources, targets, [i for i in targets if all(_is_standard(dag[i][j], rows[i][j]) for j in sources)]
+
+
+def _prepared(layout, dag, rows, steps, N):
+    """The `Edges` of steps that have some."""
+    if not steps:
+        return []
+    together = [[(i, j) for j in sources for i in standard] for sources, _, standard in steps]
+    weights = torch.stack([rows[i][j] for i, j in itertools.chain(*together)]).split(list(map(len, together)))
+    operations = [[[dag[i][j]._ops for i in standard] for j in sources] for sources, _, standard in steps]
+    return layout.prepared(operations, weights, N)
 
 
 def _is_standard(edge, weights):
