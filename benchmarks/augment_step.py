@@ -1,7 +1,7 @@
 """A training step of the augment network as augment.py runs it (channels-last), against NCHW: time, peak memory.
 
     python benchmarks/augment_step.py
-    python benchmarks/augment_step.py --cuda
+    python benchmarks/augment_step.py --cuda [--amp]
 
 In NCHW every module is PyTorch's own. Both run in turn, each in a process of its own.
 """
@@ -29,7 +29,9 @@ def main():
     parser.add_argument("--init-channels", type=int, default=36, help="channels (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=20, help="cells (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each (default: %(default)s)")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--cuda", action="store_true", help="on a GPU")
+    parser.add_argument("--json", metavar="FILE", help="add all times to this file")
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -37,9 +39,11 @@ def main():
     print(f"{machine()}; n = {args.rounds} rounds after one for warming up")
     names = ("size", "batch_size", "init_channels", "layers")
     options = [word for name in names for word in (f"--{name.replace('_', '-')}", getattr(args, name))]
-    ways = {way: [way, *options, *["--cuda"] * args.cuda] for way in WAYS}
+    flags = [*["--cuda"] * args.cuda, *["--amp"] * args.amp]
+    ways = {way: [way, *options, *flags] for way in WAYS}
     title = f"training step of DARTS_V2, {args.layers} cells, C = {args.init_channels}, batch {args.batch_size}"
-    report(f"{title}, {args.size}x{args.size}", compare(__file__, ways, args.rounds), "NCHW")
+    title += ", mixed precision" * args.amp
+    report(f"{title}, {args.size}x{args.size}", compare(__file__, ways, args.rounds), "NCHW", args.json)
 
 
 def step_of(args):
@@ -55,8 +59,9 @@ def step_of(args):
     optim = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
 
     def step():
-        logits, aux_logits = net(X)
-        loss = criterion(logits, y) + 0.4 * criterion(aux_logits, y)
+        with torch.autocast(device, torch.bfloat16, enabled=args.amp):
+            logits, aux_logits = net(X)
+            loss = criterion(logits, y) + 0.4 * criterion(aux_logits, y)
         optim.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)

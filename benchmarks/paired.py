@@ -65,8 +65,14 @@ def compare(script, ways, n):
     return results
 
 
-def report(title, results, reference):
-    """Print a table; ratios are of the medians, and within each round (smallest to largest), to the reference."""
+def report(title, results, reference, json_path=None):
+    """Print a table; ratios are of the medians, and within each round (smallest to largest), to the reference.
+
+    json_path: a file to which all times are added, as a line of JSON.
+    """
+    if json_path:
+        with Path(json_path).open("a") as file:
+            file.write(json.dumps({"title": title, "machine": machine(), "results": results}) + "\n")
     base = results[reference]
     print(f"\n{title}\n{'':32}  median s (range)           times faster (by round)    peak MB   of {reference}")
     for name, found in results.items():

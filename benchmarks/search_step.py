@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--layers", type=int, default=8, help="cells (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each (default: %(default)s)")
     parser.add_argument("--cuda", action="store_true", help="on a GPU")
+    parser.add_argument("--json", metavar="FILE", help="add all times to this file")
     parser.add_argument("--growth", action="store_true", help="the fused step alone, over batch sizes and channels")
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main():
         for order in args.orders:
             ways = {way: words(way, size, order, args) for way in WAYS}
             title = f"{order}-order step, batch {args.batch_size}, {size}x{size}, C = {args.init_channels}"
-            report(title, compare(__file__, ways, args.rounds), "plain")
+            report(title, compare(__file__, ways, args.rounds), "plain", args.json)
 
 
 def words(way, size, order, args, **changes):

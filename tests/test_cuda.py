@@ -1,13 +1,23 @@
-"""What must hold on a GPU: the same step as on the CPU, both scripts, mixed precision, any of several devices."""
+"""What must hold on a GPU: the CPU's numbers, eq. 7's precision, one wait a step, the same bits when resumed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import batch, run_script, small_net
+from conftest import ROOT, Batches, batch, run_script, small_net
+from epochs import augment_epoch, search_epoch
+from torch import nn
 
 from architect import Architect
+from config import AugmentConfig, SearchConfig
+from genotypes import DARTS_V2
+from models.augment_cnn import AugmentCNN
 from models.ops import OPS, drop_path_
+from models.search_cnn import SearchCNN
+from models.sync_bn import synchronise
+from running.checkpoints import load_checkpoint
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -101,3 +111,123 @@ def test_a_run_on_cuda_resumes_on_the_cpu(tmp_path):
     assert run_script("search.py", *TINY, cwd=tmp_path).returncode == 0
     process = run_script("search.py", "--resume", "runs/search/digits", "--device", "cpu", "--epochs", 3, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
+
+
+def small_default_net(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return SearchCNN(1, 8, 10, 5, nn.CrossEntropyLoss(), **changes).to("cuda", dtype, memory_format=torch.channels_last)
+
+
+def digits_batch(seed, dtype=torch.float32):
+    X, y = batch(n=64, n_classes=10, dtype=torch.float32, seed=seed)
+    return X.to("cuda", dtype, memory_format=torch.channels_last), y.cuda()
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["as PyTorch comes", "TF32 allowed everywhere"])
+def test_eq_7_in_float32_is_within_2_percent_of_float64(allowed, request):
+    if allowed:
+        request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+        torch.set_float32_matmul_precision("high")
+    exact_net = small_default_net(torch.float64)
+    d = torch.autograd.grad(exact_net.loss(*digits_batch(2, torch.float64)), list(exact_net.weights()))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        architect = Architect(small_default_net(dtype), 0.9, 3e-4)
+        hessian = architect.compute_hessian([g.to(dtype) for g in d], *digits_batch(1, dtype))
+        results.append(torch.cat([h.flatten().double() for h in hessian]))
+    found, exact = results
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("stage", ["search", "augment"])
+@pytest.mark.parametrize("words", ["", "--amp", "--sync-bn"])
+def test_a_step_waits_for_the_gpu_once(stage, words, monkeypatch):
+    reads = []
+
+    def read(tensor):  # the one read of a step; outside it any wait is an error
+        reads.append(len(tensor))
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return tensor.cpu().numpy().tolist()
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    batches = Batches(digits_batch(seed) for seed in range(3))
+    if stage == "search":
+        epoch = search_epoch(SearchConfig([*words.split(), "--device", "cuda"]), small_default_net(), batches)
+    else:
+        net = AugmentCNN(8, 1, 4, 10, 3, True, DARTS_V2).cuda().train()
+        epoch = augment_epoch(
+            AugmentConfig(["--genotype", "DARTS_V2", *words.split(), "--device", "cuda"]), net, batches
+        )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        epoch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == len(batches)
+
+
+def test_the_gradient_of_alpha_can_be_captured_as_a_cuda_graph_and_has_the_same_bits():
+    net, trn, val = small_default_net(), digits_batch(1), digits_batch(2)
+    architect, optim = Architect(net, 0.9, 3e-4), torch.optim.SGD(net.weights(), 0.1, momentum=0.9)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            architect.unrolled_backward(*trn, *val, 0.1, optim)
+    torch.cuda.current_stream().wait_stream(stream)
+    expected = [alpha.grad.clone() for alpha in net.alphas()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        architect.unrolled_backward(*trn, *val, 0.1, optim)
+    graph.replay()
+    assert all(torch.equal(alpha.grad, grad) for alpha, grad in zip(net.alphas(), expected))
+
+
+@pytest.mark.parametrize("changes", [{"recompute": True}, {"sync_bn": True}], ids=["--recompute", "--sync-bn"])
+def test_options_change_no_gradient_on_cuda(changes):
+    found = []
+    for options in ({}, changes):
+        net = small_default_net(torch.float64, recompute="recompute" in options)
+        if "sync_bn" in options:
+            synchronise(net)
+        found.append(torch.autograd.grad(net.loss(*digits_batch(1, torch.float64)), list(net.parameters())))
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_an_augment_network_is_the_same_as_on_the_cpu_in_both_layouts(memory_format):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = AugmentCNN(8, 1, 4, 3, 3, True, DARTS_V2).double().to(device, memory_format=memory_format).train()
+        X, y = (t.to(device) for t in batch())
+        logits, aux_logits = net(X.to(memory_format=memory_format))
+        loss = nn.functional.cross_entropy(logits, y) + nn.functional.cross_entropy(aux_logits, y)
+        found.append([g.cpu() for g in torch.autograd.grad(loss, list(net.parameters()))])
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_nccl_of_one_rank_gives_a_run_with_sync_bn(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    words = [ROOT / "search.py", *TINY, "--sync-bn", "--epochs", 1]
+    process = subprocess.run(
+        [*command, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_resumed_run_has_the_same_bits_with_deterministic(tmp_path):
+    words = (*TINY, "--deterministic", "--runs-path", tmp_path)
+    for name, epochs in (("whole", 2), ("parts", 1)):
+        process = run_script("search.py", *words, "--name", name, "--epochs", epochs, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+    process = run_script("search.py", "--resume", tmp_path / "search/parts", "--epochs", 2, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    whole, parts = (load_checkpoint(tmp_path / "search" / name / "checkpoint.pt") for name in ("whole", "parts"))
+    for name, value in whole["keeps"]["net"].items():
+        assert torch.equal(value, parts["keeps"]["net"][name]), name

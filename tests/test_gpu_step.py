@@ -9,23 +9,19 @@ import sys
 import pytest
 import torch
 from conftest import Batches, batch
+from epochs import augment_epoch, search_epoch
 from launches import Launches, lie_alike
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import augment
-import search
-from architect import Architect
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
-from running.run import Run
-from utils import cosine_lr
 
 OPTIONS = pytest.mark.parametrize("options", ["", "--amp --recompute --sync-bn"])
 
@@ -33,26 +29,6 @@ OPTIONS = pytest.mark.parametrize("options", ["", "--amp --recompute --sync-bn"]
 @pytest.fixture(autouse=True)
 def path_of_cuda(monkeypatch):
     monkeypatch.setattr(search_cell, "layout_for", lambda x: search_cell.BATCHED)
-
-
-def search_epoch(config, net, batches, fused=False):
-    """A function that takes the steps of an epoch as search.py does.
-
-    fused: of Adam, whose count of steps, which search.py has on the CPU, is then not read.
-    """
-    if config.sync_bn:
-        synchronise(net)
-    w_optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
-    alpha_optim = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), foreach=not fused, fused=fused)
-    run, architect = Run(config), Architect(net, 0.9, 3e-4)
-    return lambda: search.train(1, run, net, architect, batches, batches, w_optim, alpha_optim, cosine_lr(w_optim, 50))
-
-
-def augment_epoch(config, net, batches):
-    optim = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
-    if config.sync_bn:
-        synchronise(net)
-    return lambda: augment.train(1, Run(config), net, batches, optim)
 
 
 def search_config(options=""):

@@ -1,0 +1,30 @@
+"""The training loops of both scripts on batches in a list."""
+
+import torch
+
+import augment
+import search
+from architect import Architect
+from models.sync_bn import synchronise
+from running.run import Run
+from utils import cosine_lr
+
+
+def search_epoch(config, net, batches, fused=False):
+    """A function that takes the steps of an epoch as search.py does.
+
+    fused: of Adam, whose count of steps, which search.py has on the CPU, is then not read.
+    """
+    if config.sync_bn:
+        synchronise(net)
+    w_optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
+    alpha_optim = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), foreach=not fused, fused=fused)
+    run, architect = Run(config), Architect(net, 0.9, 3e-4)
+    return lambda: search.train(1, run, net, architect, batches, batches, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+
+
+def augment_epoch(config, net, batches):
+    optim = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
+    if config.sync_bn:
+        synchronise(net)
+    return lambda: augment.train(1, Run(config), net, batches, optim)
