@@ -346,7 +346,8 @@ class AugmentConfig(_Config):
         group.add_argument(
             "--genotype",
             metavar="G",
-            help="a published cell as DARTS_V2, a string 'Genotype(...)', JSON, a file of these, or a search's folder",
+            help="a published cell as DARTS_V2, random:SEED, a string 'Genotype(...)', JSON, a file of these, or a "
+            "search's folder",
         )
         group.add_argument(
             "--stem",
