@@ -99,6 +99,8 @@ class _Config:
             options = self._resume(parser, words, options)
         if "genotype" in options and options.genotype is None and options.evaluate is None:
             parser.error("--genotype is required")
+        if "early_stop" in options and options.early_stop and not options.eigenvalue_images:
+            parser.error("--early-stop needs the eigenvalue, so --eigenvalue-images of at least 1")
         if options.auto_resume and (options.resume or options.overwrite):
             parser.error("--auto-resume can't be given with --resume or --overwrite")
         vars(self).update(vars(options))
@@ -301,6 +303,13 @@ class SearchConfig(_Config):
         group.add_argument(
             "--order", default="second", choices=("first", "second"), help="of the alphas' gradient: eq. 6, or xi = 0"
         )
+        group.add_argument(
+            "--eps-scale",
+            type=positive,
+            default=0.01,
+            metavar="E",
+            help="of the second order: eq. 7 shifts w by E in the direction of d, eps = E / ||d||",
+        )
         group.add_argument("--w-lr", type=positive, default=0.025, metavar="LR", help="weights: learning rate")
         group.add_argument(
             "--w-lr-min", type=nonnegative, default=0.001, metavar="LR", help="weights: after the cosine"
@@ -310,6 +319,19 @@ class SearchConfig(_Config):
         group.add_argument("--w-grad-clip", type=positive, default=5.0, metavar="NORM", help="weights: gradient norm")
         group.add_argument("--alpha-lr", type=positive, default=3e-4, metavar="LR", help="alphas: Adam's learning rate")
         group.add_argument("--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: decay")
+        group.add_argument(
+            "--early-stop",
+            action="store_true",
+            help="stop when the dominant eigenvalue of the Hessian of L_val in alpha has grown, and take the genotype "
+            "of 5 epochs before (DARTS-ES)",
+        )
+        group.add_argument(
+            "--eigenvalue-images",
+            type=natural,
+            default=8,
+            metavar="N",
+            help="validation images that this eigenvalue is computed on after each epoch, fewer of large ones; 0: none",
+        )
 
 
 # Liu et al., section 4.3 and the appendix on ImageNet

@@ -3,7 +3,6 @@
 Values come from TensorBoard's files, a search's cells from history.json.
 """
 
-import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -105,33 +104,6 @@ def _read_scalars(folder):
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
-# How settled a search's choice is.
-
-
-def margins(weights, gene, candidates):
-    """By how much each chosen operation's weight exceeds that of the best other on its edge, `none` left out.
-
-    weights: [node][source][candidate]; gene: the operations chosen. Where there is no other, the weight itself counts.
-    """
-    differences = []
-    for node, chosen in zip(weights, gene):
-        for op, source in chosen:
-            weight_of = dict(zip(candidates, node[source]))
-            others = [weight for name, weight in weight_of.items() if name not in (op, "none")]
-            differences.append(weight_of[op] - max(others, default=0.0))
-    return differences
-
-
-def skip_connections(gene):
-    """The number of skip connections in a gene."""
-    return sum(op == "skip_connect" for node in gene for op, _ in node)
-
-
-def changes(values):
-    """The positions at which a list's value is another than the one before; 1 is that of the second."""
-    return [i for i, (before, after) in enumerate(itertools.pairwise(values), 1) if before != after]
 
 
 def commands(story):
