@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
+from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS, VARIANTS
 from running.data_sets import DATASETS
 from running.errors import OneLineParser, UserError
 from running.folder import RunFolder, launcher
@@ -76,6 +76,23 @@ def _primitives(text):
     if len(set(names)) < len(names) or names == ["none"]:
         raise argparse.ArgumentTypeError(f"must be different operations, at least one other than none, not {text!r}")
     return ",".join(names)
+
+
+def _variants(text):
+    """An argparse type: names of variants, with commas, that change different things."""
+    names, changed_by = text.split(","), {}
+    for name in names:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(
+                f"unknown variant {name!r}; give some of {', '.join(VARIANTS)}, with commas"
+            )
+        for change in sorted(VARIANTS[name]):
+            if change in changed_by:
+                raise argparse.ArgumentTypeError(
+                    f"{changed_by[change]} and {name} can't be combined: both change {change}"
+                )
+            changed_by[change] = name
+    return text
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -331,6 +348,33 @@ class SearchConfig(_Config):
             default=8,
             metavar="N",
             help="validation images that this eigenvalue is computed on after each epoch, fewer of large ones; 0: none",
+        )
+
+        group = parser.add_argument_group("variants of DARTS")
+        group.add_argument(
+            "--variant",
+            type=_variants,
+            metavar="NAMES",
+            help="one, or several with commas: " + ", ".join(VARIANTS),
+        )
+        group.add_argument(
+            "--pc-share", type=positive_int, default=4, metavar="K", help="pc-darts: 1/K of the channels are searched"
+        )
+        group.add_argument(
+            "--pc-edge-normalisation", default="on", choices=("on", "off"), help="pc-darts: weigh a node's edges too"
+        )
+        group.add_argument(
+            "--pc-warm-up", type=natural, default=15, metavar="N", help="pc-darts: epochs before alphas learn"
+        )
+        group.add_argument(
+            "--beta-strength", type=nonnegative, default=50.0, metavar="L", help="beta-darts: the penalty in the end"
+        )
+        group.add_argument(
+            "--minus-strength",
+            type=nonnegative,
+            default=1.0,
+            metavar="B",
+            help="darts-minus: weight of the auxiliary skip connections at the start",
         )
 
 

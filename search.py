@@ -43,6 +43,7 @@ from running.progress import Meters
 from running.run import Run
 from running.tensorboard import alpha_tag
 from utils import cosine_lr, garbage_collection_of_new_objects, get_data, one_line, param_size, shell_quote
+from variants import compose
 
 
 def main(network=SearchCNN, architect=Architect):
@@ -58,6 +59,7 @@ def search(network, architect):
     config = ranks.on_rank_0(SearchConfig)
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
+    network, architect = compose(config, network, architect)
     run = Run(config)
     saved = run.saved_results()
 
@@ -94,6 +96,7 @@ def search(network, architect):
         for epoch in range(run.epoch + 1, config.epochs + 1):
             if config.early_stop and search_state.early_stop(history):
                 break
+            net.begin_epoch(epoch, config.epochs)
             if not run.position["trained"]:
                 train(epoch, run, net, bilevel, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
             top1 = validate(epoch, run, net, eval_loader)
@@ -172,11 +175,12 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         net.noise = net.draw_noise()
 
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
-        with mixed_precision:
-            val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
-        alpha_norm = nn.utils.get_total_norm([alpha.grad for alpha in alphas])
-        check_finite(run, "alpha", val_loss, alpha_norm, alpha_optim, loaders)
-        alpha_optim.step()
+        if net.alphas_learn:
+            with mixed_precision:
+                val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
+            alpha_norm = nn.utils.get_total_norm([alpha.grad for alpha in alphas])
+            check_finite(run, "alpha", val_loss, alpha_norm, alpha_optim, loaders)
+            alpha_optim.step()
 
         # w: a step by the gradient of L_T(w, alpha), at the new alpha
         w_optim.zero_grad()
@@ -192,7 +196,8 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         run.step += 1
         meters.update(trn_loss, logits.detach(), trn_y, n)
         meters.write_scalars("step", "val")
-        run.scalar("step/alpha_loss", val_loss.item())
+        if net.alphas_learn:
+            run.scalar("step/alpha_loss", val_loss.item())
         run.scalar("lr/w", w_optim.param_groups[0]["lr"])
         run.scalar("lr/alpha", alpha_optim.param_groups[0]["lr"])
         meters.show()
