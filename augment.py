@@ -2,6 +2,7 @@
 
 python augment.py --dataset cifar10 --genotype DARTS_V2                  # the paper's protocol
 python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the last cell of a search
+python augment.py --dataset cifar10 --genotype random:1                  # a random cell, to compare with
 python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
 python augment.py --evaluate runs/augment/cifar10                        # its accuracy, by class too
 python augment.py --gpus all ...                                         # on all GPUs of this machine

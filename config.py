@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
+from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS, VARIANTS
 from running.data_sets import DATASETS
 from running.errors import OneLineParser, UserError
 from running.folder import RunFolder, launcher
@@ -78,6 +78,23 @@ def _primitives(text):
     return ",".join(names)
 
 
+def _variants(text):
+    """An argparse type: names of variants, with commas, that change different things."""
+    names, changed_by = text.split(","), {}
+    for name in names:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(
+                f"unknown variant {name!r}; give some of {', '.join(VARIANTS)}, with commas"
+            )
+        for change in sorted(VARIANTS[name]):
+            if change in changed_by:
+                raise argparse.ArgumentTypeError(
+                    f"{changed_by[change]} and {name} can't be combined: both change {change}"
+                )
+            changed_by[change] = name
+    return text
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to the help of each option, unless it is None or False."""
 
@@ -99,6 +116,8 @@ class _Config:
             options = self._resume(parser, words, options)
         if "genotype" in options and options.genotype is None and options.evaluate is None:
             parser.error("--genotype is required")
+        if "early_stop" in options and options.early_stop and not options.eigenvalue_images:
+            parser.error("--early-stop needs the eigenvalue, so --eigenvalue-images of at least 1")
         if options.auto_resume and (options.resume or options.overwrite):
             parser.error("--auto-resume can't be given with --resume or --overwrite")
         vars(self).update(vars(options))
@@ -306,6 +325,13 @@ class SearchConfig(_Config):
         group.add_argument(
             "--order", default="second", choices=("first", "second"), help="of the alphas' gradient: eq. 6, or xi = 0"
         )
+        group.add_argument(
+            "--eps-scale",
+            type=positive,
+            default=0.01,
+            metavar="E",
+            help="of the second order: eq. 7 shifts w by E in the direction of d, eps = E / ||d||",
+        )
         group.add_argument("--w-lr", type=positive, default=0.025, metavar="LR", help="weights: learning rate")
         group.add_argument(
             "--w-lr-min", type=nonnegative, default=0.001, metavar="LR", help="weights: after the cosine"
@@ -315,6 +341,46 @@ class SearchConfig(_Config):
         group.add_argument("--w-grad-clip", type=positive, default=5.0, metavar="NORM", help="weights: gradient norm")
         group.add_argument("--alpha-lr", type=positive, default=3e-4, metavar="LR", help="alphas: Adam's learning rate")
         group.add_argument("--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: decay")
+        group.add_argument(
+            "--early-stop",
+            action="store_true",
+            help="stop when the dominant eigenvalue of the Hessian of L_val in alpha has grown, and take the genotype "
+            "of 5 epochs before (DARTS-ES)",
+        )
+        group.add_argument(
+            "--eigenvalue-images",
+            type=natural,
+            default=8,
+            metavar="N",
+            help="validation images that this eigenvalue is computed on after each epoch, fewer of large ones; 0: none",
+        )
+
+        group = parser.add_argument_group("variants of DARTS")
+        group.add_argument(
+            "--variant",
+            type=_variants,
+            metavar="NAMES",
+            help="one, or several with commas: " + ", ".join(VARIANTS),
+        )
+        group.add_argument(
+            "--pc-share", type=positive_int, default=4, metavar="K", help="pc-darts: 1/K of the channels are searched"
+        )
+        group.add_argument(
+            "--pc-edge-normalisation", default="on", choices=("on", "off"), help="pc-darts: weigh a node's edges too"
+        )
+        group.add_argument(
+            "--pc-warm-up", type=natural, default=15, metavar="N", help="pc-darts: epochs before alphas learn"
+        )
+        group.add_argument(
+            "--beta-strength", type=nonnegative, default=50.0, metavar="L", help="beta-darts: the penalty in the end"
+        )
+        group.add_argument(
+            "--minus-strength",
+            type=nonnegative,
+            default=1.0,
+            metavar="B",
+            help="darts-minus: weight of the auxiliary skip connections at the start",
+        )
 
 
 # The defaults with --stem imagenet: DARTS, appendix A.2.3
@@ -351,7 +417,8 @@ class AugmentConfig(_Config):
         group.add_argument(
             "--genotype",
             metavar="G",
-            help="a published cell as DARTS_V2, a string 'Genotype(...)', JSON, a file of these, or a search's folder",
+            help="a published cell as DARTS_V2, random:SEED, a string 'Genotype(...)', JSON, a file of these, or a "
+            "search's folder",
         )
         group.add_argument(
             "--stem",

@@ -9,8 +9,10 @@ Only `to_dag` imports torch, which takes seconds; reading and writing genotypes 
 
 import ast
 import json
+import random
 import re
 import warnings
+from argparse import ArgumentTypeError
 from collections import namedtuple
 from pathlib import Path
 
@@ -22,6 +24,9 @@ GENOTYPE_FILE = "genotype.json"  # in the folder of a search
 LARGEST_NUMBER = 10**6  # bound on the numbers in a genotype, and on the length of a text that is searched for one
 
 FORMS = ("nested", "flat", "json", "name")
+
+SIZE_TOLERANCE = 0.05  # by which the parameters of a random cell may differ from those of the cell it is to be like
+MAX_DRAWS = 10_000  # until such a cell must have been drawn
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
@@ -237,11 +242,68 @@ def _check_operation(name, where):
         raise GenotypeError(f"genotype: {where}: unknown operation {_shorten(name)}; allowed are {', '.join(OPS)}")
 
 
+def random_genotypes(n, seed, like=None):
+    """Draw n cells evenly from DARTS's search space, independently of each other: a list of genotypes.
+
+    Each node has two different sources, all pairs being equally likely, and on each an operation other than none. A
+    seed gives the same cells on every machine, and the first cell is the same for every n.
+
+    like: a genotype. Then the cells have as many nodes as its normal cell, and their networks as many parameters as its
+    network, to `SIZE_TOLERANCE`, at augment.py's default size; all such cells are equally likely. Raises GenotypeError
+    where they are too rare to be drawn.
+    """
+    generator = random.Random(seed)
+    if like is None:
+        return [_random_genotype(generator, 4) for _ in range(n)]
+    wanted, genotypes = _parameters(like), []
+    for _ in range(n):
+        draws = (_random_genotype(generator, len(like.normal)) for _ in range(MAX_DRAWS))
+        alike = (one for one in draws if abs(_parameters(one) - wanted) <= SIZE_TOLERANCE * wanted)
+        genotypes.append(next(alike, None))
+        if genotypes[-1] is None:
+            raise GenotypeError(
+                f"genotype: none of {MAX_DRAWS} random cells has {wanted:.3f} M parameters to {SIZE_TOLERANCE:.0%}"
+            )
+    return genotypes
+
+
+def _random_genotype(generator, n_nodes):
+    operations = [name for name in PRIMITIVES if name != "none"]
+    genes = [
+        [
+            [(generator.choice(operations), source) for source in generator.sample(range(i + 2), 2)]
+            for i in range(n_nodes)
+        ]
+        for _ in ("normal", "reduce")
+    ]
+    concat = range(2, n_nodes + 2)
+    return Genotype(genes[0], concat, genes[1], concat)
+
+
+def _parameters(genotype):
+    """Millions of parameters, without the auxiliary head's, of augment.py's default network for CIFAR-10."""
+    import torch
+
+    from config import AugmentConfig
+    from models.augment_cnn import AugmentCNN
+    from utils import param_size
+
+    default = AugmentConfig(["--genotype", str(genotype)])
+    with torch.device("meta"):  # shapes without values
+        return param_size(AugmentCNN(32, 3, default.init_channels, 10, default.layers, False, genotype))
+
+
 def resolve(text):
     """Read a genotype from a text that `from_str` reads, from a file with such a text, or from the folder of a search.
 
-    From a search the genotype of the last epoch is taken, not that of the best. Raises GenotypeError.
+    From a search the genotype of the last epoch is taken, not that of the best. `random:SEED` is the first cell that
+    `random_genotypes` draws with this seed. Raises GenotypeError.
     """
+    name, _, seed = text.partition(":")
+    if name == "random":
+        if not (seed.isascii() and seed.isdecimal() and len(seed) <= 10):
+            raise GenotypeError(f"genotype: {_shorten(text)} must be random:SEED, SEED a whole number of at least 0")
+        return random_genotypes(1, int(seed))[0]
     path = Path(text)
     try:
         path = path / GENOTYPE_FILE if path.is_dir() else path
@@ -252,8 +314,8 @@ def resolve(text):
         return from_str(text)
     if not is_file:
         raise GenotypeError(
-            f"genotype: {_shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), a genotype string "
-            "'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
+            f"genotype: {_shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), random:SEED, a genotype "
+            "string 'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
         )
     try:
         content = path.read_text(encoding="utf-8")
@@ -316,15 +378,43 @@ DARTS_V1, DARTS_V2 = PUBLISHED["DARTS_V1"].genotype, PUBLISHED["DARTS_V2"].genot
 
 
 def main():
-    parser = OneLineParser(description="List the published cells, or write a genotype in another form.")
+    parser = OneLineParser(
+        description="List the published cells, write a genotype in another form, or draw random ones."
+    )
     parser.add_argument(
         "genotype", nargs="?", help="as for augment.py --genotype; without it, list the published cells"
     )
     parser.add_argument("--form", choices=FORMS, default="nested", help="to write (default: %(default)s)")
+    parser.add_argument(
+        "--random", type=_natural, metavar="N", help="draw N cells evenly from the search space, one a line"
+    )
+    parser.add_argument("--seed", type=_natural, default=0, metavar="S", help="of --random (default: %(default)s)")
+    parser.add_argument(
+        "--like",
+        metavar="GENOTYPE",
+        help=f"of --random: only cells whose network has as many parameters as this one's, to {SIZE_TOLERANCE:.0%}%",
+    )
     args = parser.parse_args()
+    if args.random is None:
+        if args.like is not None:
+            parser.error("--like needs --random N")
+        return print(to_str(resolve(args.genotype), args.form)) if args.genotype is not None else list_published()
     if args.genotype is not None:
-        print(to_str(resolve(args.genotype), args.form))
-        return
+        parser.error("--random takes no genotype; cells of its size are drawn with --like")
+    like = None if args.like is None else resolve(args.like)
+    for genotype in random_genotypes(args.random, args.seed, like):
+        print(to_str(genotype, args.form))
+
+
+def _natural(text):
+    """An argparse type: a whole number of at least 0."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
+        raise ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return int(text)
+
+
+def list_published():
+    """Print every published cell with its source and results."""
     for name, cell in PUBLISHED.items():
         results = ", ".join(f"{key} {_with_slashes(value)}" for key, value in cell.results.items())
         print(f"{name}\n    {cell.source}\n    {results}\n    {to_str(cell.genotype)}")

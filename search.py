@@ -15,6 +15,7 @@ if __name__ == "__main__":
     SearchConfig.answer_help()  # at once: `import torch` takes seconds
 
 import shutil
+import statistics
 import sys
 
 import numpy as np
@@ -22,7 +23,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+import search_state
 from architect import Architect
+from curvature import dominant_eigenvalue, images_within
 from genotypes import as_lists, from_str
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
@@ -40,6 +43,7 @@ from running.progress import Meters
 from running.run import Run
 from running.tensorboard import alpha_tag
 from utils import cosine_lr, garbage_collection_of_new_objects, get_data, one_line, param_size, shell_quote
+from variants import compose
 
 
 def main(network=SearchCNN, architect=Architect):
@@ -55,6 +59,7 @@ def search(network, architect):
     config = ranks.on_rank_0(SearchConfig)
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
+    network, architect = compose(config, network, architect)
     run = Run(config)
     saved = run.saved_results()
 
@@ -65,10 +70,13 @@ def search(network, architect):
     trn_loader = Loader(data, w_half, seed=config.seed, **options)
     val_loader = Loader(data, alpha_half, seed=mix(config.seed, 1), **options)
     eval_loader = Loader(data.without_augmentation(), alpha_half, shuffle=False, **options)
+    curvature_images = np.random.default_rng(config.seed).permutation(alpha_half)[
+        : images_within(config.eigenvalue_images, size)
+    ]
 
     seed_generators(config.seed)
     net, w_optim, alpha_optim = build(network, config, run.device, channels, n_classes)
-    bilevel = architect(net, config.w_momentum, config.w_weight_decay)
+    bilevel = architect(net, config.w_momentum, config.w_weight_decay, config.eps_scale)
 
     state = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
     with run.interruptible(), garbage_collection_of_new_objects():
@@ -86,20 +94,23 @@ def search(network, architect):
             run.log(f"cells are kept as graphviz sources in {run.folder.plots}; {HOW_TO_INSTALL}")
 
         for epoch in range(run.epoch + 1, config.epochs + 1):
+            if config.early_stop and search_state.early_stop(history):
+                break
+            net.begin_epoch(epoch, config.epochs)
             if not run.position["trained"]:
                 train(epoch, run, net, bilevel, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
             last = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
+            history.append(last | state_of(net, data.without_augmentation(), curvature_images, run.device))
             is_best = "best" not in genotypes or top1 > genotypes["best"]["valid_top1"]
-            genotypes = {"last": last, "best": last if is_best else genotypes["best"]}
-            history.append(last)
+            genotypes = {"last": chosen(config, history), "best": last if is_best else genotypes["best"]}
             if ranks.rank() == 0:
                 show(epoch, run, net, genotypes, history)
             run.end_epoch(is_best, results | {"found": genotypes, "history": history})
             run.stop_if_asked()
 
-    finish(run, genotypes, size, channels, n_classes)
+    finish(run, genotypes, history, size, channels, n_classes)
 
 
 def load_data(config, saved):
@@ -164,11 +175,13 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         net.noise = net.draw_noise()
 
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
-        with mixed_precision:
-            val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
-        alpha_norm = nn.utils.get_total_norm([alpha.grad for alpha in alphas])
-        undo = Undo(alpha_optim)
-        alpha_optim.step()
+        of_alpha, undo = (), None
+        if net.alphas_learn:
+            with mixed_precision:
+                val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
+            of_alpha = val_loss, nn.utils.get_total_norm([alpha.grad for alpha in alphas])
+            undo = Undo(alpha_optim)
+            alpha_optim.step()
 
         # w: a step by the gradient of L_T(w, alpha), at the new alpha
         w_optim.zero_grad()
@@ -179,15 +192,16 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         trn_loss = ranks.average_step(loss.detach(), net, weights, trn_y, config.sync_bn)
         w_norm = nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
         # all that the step has computed is read here, since reading waits for the device
-        read = meters.update(trn_loss, logits.detach(), trn_y, n, others=(val_loss, alpha_norm, w_norm))
-        val_loss, alpha_norm, w_norm = read
-        check_finite(run, "alpha", val_loss, alpha_norm, alpha_optim, loaders, undo)
+        w_norm, *of_alpha = meters.update(trn_loss, logits.detach(), trn_y, n, others=(w_norm, *of_alpha))
+        if net.alphas_learn:
+            check_finite(run, "alpha", *of_alpha, alpha_optim, loaders, undo)
         check_finite(run, "w", meters.loss.val, w_norm, w_optim, loaders, undo)
         w_optim.step()
 
         run.step += 1
         meters.write_scalars("step", "val")
-        run.scalar("step/alpha_loss", val_loss)
+        if net.alphas_learn:
+            run.scalar("step/alpha_loss", of_alpha[0])
         run.scalar("lr/w", w_optim.param_groups[0]["lr"])
         run.scalar("lr/alpha", alpha_optim.param_groups[0]["lr"])
         meters.show()
@@ -220,6 +234,36 @@ def validate(epoch, run, net, loader):
     return meters.top1.avg
 
 
+@torch.no_grad()
+def state_of(net, images, samples, device):
+    """What `search_state` reads of an epoch beside the genotype: the dominant eigenvalue and the margins.
+
+    images, samples: `Images`, and which of them the eigenvalue is computed on, by rank 0 alone; none: no eigenvalue.
+    """
+
+    def eigenvalue():
+        if len(samples) == 0:
+            return None
+        X, y = zip(*(images[sample] for sample in samples.tolist()))
+        X = torch.stack(X).to(device, memory_format=torch.channels_last)
+        with torch.enable_grad():
+            return dominant_eigenvalue(net, X, torch.tensor(y, device=device))
+
+    genotype, weights = net.genotype(), net.edge_weights()
+    margins = {
+        kind: search_state.margins([node.tolist() for node in weights[kind]], getattr(genotype, kind), net.primitives)
+        for kind in weights
+    }
+    return {"eigenvalue": ranks.on_rank_0(eigenvalue), "margins": margins}
+
+
+def chosen(config, history):
+    """The epoch of the history whose genotype is the search's result: the last, or the one that DARTS-ES returns."""
+    stop = search_state.early_stop(history) if config.early_stop else None
+    entry = next(entry for entry in history if entry["epoch"] == stop - search_state.WINDOW) if stop else history[-1]
+    return {name: entry[name] for name in ("epoch", "valid_top1", "string")}
+
+
 def chart_edges(run, net):
     """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
     charts = {}
@@ -248,10 +292,30 @@ def show(epoch, run, net, genotypes, history):
                     pixels = np.asarray(image.convert("RGB"))
                 run.tensorboard.add_image(f"cell/{kind}", pixels, run.step, dataformats="HWC")
     run.log(f"genotype = {genotype}")
+    show_state(run, genotype, history)
     with run.surviving_full_disk(run.folder.genotype.name):
         write_json(run.folder.history, history)
         forms = {which: entry | as_lists(from_str(entry["string"])) for which, entry in genotypes.items()}
         write_json(run.folder.genotype, forms)
+
+
+def show_state(run, genotype, history):
+    """The state of the search in a sentence, in the log; its numbers in TensorBoard."""
+    eigenvalue = history[-1]["eigenvalue"]
+    numbers = {"stable_epochs": search_state.stable_epochs(history)}
+    if eigenvalue is not None:
+        run.log(f"dominant eigenvalue of the Hessian of L_val in alpha: {eigenvalue:.4g}")
+        numbers["eigenvalue"] = eigenvalue
+    for kind, margins in history[-1]["margins"].items():
+        numbers[f"skip_connections_{kind}"] = search_state.skip_connections(getattr(genotype, kind))
+        numbers[f"margin_{kind}"] = statistics.median(margins)
+    for name, number in numbers.items():
+        run.scalar(f"state/{name}", number)
+    run.log(search_state.verdict(history))
+    stop = search_state.early_stop(history)
+    if stop is not None:
+        done = "stopped" if run.config.early_stop else "--early-stop would have stopped"
+        run.log(f"{done} at epoch {stop}, with the genotype of epoch {stop - search_state.WINDOW}")
 
 
 def show_edges(run, kind, primitives, weights):
@@ -276,21 +340,29 @@ def cell_in_words(kind, gene, primitives, weights):
         yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
 
 
-def finish(run, genotypes, size, channels, n_classes):
+def finish(run, genotypes, history, size, channels, n_classes):
     """Write the summary, the command that trains the last cell, and what its network costs."""
-    last, best = genotypes["last"], genotypes["best"]
+    last, best, stop = genotypes["last"], genotypes["best"], search_state.early_stop(history)
+    genotype = from_str(last["string"])
     run.finish(
-        epochs=last["epoch"],
+        epochs=history[-1]["epoch"],
         valid_top1=last["valid_top1"],
         best_valid_top1=best["valid_top1"],
         best_epoch=best["epoch"],
+        verdict=search_state.verdict(history),
+        eigenvalue=history[-1].get("eigenvalue"),
+        skip_connections_normal=search_state.skip_connections(genotype.normal),
+        skip_connections_reduce=search_state.skip_connections(genotype.reduce),
+        stable_epochs=search_state.stable_epochs(history),
+        early_stop_epoch=stop if run.config.early_stop else None,
+        genotype_epoch=last["epoch"],
         genotype=last["string"],
     )
     if ranks.rank() == 0:
         command = f"python augment.py {run.config.data_options()} --genotype {shell_quote(last['string'])}"
         run.log("train the cell:")
         print(command, flush=True)  # before the timing, which takes a while, and as the last line
-        show_cost(run, from_str(last["string"]), size, channels, n_classes)
+        show_cost(run, genotype, size, channels, n_classes)
         print(command)
 
 

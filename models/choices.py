@@ -22,3 +22,10 @@ SEARCH_SPACES = {
 EXECUTIONS = ("fused", "plain")  # `plain` is the definition; `fused` computes the same numbers faster
 
 STEMS = ("cifar", "imagenet")
+
+# The variants of variants.py, and what each changes; two that change the same thing can't be combined.
+VARIANTS = {
+    "pc-darts": {"the weights of edges", "the operation on an edge"},
+    "beta-darts": {"what alpha descends"},
+    "darts-minus": {"the operation on an edge"},
+}

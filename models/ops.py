@@ -175,3 +175,34 @@ class MixedOp(nn.Module):
     def forward(self, x, weights):
         """x: (N, C, H, W); weights: (len(primitives),), this edge's row of `SearchCNN.edge_weights`."""
         return sum(weight * op(x) for weight, op in zip(weights, self._ops, strict=True))
+
+
+class PartialMixedOp(MixedOp):
+    """A mixture on the first C / K channels, the others passed by, halved by max pooling at stride 2 (PC-DARTS, eq. 2).
+
+    All are scaled by the sum of the weights, 1 for those of a softmax, the edge's weight where edges are normalised.
+    Then channels are shuffled, so that the next edge's candidates see others. C must be divisible by K.
+    """
+
+    def __init__(self, C, stride, primitives=PRIMITIVES, K=4):
+        super().__init__(C // K, stride, primitives)
+        self.K, self.stride = K, stride
+
+    def forward(self, x, weights):
+        if self.K == 1:
+            return super().forward(x, weights)
+        return self.joined(super().forward(self.seen(x), weights), weights.sum() * self.passed(x))
+
+    def seen(self, x):
+        """The channels that the candidates see."""
+        return x[:, : x.shape[1] // self.K]
+
+    def passed(self, x):
+        """The channels that pass by, of ceil(size / stride) pixels a side."""
+        rest = x[:, x.shape[1] // self.K :]
+        return F.max_pool2d(rest, 2, ceil_mode=True) if self.stride == 2 else rest
+
+    def joined(self, mixed, passed):
+        """All channels, shuffled in K groups; linear, so that a node's edges can be summed first."""
+        x = torch.cat([mixed, passed], dim=1)
+        return x.unflatten(1, (self.K, -1)).transpose(1, 2).flatten(1, 2)

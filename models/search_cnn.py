@@ -51,11 +51,12 @@ class SearchCNN(nn.Module):
     `alpha_normal[i]` and `alpha_reduce[i]` are the alphas of node i's edges, of shape (i + 2, len(primitives)).
     Raises ValueError if a number is below 1, or `check_primitives` rejects the primitives.
 
-    For another relaxation, override `edge_weights`, and `draw_noise` if the weights are random. For another edge, set
-    the class attribute `mixed_op`.
+    For another relaxation, override `edge_weights`, and `draw_noise` if the weights are random; for what changes in the
+    course of a search, `begin_epoch`. For another edge, set the class attribute `mixed_op`.
     """
 
     mixed_op = MixedOp  # the class of the edges (a class: a function would become a method)
+    alphas_learn = True  # whether the training loop takes alpha's steps in this epoch
 
     def __init__(
         self,
@@ -118,9 +119,16 @@ class SearchCNN(nn.Module):
         """
         return None
 
+    def begin_epoch(self, epoch, epochs):
+        """Prepare for an epoch, from 1 to `epochs`; the script calls it before training, also of a resumed epoch."""
+
+    def operation_weights(self, noise=None):
+        """The weights of all operations on every edge: `edge_weights`, unless edges have more than the candidates."""
+        return self.edge_weights(noise)
+
     def forward(self, x):
         """Logits, (N, n_classes), of images (N, C_in, H, W)."""
-        weights = self.edge_weights(self.noise if self.training else None)
+        weights = self.operation_weights(self.noise if self.training else None)
         s0 = s1 = self.stem(x)
         for cell, reduction in zip(self.cells, self.reductions):
             s0, s1 = s1, self._run(cell, s0, s1, weights["reduce" if reduction else "normal"])

@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from models.choices import PRIMITIVES
 from report.cells import INPUTS
-from report.story import KINDS, changes, margins, skip_connections
+from report.story import KINDS
+from search_state import WINDOW, cell, changes, early_stop, margins, skip_connections
 
 GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
@@ -108,13 +109,16 @@ def draw_edge(axes, weights, candidates, source):
     epoch_axis(axes)
 
 
-def settling(genotypes, weights, candidates):
-    """By epoch: margins of the chosen operations, the number of skip connections, and changes of the genotype.
+def settling(genotypes, weights, candidates, history=()):
+    """Margins of the chosen operations, skip connections and changes of the cell, and the eigenvalue, by epoch.
 
-    weights: kind -> [node][source], (epochs, candidates) each.
+    weights: kind -> [node][source], (epochs, candidates) each; history: of the search, see `search_state`.
     """
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    has_eigenvalues = any(entry.get("eigenvalue") is not None for entry in history)
+    figure = Figure(figsize=(10 if has_eigenvalues else 7, 2.8), layout="constrained")
+    left, right, *rest = figure.subplots(1, 2 + has_eigenvalues)
+    for axes in rest:
+        eigenvalues(axes, history)
     epochs = range(1, len(genotypes) + 1)
     for kind, colour, height in zip(KINDS, ("C0", "C3"), (-0.35, -0.7)):
         genes = [getattr(genotype, kind) for genotype in genotypes]
@@ -125,7 +129,7 @@ def settling(genotypes, weights, candidates):
         left.plot(epochs, [np.mean(values) for values in by_epoch], color=colour, label=f"{kind}, mean")
         left.plot(epochs, [np.min(values) for values in by_epoch], color=colour, ls=":", label=f"{kind}, smallest")
         right.plot(epochs, list(map(skip_connections, genes)), color=colour, label=kind, drawstyle="steps-mid")
-        changed = [epochs[i] for i in changes(genes)]
+        changed = [epochs[i] for i in changes([getattr(cell(genotype), kind) for genotype in genotypes])]
         right.plot(changed, [height] * len(changed), "|", color=colour)
     left.set(xlabel="epoch")
     left.set_title("weight of the chosen less the next's", fontsize=10)
@@ -136,6 +140,19 @@ def settling(genotypes, weights, candidates):
         epoch_axis(axes)
         axes.legend(fontsize=7)
     return figure
+
+
+def eigenvalues(axes, history):
+    """The dominant eigenvalue of the Hessian of L_val in alpha, and where DARTS-ES stops."""
+    known = [entry for entry in history if entry.get("eigenvalue") is not None]
+    axes.plot([entry["epoch"] for entry in known], [entry["eigenvalue"] for entry in known], marker=".")
+    stop = early_stop(history)
+    if stop is not None:
+        axes.axvline(stop - WINDOW, color=GREY, ls="--", label="the cell of DARTS-ES")
+        axes.legend(fontsize=8)
+    axes.set(xlabel="epoch")
+    axes.set_title("dominant eigenvalue", fontsize=10)
+    epoch_axis(axes)
 
 
 # Figures of an augment run.

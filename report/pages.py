@@ -15,12 +15,13 @@ from config import AugmentConfig
 from models.augment_cnn import AugmentCNN
 from report import figures
 from report.cells import NotDrawnError, draw, render
-from report.story import KINDS, changes, commands, read
+from report.story import KINDS, commands, read
 from running.costs import cost, describe, describe_latency
 from running.data_sets import DATASETS
 from running.devices import pick_device
 from running.errors import UserError
 from running.evaluation import evaluate, load_network, load_trained
+from search_state import cell, changes, verdict
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -71,12 +72,14 @@ def search_sections(story):
     genotypes, candidates = story.genotypes(), story.candidates
     weights = {kind: story.edge_weights(kind) for kind in KINDS}
     settling = picture(
-        figures.settling(genotypes, weights, candidates), "margins of the choice and skip connections by epoch"
+        figures.settling(genotypes, weights, candidates, story.history),
+        "margins of the choice, skip connections and dominant eigenvalue by epoch",
     )
+    state = html.escape(verdict(story.history))
     return [
         section("The cell, epoch by epoch", film(story, genotypes)),
         *(edge_section(kind, weights[kind], candidates) for kind in KINDS),
-        section("How settled the choice is", f"<p>{stability(genotypes)}</p>{settling}"),
+        section("How settled the choice is", f"<p><b>{state}</b></p><p>{stability(genotypes)}</p>{settling}"),
         section("What the cell costs", default_cost(genotypes[-1], story.config)),
     ]
 
@@ -125,7 +128,7 @@ def drawing(kind, gene, concat):
 
 def stability(genotypes):
     """A sentence: how often and when the genotype changed."""
-    n, epochs = len(genotypes), [i + 1 for i in changes(genotypes)]
+    n, epochs = len(genotypes), [i + 1 for i in changes(list(map(cell, genotypes)))]
     if not epochs:
         return f"The genotype was the same in all {n} epochs."
     listed = ", ".join(map(str, epochs if len(epochs) <= 20 else [*epochs[:10], "...", *epochs[-9:]]))

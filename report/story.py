@@ -3,7 +3,6 @@
 Values are read from TensorBoard's files, the cells of a search from history.json.
 """
 
-import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -106,33 +105,6 @@ def _read_scalars(folder):
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
-# How stable the genotype of a search is.
-
-
-def margins(weights, gene, candidates):
-    """For each chosen operation, its weight minus the largest weight of the others on its edge, without `none`.
-
-    weights: [node][source][candidate]; gene: the chosen operations. If there is no other candidate, it is the weight.
-    """
-    differences = []
-    for node, chosen in zip(weights, gene):
-        for op, source in chosen:
-            weight_of = dict(zip(candidates, node[source]))
-            others = [weight for name, weight in weight_of.items() if name not in (op, "none")]
-            differences.append(weight_of[op] - max(others, default=0.0))
-    return differences
-
-
-def skip_connections(gene):
-    """The number of skip connections in a gene."""
-    return sum(op == "skip_connect" for node in gene for op, _ in node)
-
-
-def changes(values):
-    """The indices i with values[i] != values[i - 1]."""
-    return [i for i, (before, after) in enumerate(itertools.pairwise(values), 1) if before != after]
 
 
 def commands(story):

@@ -1,9 +1,12 @@
 import ast
+import collections
+import itertools
 import json
 
 import pytest
 import torch
 from conftest import assert_one_line_error, run_script
+from scipy.stats import chisquare
 from torch import nn
 
 import genotypes as gt
@@ -17,11 +20,14 @@ from genotypes import (
     GenotypeError,
     from_str,
     parse,
+    random_genotypes,
     resolve,
     to_dag,
     to_str,
 )
+from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_, FactorizedReduce
+from utils import param_size
 
 GOOD = str(DARTS_V2)
 
@@ -243,3 +249,77 @@ def test_resolve_says_what_may_be_given(given):
 
 def test_genotypes_offers_the_primitives_of_the_operations():
     assert gt.PRIMITIVES is PRIMITIVES
+
+
+# Chance.
+
+
+def size_of(genotype):
+    """Parameters of augment.py's default network for CIFAR-10."""
+    with torch.device("meta"):
+        return param_size(AugmentCNN(32, 3, 36, 10, 20, False, genotype))
+
+
+@pytest.mark.parametrize("kind", ["normal", "reduce"])
+def test_random_cells_have_every_operation_and_pair_of_sources_equally_often(kind):
+    nodes = [getattr(genotype, kind) for genotype in random_genotypes(4000, seed=0)]
+    for i in range(4):
+        pairs = collections.Counter(frozenset(source for _, source in gene[i]) for gene in nodes)
+        assert set(pairs) == {frozenset(pair) for pair in itertools.combinations(range(i + 2), 2)}
+        assert len(pairs) == 1 or chisquare(list(pairs.values())).pvalue > 1e-3
+        for place in range(2):
+            drawn = collections.Counter(gene[i][place] for gene in nodes)
+            assert set(drawn) == set(itertools.product(set(PRIMITIVES) - {"none"}, range(i + 2)))
+            assert chisquare(list(drawn.values())).pvalue > 1e-3
+    together = collections.Counter((gene[0][0][0], gene[1][0][0]) for gene in nodes)  # of two nodes: independent
+    assert len(together) == 49
+    assert chisquare(list(together.values())).pvalue > 1e-3
+
+
+def test_a_seed_draws_the_same_cells_and_another_seed_others():
+    cells = random_genotypes(20, seed=3)
+    assert cells == random_genotypes(20, seed=3)
+    assert cells[:5] == random_genotypes(5, seed=3)
+    assert len({str(genotype) for genotype in cells + random_genotypes(20, seed=4)}) == 40
+    assert all(from_str(str(genotype)) == genotype for genotype in cells)
+
+
+@pytest.mark.parametrize("name", ["DARTS_V2", "NASNET_A"])
+def test_random_cells_like_another_have_its_nodes_and_its_parameters_to_5_percent(name):
+    like = PUBLISHED[name].genotype
+    for genotype in random_genotypes(3, seed=1, like=like):
+        assert len(genotype.normal) == len(genotype.reduce) == len(like.normal)
+        assert abs(size_of(genotype) - size_of(like)) <= 0.05 * size_of(like)
+
+
+def test_a_cell_that_chance_does_not_meet_is_refused(monkeypatch):
+    monkeypatch.setattr(gt, "MAX_DRAWS", 5)
+    large = [[("sep_conv_7x7", source) for source in range(i + 2)] for i in range(4)]
+    with pytest.raises(GenotypeError, match="none of 5 random cells"):
+        random_genotypes(1, 0, Genotype(large, range(2, 6), large, range(2, 6)))
+
+
+def test_the_command_draws_random_cells_one_a_line(monkeypatch, capsys):
+    for words, expected in (
+        (["--random", "3", "--seed", "5"], random_genotypes(3, 5)),
+        (["--random", "1", "--seed", "5", "--like", "DARTS_V1"], random_genotypes(1, 5, DARTS_V1)),
+    ):
+        monkeypatch.setattr("sys.argv", ["genotypes.py", *words])
+        gt.main()
+        assert list(map(from_str, capsys.readouterr().out.splitlines())) == expected
+
+
+@pytest.mark.parametrize("words", [["--like", "DARTS_V1"], ["DARTS_V1", "--random", "2"], ["--random", "-1"]])
+def test_words_that_do_not_go_together_are_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["genotypes.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        gt.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_random_cells_are_resolved_by_their_seed():
+    assert resolve("random:7") == random_genotypes(1, 7)[0]
+    for text in ("random:", "random:x", "random:-1", "random:1.5", "random:" + "9" * 5000):
+        with pytest.raises(GenotypeError, match="random:SEED"):
+            resolve(text)

@@ -19,6 +19,7 @@ from conftest import ROOT, assert_one_line_error, run_script
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+import search_state
 from config import SearchConfig
 from genotypes import DARTS_V1, DARTS_V2, Genotype, parse
 from models.choices import PRIMITIVES
@@ -212,15 +213,15 @@ def test_margins_are_of_the_chosen_over_the_best_other_but_none():
     weights = torch.full((2, len(PRIMITIVES)), 0.05)
     weights[0, 0], weights[0, 3], weights[0, 7] = 0.3, 0.2, 0.9
     weights[1, 2] = 0.4
-    margins = story.margins([weights.tolist()], [[("max_pool_3x3", 0), ("skip_connect", 1)]], PRIMITIVES)
+    margins = search_state.margins([weights.tolist()], [[("max_pool_3x3", 0), ("skip_connect", 1)]], PRIMITIVES)
     assert margins == pytest.approx([0.1, 0.35])
     candidates = ["none", "skip_connect", "sep_conv_3x3"]
     rows = [[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]]
-    margins = story.margins([rows], [[("sep_conv_3x3", 0), ("skip_connect", 1)]], candidates)
+    margins = search_state.margins([rows], [[("sep_conv_3x3", 0), ("skip_connect", 1)]], candidates)
     assert margins == pytest.approx([0.2, 0.2])
-    assert story.margins([[[0.6, 0.4]]], [[("skip_connect", 0)]], ["none", "skip_connect"]) == [0.4]
-    assert story.skip_connections(DARTS_V1.normal) == 3
-    assert story.skip_connections(DARTS_V2.reduce) == 3
+    assert search_state.margins([[[0.6, 0.4]]], [[("skip_connect", 0)]], ["none", "skip_connect"]) == [0.4]
+    assert search_state.skip_connections(DARTS_V1.normal) == 3
+    assert search_state.skip_connections(DARTS_V2.reduce) == 3
 
 
 def test_changes_are_counted():

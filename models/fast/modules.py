@@ -10,7 +10,7 @@ from operator import itemgetter
 import torch
 from torch import nn
 
-from models.ops import DilConv, FactorizedReduce, Identity, MixedOp, PoolBN, SepConv, Zero
+from models.ops import DilConv, FactorizedReduce, Identity, MixedOp, PartialMixedOp, PoolBN, SepConv, Zero
 from models.sync_bn import SyncBatchNorm2d
 
 ACTIVATIONS = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # elementwise, so they work in any layout
@@ -22,7 +22,18 @@ BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
 FORWARDS = {
     kind: kind.forward
     for kind in (
-        *(MixedOp, Identity, Zero, PoolBN, SepConv, DilConv, FactorizedReduce, nn.Sequential, nn.Conv2d),
+        *(
+            MixedOp,
+            PartialMixedOp,
+            Identity,
+            Zero,
+            PoolBN,
+            SepConv,
+            DilConv,
+            FactorizedReduce,
+            nn.Sequential,
+            nn.Conv2d,
+        ),
         *(*BATCH_NORMS, *ACTIVATIONS, *POOLS),
     )
 }

@@ -30,7 +30,7 @@ from models.fast.batched import Batched
 from models.fast.edge_by_edge import EdgeByEdge
 from models.fast.layout import RunningStatistics, add
 from models.fast.modules import has_global_hooks, is_overridden
-from models.ops import MixedOp
+from models.ops import MixedOp, PartialMixedOp
 
 BATCHED, EDGE_BY_EDGE = Batched(), EdgeByEdge()
 
@@ -66,7 +66,9 @@ def fused_nodes(dag, s0, s1, w_dag):
     for sources, targets, standard in steps:
         outputs = {}
         if standard:
-            mixed = layout.mixed([states[j] for j in sources], next(prepared), statistics)
+            edges = [[dag[i][j] for i in standard] for j in sources]
+            weights = [torch.stack([rows[i][j] for i in standard]) for j in sources]
+            mixed = _mixed(layout, [states[j] for j in sources], edges, weights, next(prepared), statistics)
             outputs = dict(zip(standard, mixed))
         for i in targets:
             if i not in outputs:
@@ -81,7 +83,12 @@ def _steps(dag, rows):
     """What runs together: yields (sources, the nodes that they lead to, those whose edges are all standard)."""
     for sources in ([0, 1], *([j] for j in range(2, len(dag) + 1))):
         targets = range(sources[-1] - 1, len(dag))
-        yield sources, targets, [i for i in targets if all(_is_standard(dag[i][j], rows[i][j]) for j in sources)]
+        standard = [i for i in targets if all(_is_standard(dag[i][j], rows[i][j]) for j in sources)]
+        yield (
+            sources,
+            targets,
+            [i for i in standard if all(_alike(dag[i][j], dag[standard[0]][sources[0]]) for j in sources)],
+        )
 
 
 def _prepared(layout, dag, rows, steps, N):
@@ -94,9 +101,28 @@ def _prepared(layout, dag, rows, steps, N):
     return layout.prepared(operations, weights, N)
 
 
+def _mixed(layout, states, edges, weights, prepared, statistics):
+    """For each target the sum of its edges; edges[s][t] are of one kind, and of one stride for each source s."""
+    firsts = [row[0] for row in edges]
+    if type(firsts[0]) is MixedOp or firsts[0].K == 1:
+        return layout.mixed(states, prepared, statistics)
+    mixed = layout.mixed([edge.seen(x) for edge, x in zip(firsts, states)], prepared, statistics)
+    passed = [edge.passed(x) for edge, x in zip(firsts, states)]
+    scales = torch.stack([weight.sum(1) for weight in weights], 1).unbind()  # of each target: (sources,)
+    return [
+        firsts[0].joined(x, sum(scale * part for scale, part in zip(row.unbind(), passed)))
+        for x, row in zip(mixed, scales)
+    ]
+
+
+def _alike(one, other):
+    """Whether two standard edges can run together."""
+    return type(one) is type(other) and getattr(one, "K", 1) == getattr(other, "K", 1)
+
+
 def _is_standard(edge, weights):
-    """Whether an edge is an unmodified `MixedOp` (no subclass, no hooks) with as many candidates as weights."""
-    is_standard = type(edge) is MixedOp and not is_overridden(edge) and len(edge._ops) == len(weights)
+    """Whether an edge is an unmodified `MixedOp` or `PartialMixedOp` with as many candidates as weights."""
+    is_standard = type(edge) in (MixedOp, PartialMixedOp) and not is_overridden(edge) and len(edge._ops) == len(weights)
     if not is_standard and type(edge) not in _classes_in_log:
         _classes_in_log.add(type(edge))
         name = type(edge).__name__

@@ -1,0 +1,145 @@
+"""The curvature of the validation loss in the space of architectures: the dominant eigenvalue of its Hessian in alpha.
+
+Zela et al. (arXiv:1909.09656, section 4) found that it grows before a search collapses. As theirs, this is exact double
+differentiation, at the current w, on one batch with BN by the batch's statistics. Differences of gradients would be
+cheaper, since the fused execution could compute them, but ReLUs and max pools make them unreliable: docs/collapse.md.
+"""
+
+import contextlib
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.search_cnn import frozen_statistics, tracking
+from models.sync_bn import SyncBatchNorm2d
+
+MAX_PIXELS = 8192  # of all images of the batch: the graph of a default network keeps about 2.5 GB for these
+MAX_PRODUCTS = 8
+TOLERANCE = 0.03
+
+
+def images_within(n, size):
+    """How many of n images of size x size pixels are used: as many as have `MAX_PIXELS` together, but 2 if n allows."""
+    return min(n, max(2, MAX_PIXELS // size**2))
+
+
+def dominant_eigenvalue(net, X, y, tolerance=TOLERANCE, max_products=MAX_PRODUCTS, seed=0):
+    """The eigenvalue of largest magnitude of d2 L / d alpha2 at a batch, or None where it cannot be computed.
+
+    By Lanczos's method with full orthogonalisation, from a seeded direction, until the residual's bound on the error is
+    below `tolerance` times the eigenvalue, or after `max_products` products. The network is as it was afterwards, and
+    no random number is drawn from the global generators.
+    """
+    alphas = list(net.alphas())
+    try:
+        with _twice_differentiable(net), torch.autocast(X.device.type, enabled=False):
+            gradient = _flat(torch.autograd.grad(net.loss(X, y), alphas, create_graph=True, materialize_grads=True))
+
+            def product(v):
+                return _flat(torch.autograd.grad(gradient, alphas, v, retain_graph=True, materialize_grads=True))
+
+            start = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            return lanczos(product, start.to(gradient), tolerance, max_products)
+    except (MemoryError, RuntimeError) as error:  # such as an operation of a user's that has no second derivative
+        reason = " ".join(str(error).split())[:200]
+        logging.getLogger("darts").info(f"the dominant eigenvalue could not be computed: {reason}")
+        return None
+
+
+def lanczos(product, start, tolerance, max_products):
+    """The eigenvalue of largest magnitude of a symmetric matrix, given by its product with a vector."""
+    basis, diagonal, off_diagonal = [start / start.norm()], [], []
+    while True:
+        v = product(basis[-1])
+        diagonal.append((v @ basis[-1]).item())
+        Q = torch.stack(basis)
+        for _ in range(2):  # once leaves rounding errors that grow
+            v = v - Q.T @ (Q @ v)
+        T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        for i, value in enumerate(off_diagonal):
+            T[i, i + 1] = T[i + 1, i] = value
+        eigenvalues, vectors = torch.linalg.eigh(T)
+        largest = eigenvalues.abs().argmax()
+        residual = v.norm().item()
+        error = residual * abs(vectors[-1, largest].item())
+        is_whole = len(basis) == len(start) or residual == 0
+        if is_whole or error <= tolerance * abs(eigenvalues[largest].item()) or len(basis) >= max_products:
+            return eigenvalues[largest].item()
+        basis.append(v / residual)
+        off_diagonal.append(residual)
+
+
+def _flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@contextlib.contextmanager
+def _twice_differentiable(net):
+    """Inside, the network's loss can be differentiated twice in alpha, as in training, without noise; w is constant.
+
+    The cells run by their definition, since the fused execution can be differentiated once only, and so can BN over
+    ranks. Convolutions run as `_Convolution`.
+    """
+    training, noise, recompute = net.training, net.noise, net.recompute
+    executions = [cell.execution for cell in net.cells]
+    synced = [module for module in net.modules() if type(module) is SyncBatchNorm2d]
+    convolutions = [module for module in net.modules() if _is_plain_convolution(module)]
+    weights = [w for w in net.weights() if w.requires_grad]
+    try:
+        net.train()
+        net.noise, net.recompute = None, False
+        for cell in net.cells:
+            cell.execution = "plain"
+        for bn in synced:
+            bn.__class__ = nn.BatchNorm2d
+        for w in weights:
+            w.requires_grad_(False)
+        for convolution in convolutions:
+            convolution.forward = lambda x, convolution=convolution: _Convolution.apply(x, convolution)
+        with frozen_statistics(tracking(net)):
+            yield
+    finally:
+        for convolution in convolutions:
+            del convolution.forward
+        for w in weights:
+            w.requires_grad_(True)
+        for bn in synced:
+            bn.__class__ = SyncBatchNorm2d
+        for cell, execution in zip(net.cells, executions):
+            cell.execution = execution
+        net.noise, net.recompute = noise, recompute
+        net.train(training)
+
+
+def _is_plain_convolution(module):
+    is_plain = type(module) is nn.Conv2d and module.bias is None and module.padding_mode == "zeros"
+    return is_plain and "forward" not in vars(module)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with constant weights, which is linear: it and its transpose are each other's gradient.
+
+    PyTorch's second derivative of a depthwise convolution takes each channel by itself, and twice as long in all.
+    """
+
+    @staticmethod
+    def forward(ctx, x, conv):
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Transpose.apply(g, ctx.conv, ctx.shape), None
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, conv, shape):
+        ctx.conv = conv
+        return nn.grad.conv2d_input(shape, conv.weight, g, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @staticmethod
+    def backward(ctx, x):
+        return _Convolution.apply(x, ctx.conv), None, None

@@ -1,0 +1,188 @@
+"""What a search's history says: its verdict, and when DARTS-ES stops; then real searches."""
+
+import json
+import shutil
+
+import pytest
+from conftest import assert_one_line_error, run_script
+
+import search
+from config import SearchConfig
+from genotypes import DARTS_V1, DARTS_V2, Genotype
+from search_state import early_stop, local_averages, stable_epochs, verdict
+
+CONV = [[("sep_conv_3x3", 0), ("sep_conv_3x3", 1)]] * 4
+TINY = ["--layers", "1", "--init-channels", "2", "--nodes", "1", "--batch-size", "720", "--workers", "0"]
+
+
+def with_skips(n):
+    """A genotype whose normal cell has n skip connections among its 8 edges."""
+    ops = ["skip_connect"] * n + ["sep_conv_3x3"] * (8 - n)
+    normal = [[(ops[2 * i], 0), (ops[2 * i + 1], 1)] for i in range(4)]
+    return Genotype(normal, range(2, 6), CONV, range(2, 6))
+
+
+def history_of(genotypes, eigenvalues=None, margin=0.1):
+    eigenvalues = eigenvalues or [1.0] * len(genotypes)
+    return [
+        {"epoch": i, "string": str(genotype), "eigenvalue": eigenvalue, "margins": {"normal": [margin] * 8}}
+        for i, (genotype, eigenvalue) in enumerate(zip(genotypes, eigenvalues), 1)
+    ]
+
+
+def stop_of(eigenvalues):
+    return early_stop(history_of([DARTS_V1] * len(eigenvalues), eigenvalues))
+
+
+# Early stopping.
+
+
+def test_averages_are_over_the_five_epochs_around_one():
+    averages = local_averages(history_of([DARTS_V1] * 7, [1.0, 2.0, 3.0, 4.0, 10.0, -6.0, 7.0]))
+    assert averages == {3: 4.0, 4: 5.0, 5: 6.0}  # the magnitudes'
+
+
+def test_the_search_stops_where_the_average_has_grown_by_a_third_in_five_epochs():
+    jump = [1.0] * 10 + [2.0] * 20  # the average around 10 is 7 / 5, around 5 it is 1: 0.71 < 0.75
+    assert stop_of(jump) == 10
+    assert stop_of(jump[:12]) == 10
+    assert stop_of(jump[:11]) is None  # the average around 10 is not known yet
+    late = [1.0] * 20 + [2.0] * 10  # around 19: 6 / 5, 1 / 1.2 = 0.83; around 20: 7 / 5
+    assert stop_of(late) == 20
+
+
+def test_growth_is_measured_from_epoch_ten_on():
+    assert stop_of([1.1**i for i in range(50)]) == 10  # 1.1^-5 = 0.62 from the start on
+    assert stop_of([1.06**i for i in range(50)]) == 10  # 0.747
+    assert stop_of([1.055**i for i in range(50)]) is None  # 0.765
+    assert stop_of([1.0] * 5 + [3.0] * 20) is None or stop_of([1.0] * 5 + [3.0] * 20) >= 10
+
+
+def test_no_growth_and_unknown_eigenvalues_never_stop():
+    assert stop_of([2.0] * 50) is None
+    assert stop_of([1 / (i + 1) for i in range(50)]) is None
+    assert stop_of([None] * 50) is None
+    assert early_stop([{"epoch": i, "string": str(DARTS_V1)} for i in range(1, 30)]) is None  # a run from before
+    with_a_gap = [1.1**i for i in range(50)]
+    with_a_gap[9] = None  # averages around 8 to 12 are unknown: the first pair is 13 and 18
+    assert stop_of(with_a_gap) == 18
+
+
+# The verdict.
+
+
+@pytest.mark.parametrize(
+    ("genotypes", "options", "sentence"),
+    [
+        ([DARTS_V1], {}, "not settled: only 1 epoch is over"),
+        ([DARTS_V1] * 2, {}, "not settled: only 2 epochs are over"),
+        ([DARTS_V1, DARTS_V2] * 3, {}, "not settled: the genotype changed in each of the last 3 epochs"),
+        ([DARTS_V1] * 5 + [DARTS_V2] * 2, {}, "not settled: the genotype changed in epoch 6"),
+        (
+            [DARTS_V1] * 5 + [DARTS_V2] * 3,
+            {},
+            "settled: the genotype has been the same for 3 epochs, and half of its choices lead by more than 10.0 %",
+        ),
+        (
+            [DARTS_V1] * 4,
+            {"margin": 0.001},
+            "not settled: the genotype has been the same for 4 epochs, but half of its choices lead by less than 0.5 %",
+        ),
+        ([with_skips(6)] * 4, {}, "collapsed: 6 of 8 edges of the normal cell are skip connections"),
+        (
+            [with_skips(5)] * 4,
+            {},
+            "settled: the genotype has been the same for 4 epochs, and half of its choices lead by more than 10.0 %",
+        ),
+        (
+            [with_skips(5)] * 10,
+            {"eigenvalues": [1.07**i for i in range(10)]},
+            "collapsing: 5 of 8 edges of the normal "
+            "cell are skip connections and the eigenvalue has grown 1.4 times in 5 epochs",
+        ),
+        (
+            [with_skips(2)] * 10,
+            {"eigenvalues": [1.07**i for i in range(10)]},
+            "settled: the genotype has been the same "
+            "for 10 epochs, and half of its choices lead by more than 10.0 %; the eigenvalue has grown 1.4 times in 5 "
+            "epochs, which comes before a collapse",
+        ),
+    ],
+)
+def test_the_verdict_says_what_state_the_search_is_in(genotypes, options, sentence):
+    assert verdict(history_of(genotypes, **options)) == sentence
+
+
+def test_the_order_of_a_nodes_edges_makes_no_other_cell():
+    swapped = DARTS_V2._replace(normal=[node[::-1] for node in DARTS_V2.normal])
+    assert stable_epochs(history_of([DARTS_V1, DARTS_V2, swapped, DARTS_V2])) == 3
+
+
+# Searches.
+
+
+def run_search(monkeypatch, folder, *words):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["search.py", *words])
+    search.main()
+    run = folder / "runs/search/digits"
+    return {path.stem: json.loads(path.read_text()) for path in run.glob("*.json")}
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """Let the eigenvalue be 1 in the first ten epochs and 2 from then on."""
+    calls = iter([1.0] * 10 + [2.0] * 40)
+    monkeypatch.setattr(search, "dominant_eigenvalue", lambda net, X, y: next(calls))
+
+
+def test_a_search_that_stops_early_takes_the_genotype_of_five_epochs_before(growing, tmp_path, monkeypatch):
+    files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "15", "--alpha-lr", "0.1", "--early-stop")
+    history, genotype, summary = files["history"], files["genotype"], files["summary"]
+    assert [entry["epoch"] for entry in history] == list(range(1, 13))  # the average around 10 is known after 12
+    assert len({entry["string"] for entry in history[4:]}) > 1
+    assert genotype["last"]["epoch"] == summary["genotype_epoch"] == 5
+    assert genotype["last"]["string"] == summary["genotype"] == history[4]["string"]
+    assert (summary["epochs"], summary["early_stop_epoch"]) == (12, 10)
+    run = tmp_path / "runs/search/digits"
+    assert "stopped at epoch 10, with the genotype of epoch 5" in (run / "log.txt").read_text()
+    # resumed, it is as it was
+    again = run_search(monkeypatch, tmp_path, "--resume", "runs/search/digits")
+    del again["summary"]["seconds"], summary["seconds"]
+    assert again == files
+    report = run_script("visualize.py", run, cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert "only" not in verdict(history)
+    assert verdict(history) in (run / "report.html").read_text()
+
+
+def test_without_the_option_a_search_goes_on_and_says_where_it_would_have_stopped(growing, tmp_path, monkeypatch):
+    files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "13")
+    assert files["genotype"]["last"]["epoch"] == len(files["history"]) == files["summary"]["genotype_epoch"] == 13
+    assert files["summary"]["early_stop_epoch"] is None
+    log = (tmp_path / "runs/search/digits/log.txt").read_text()
+    assert "--early-stop would have stopped at epoch 10" in log
+
+
+def test_each_epochs_state_is_in_the_history_and_resumed_exactly(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder in (whole, halves):
+        folder.mkdir()
+    words = [*TINY, "--epochs", "3", "--alpha-lr", "0.1"]
+    files = run_search(monkeypatch, whole, *words)
+    for entry in files["history"]:
+        assert isinstance(entry["eigenvalue"], float)
+        assert [len(entry["margins"][kind]) for kind in ("normal", "reduce")] == [2, 2]
+    run_search(monkeypatch, halves, *words[:-4], "--epochs", "1", "--alpha-lr", "0.1")
+    resumed = run_search(monkeypatch, halves, "--resume", "runs/search/digits", "--epochs", "3")
+    assert resumed["history"][0] == files["history"][0]  # the cosine has other lengths afterwards
+    shutil.rmtree(halves / "runs")
+    files = run_search(monkeypatch, halves, *words, "--eigenvalue-images", "0")
+    assert all(entry["eigenvalue"] is None for entry in files["history"])
+    assert files["summary"]["eigenvalue"] is None
+
+
+def test_early_stopping_without_eigenvalues_is_one_line(tmp_path):
+    words = ["--early-stop", "--eigenvalue-images", "0"]
+    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "--eigenvalue-images")
+    assert SearchConfig(["--early-stop"]).early_stop
