@@ -67,7 +67,7 @@ def fused_nodes(dag, s0, s1, w_dag):
         outputs = {}
         if standard:
             edges = [[dag[i][j] for i in standard] for j in sources]
-            weights = [torch.stack([rows[i][j] for i in standard]) for j in sources]
+            weights = [[rows[i][j] for i in standard] for j in sources]
             mixed = _mixed(layout, [states[j] for j in sources], edges, weights, next(prepared), statistics)
             outputs = dict(zip(standard, mixed))
         for i in targets:
@@ -84,11 +84,8 @@ def _steps(dag, rows):
     for sources in ([0, 1], *([j] for j in range(2, len(dag) + 1))):
         targets = range(sources[-1] - 1, len(dag))
         standard = [i for i in targets if all(_is_standard(dag[i][j], rows[i][j]) for j in sources)]
-        yield (
-            sources,
-            targets,
-            [i for i in standard if all(_alike(dag[i][j], dag[standard[0]][sources[0]]) for j in sources)],
-        )
+        first = dag[standard[0]][sources[0]] if standard else None
+        yield sources, targets, [i for i in standard if all(_alike(dag[i][j], first) for j in sources)]
 
 
 def _prepared(layout, dag, rows, steps, N):
@@ -108,7 +105,7 @@ def _mixed(layout, states, edges, weights, prepared, statistics):
         return layout.mixed(states, prepared, statistics)
     mixed = layout.mixed([edge.seen(x) for edge, x in zip(firsts, states)], prepared, statistics)
     passed = [edge.passed(x) for edge, x in zip(firsts, states)]
-    scales = torch.stack([weight.sum(1) for weight in weights], 1).unbind()  # of each target: (sources,)
+    scales = torch.stack([torch.stack(row).sum(1) for row in weights], 1).unbind()  # of each target: (sources,)
     return [
         firsts[0].joined(x, sum(scale * part for scale, part in zip(row.unbind(), passed)))
         for x, row in zip(mixed, scales)
