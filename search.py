@@ -4,6 +4,7 @@ python search.py --dataset cifar10                                       # the p
 python search.py --dataset cifar10 --order first                         # first order: faster, a little worse
 python search.py                                                         # embedded data: scikit-learn's digits
 python search.py --dataset folder --data-path DIR --image-size 32        # your images, DIR/train/CLASS/*
+python search.py --dataset cifar10 --variant pc-darts                    # a published variant: docs/variants.md
 python search.py --gpus all                                              # on all GPUs of this machine
 torchrun --nproc-per-node 8 search.py                                    # the same, and over several machines
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run

@@ -77,10 +77,10 @@ def log_lines(monkeypatch):
     return lines
 
 
-def small_net(smooth=False, dtype=torch.float64, seed=0, **changes):
+def small_net(smooth=False, dtype=torch.float64, seed=0, kind=SearchCNN, **changes):
     torch.manual_seed(seed)
     arguments = {"C_in": 1, "C": 2, "n_classes": 3, "n_layers": 3, "criterion": nn.CrossEntropyLoss(), "n_nodes": 2}
-    net = SearchCNN(**arguments | changes).to(dtype)
+    net = kind(**arguments | changes).to(dtype)
     return smoothed(net) if smooth else net
 
 

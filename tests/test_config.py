@@ -13,6 +13,7 @@ def test_search_defaults_are_the_papers():
     assert (config.w_lr, config.w_lr_min, config.w_momentum, config.w_weight_decay) == (0.025, 0.001, 0.9, 3e-4)
     assert (config.w_grad_clip, config.alpha_lr, config.alpha_weight_decay) == (5.0, 3e-4, 1e-3)
     assert (config.order, config.seed, config.amp, config.device) == ("second", 2, False, "auto")
+    assert (config.eps_scale, config.early_stop, config.variant) == (0.01, False, None)
 
 
 def test_augment_defaults_are_the_papers():
@@ -73,6 +74,8 @@ def test_every_option_has_help_and_stands_in_a_named_group():
         (["--primitives", "s9"], "darts, s2, s3"),
         (["--primitives", ""], "unknown operation ''"),
         (["--execution", "slow"], "plain"),
+        (["--eps-scale", "0"], "above 0"),
+        (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),
         (["stray"], "stray"),
     ],
 )

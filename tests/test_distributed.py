@@ -32,6 +32,7 @@ from running.checkpoints import load_checkpoint
 from running.errors import OtherRankError, UserError
 from running.run import Run
 from utils import cosine_lr
+from variants import compose
 
 # global batches: divisible, odd, and too small to give each of two, or of four, ranks two rows
 SIZES = (8, 7, 9, 5, 3, 2)
@@ -47,17 +48,19 @@ LAYOUTS = {"plain": None, "edge by edge": search_cell.EDGE_BY_EDGE, "batched": s
 # What ranks do. Each function returns name -> tensor.
 
 
-def searched(execution, sync_bn=True, **changes):
-    """State after some second-order steps, by the script's own loop."""
+def searched(execution, sync_bn=True, variant=(), **changes):
+    """State after some second-order steps, by the script's own loop. variant: the words of one."""
     trn, val = (Batches(batch(n=n, seed=seed + i) for i, n in enumerate(SIZES)) for seed in (10, 50))
-    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu"])
-    net = small_net(C=4, n_nodes=1, execution="plain" if execution == "plain" else "fused", **changes)
+    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", *variant])
+    kind, architect_kind = compose(config, SearchCNN, Architect)
+    net = small_net(kind=kind, C=4, n_nodes=1, execution="plain" if execution == "plain" else "fused", **changes)
+    net.begin_epoch(20, 50)
     if sync_bn:
         synchronise(net)
     config.sync_bn = sync_bn
     w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.9, weight_decay=3e-4)
     alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-    architect = Architect(net, 0.9, 3e-4)
+    architect = architect_kind(net, 0.9, 3e-4)
     with mock.patch.object(search_cell, "layout_for", return_value=LAYOUTS[execution]):
         search.train(1, Run(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
     return state_of(net)
@@ -121,6 +124,8 @@ def statistics(sync_bn=False, execution="fused"):
 GLOBAL = {execution: functools.partial(searched, execution) for execution in LAYOUTS}
 GLOBAL |= {
     "recompute": functools.partial(searched, "edge by edge", recompute=True),
+    "pc-darts": functools.partial(searched, "edge by edge", variant=["--variant", "pc-darts,beta-darts"]),
+    "darts-minus": functools.partial(searched, "edge by edge", variant=["--variant", "darts-minus"]),
     "augment": augmented,
     "augment, an input unused": functools.partial(augmented, genotype=UNUSED_INPUT),
     "statistics": functools.partial(statistics, True),

@@ -186,3 +186,16 @@ def test_early_stopping_without_eigenvalues_is_one_line(tmp_path):
     words = ["--early-stop", "--eigenvalue-images", "0"]
     assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "--eigenvalue-images")
     assert SearchConfig(["--early-stop"]).early_stop
+
+
+def test_the_architects_eps_scale_is_the_options(tmp_path, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def architect(net, w_momentum, w_weight_decay, eps_scale):
+        raise StoppedError(eps_scale)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["search.py", *TINY, "--eps-scale", "0.1"])
+    with pytest.raises(StoppedError, match=r"^0\.1$"):
+        search.main(architect=architect)

@@ -15,7 +15,8 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 
 There are two memory layouts: edge_by_edge.py for the CPU, batched.py for other devices.
 
-An edge of a subclass of `MixedOp`, or with a hook, runs by its own `forward`; so do the other edges to the same node
+Of `PartialMixedOp` edges the candidates run like this on their share of the channels, and the rest is summed beside
+them. An edge of another subclass of `MixedOp`, or with a hook, runs by its own `forward`; so do the other edges to the same node
 that would run together with it. A candidate operation that has none of the forms above runs by its own `forward` on
 each edge. So a new operation or edge class gives right results at once, but is slower than the others.
 """
