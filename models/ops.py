@@ -134,10 +134,10 @@ class Zero(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halve the size with two 1x1 convolutions of stride 2, the second shifted by a pixel: ReLU - convs - concat - BN.
+    """Halve the size with two 1x1 convolutions, of even pixels and of odd ones: ReLU - convs - concat - BN.
 
-    An odd size leaves ceil(size / 2), as every stride-2 operation does: the shifted view gets a row and a column of
-    zeros. Raises ValueError for fewer than two output channels, of which each convolution makes half.
+    An odd size leaves ceil(size / 2), as every stride-2 operation does: the odd pixels get a row and a column of zeros.
+    Raises ValueError for fewer than two output channels, of which each convolution makes half.
     """
 
     def __init__(self, C_in, C_out, affine=True):
@@ -145,8 +145,8 @@ class FactorizedReduce(nn.Module):
         if C_out < 2:
             raise ValueError(f"FactorizedReduce needs at least 2 output channels, not {C_out}")
         self.relu = nn.ReLU()
-        self.conv1 = nn.Conv2d(C_in, C_out - C_out // 2, 1, stride=2, bias=False)
-        self.conv2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
+        self.conv1 = nn.Conv2d(C_in, C_out - C_out // 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(C_in, C_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x):
@@ -156,7 +156,7 @@ class FactorizedReduce(nn.Module):
         # of stride 2 from fewer than 8 channels is wrong (seen with torch 2.14).
         even = x[:, :, ::2, ::2]
         odd = F.pad(x[:, :, 1::2, 1::2], (0, width % 2, 0, height % 2))
-        return self.bn(torch.cat([F.conv2d(even, self.conv1.weight), F.conv2d(odd, self.conv2.weight)], dim=1))
+        return self.bn(torch.cat([self.conv1(even), self.conv2(odd)], dim=1))
 
 
 class MixedOp(nn.Module):

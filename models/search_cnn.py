@@ -129,7 +129,7 @@ class SearchCNN(nn.Module):
             return cell(*inputs)
 
         def contexts():  # of the first run and of the second
-            return contextlib.nullcontext(), UnmovedStatistics(cell)
+            return contextlib.nullcontext(), UnmovedBuffers(cell)
 
         return checkpoint(cell, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -173,18 +173,21 @@ def frozen_statistics(modules):
             own["track_running_stats"] = True
 
 
-class UnmovedStatistics:
-    """Within this BN records running statistics by momentum 0: the same computation as ever, which moves none."""
+class UnmovedBuffers:
+    """Within this the modules move copies of their buffers, as BN its running statistics: the same computation as ever.
+
+    Left out is normalisation whose statistics are frozen already. It can be entered again, by a second backward pass.
+    """
 
     def __init__(self, net):
         self.net = net
 
     def __enter__(self):
-        modules = tracking(self.net)
-        self.before = [(module, module.momentum, module.num_batches_tracked) for module in modules]
-        for module in modules:
-            module.momentum, module.num_batches_tracked = 0.0, None
+        modules = [module for module in self.net.modules() if vars(module).get("track_running_stats", True)]
+        self.before = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+        for buffers, tensors in self.before:
+            buffers.update((name, tensor if tensor is None else tensor.clone()) for name, tensor in tensors.items())
 
     def __exit__(self, *error):
-        for module, momentum, count in self.before:
-            module.momentum, module.num_batches_tracked = momentum, count
+        for buffers, tensors in self.before:
+            buffers.update(tensors)

@@ -51,7 +51,8 @@ def fused_nodes(dag, s0, s1, w_dag):
     (i + 2, candidates), the weights of node i's edges. In training, running statistics are recorded as modules would.
     The results can be differentiated once. Raises ValueError where the weights' shapes are others.
     """
-    rows = [weights.unbind() for weights in w_dag]
+    dtype = torch.float32 if torch.is_autocast_enabled(s0.device.type) else s0.dtype
+    rows = [weights.to(dtype).unbind() for weights in w_dag]  # a row may be of another type, as one-hot ones are
     if list(map(len, rows)) != list(map(len, dag)):
         raise ValueError(
             f"the cell has {list(map(len, dag))} edges by node, the weights are for {list(map(len, rows))}"
@@ -76,8 +77,8 @@ def fused_nodes(dag, s0, s1, w_dag):
 
 
 def _is_standard(edge, weights):
-    """Whether an edge is a `MixedOp` as it comes, of as many candidates as it has weights."""
-    is_standard = type(edge) is MixedOp and not is_overridden(edge) and len(edge._ops) == len(weights)
+    """Whether an edge is a `MixedOp` as it comes, and its weights a number for each candidate."""
+    is_standard = type(edge) is MixedOp and not is_overridden(edge) and weights.shape == (len(edge._ops),)
     if not is_standard and type(edge) not in _classes_in_log:
         _classes_in_log.add(type(edge))
         name = type(edge).__name__
