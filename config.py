@@ -70,7 +70,7 @@ def _primitives(text):
         unknown = [name for name in names if name not in OPS]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"unknown operation {unknown[0]!r}; give some of {', '.join(OPS)}, or of the search spaces "
+                f"unknown operation {unknown[0][:50]!r}; give some of {', '.join(OPS)}, or of the search spaces "
                 f"{', '.join(SEARCH_SPACES)}, with commas and without spaces"
             )
     if len(set(names)) < len(names) or names == ["none"]:

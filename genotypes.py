@@ -82,7 +82,7 @@ def to_dag(C_in, gene, reduction):
 def from_str(s):
     """Read a genotype in any form that `to_str` writes: nested, flat, JSON, or the name of a published cell.
 
-    Also accepts pasted text: with a name and `=` in front, as in the log, in quotes, or as `gt.Genotype(...)`. It never
+    Also accepts pasted text: with a name and `=` in front, as in a log, in quotes, or as `gt.Genotype(...)`. It never
     executes the string. Lists, tuples and ranges keep their types, so that from_str(str(genotype)) == genotype; JSON
     gives the types that a search writes. Raises GenotypeError (a ValueError), which says where the error is and what is
     allowed there.
@@ -90,7 +90,7 @@ def from_str(s):
     text = s.strip()
     if text in PUBLISHED:
         return PUBLISHED[text].genotype
-    return check(_from_json(text) if text.startswith("{") else _from_call(_without_assignment(text)))
+    return check(_from_json(text) if text.startswith("{") else _from_call(_call_alone(text)))
 
 
 def to_str(genotype, form="nested"):
@@ -115,18 +115,11 @@ def to_str(genotype, form="nested"):
     return str(genotype._replace(**flat))
 
 
-PASTED = re.compile(
-    r"""(?:\d{4}-\d\d-\d\d\ \d\d:\d\d:\d\d\s+)?  # the time, in a line of the log
-    (?:\w+\s*=\s*)?  # a name
-    (?P<quote>["']?)
-    (?:\w+\.)?  # a module
-    (?P<call>Genotype\s*\(.*\))
-    (?P=quote)\s*,?""",
-    re.VERBOSE | re.DOTALL,
-)
+# Genotype(...) with what stands around it where people copy it from: a name, a log's time, quotes, a module
+PASTED = re.compile(r"""(?:[^()]*\W)?(?P<call>Genotype\s*\(.*\))[\s"'`,;]*""", re.DOTALL)
 
 
-def _without_assignment(text):
+def _call_alone(text):
     """`Genotype(...)` from a text such as `DARTS = Genotype(...)`; any other text unchanged."""
     pasted = PASTED.fullmatch(text) if len(text) < LARGEST_NUMBER else None
     return pasted["call"] if pasted else text

@@ -136,7 +136,7 @@ class Zero(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halve the size with two 1x1 convolutions of stride 2, the second shifted by a pixel: ReLU - convs - concat - BN.
+    """Halve the size with two 1x1 convolutions, of even pixels and of odd ones: ReLU - convs - concat - BN.
 
     Each convolution computes half of the output channels. Like every stride-2 operation, it turns size into
     ceil(size / 2): for an odd size the shifted image is padded with zeros. Raises ValueError if C_out < 2.
@@ -147,8 +147,8 @@ class FactorizedReduce(nn.Module):
         if C_out < 2:
             raise ValueError(f"FactorizedReduce needs at least 2 output channels, not {C_out}")
         self.relu = nn.ReLU()
-        self.conv1 = nn.Conv2d(C_in, C_out - C_out // 2, 1, stride=2, bias=False)
-        self.conv2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
+        self.conv1 = nn.Conv2d(C_in, C_out - C_out // 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(C_in, C_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x):
@@ -158,7 +158,7 @@ class FactorizedReduce(nn.Module):
         # a channels-last 1x1 convolution of stride 2 from fewer than 8 channels (seen with torch 2.14).
         even = x[:, :, ::2, ::2]
         odd = F.pad(x[:, :, 1::2, 1::2], (0, width % 2, 0, height % 2))
-        return self.bn(torch.cat([F.conv2d(even, self.conv1.weight), F.conv2d(odd, self.conv2.weight)], dim=1))
+        return self.bn(torch.cat([self.conv1(even), self.conv2(odd)], dim=1))
 
 
 class MixedOp(nn.Module):

@@ -12,6 +12,9 @@ from genotypes import Genotype, parse
 from models.choices import PRIMITIVES
 from models.ops import OPS, MixedOp
 from models.search_cells import SearchCell
+from models.sync_bn import SyncBatchNorm2d
+
+BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
 
 
 def reduction_cells(n_layers):
@@ -139,7 +142,7 @@ class SearchCNN(nn.Module):
             return cell(*inputs)
 
         def contexts():  # for the first run of the cell, and for the second in the backward pass
-            return contextlib.nullcontext(), UnmovedStatistics(cell)
+            return contextlib.nullcontext(), UnmovedBuffers(cell)
 
         return checkpoint(cell, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -183,18 +186,29 @@ def frozen_statistics(modules):
             attributes["track_running_stats"] = True
 
 
-class UnmovedStatistics:
-    """Inside, BN updates its running statistics with momentum 0: the same computation, and they do not change."""
+class UnmovedBuffers:
+    """Inside, no buffer changes, though the modules compute as ever: a cell's second run by gradient checkpointing.
+
+    BN updates its running statistics with momentum 0; other modules update copies of their buffers. It can be entered
+    again, by a second backward pass.
+    """
 
     def __init__(self, net):
         self.net = net
 
     def __enter__(self):
-        modules = tracking(self.net)
-        self.before = [(module, module.momentum, module.num_batches_tracked) for module in modules]
-        for module in modules:
-            module.momentum, module.num_batches_tracked = 0.0, None
+        modules = [module for module in self.net.modules() if vars(module).get("track_running_stats", True)]
+        self.buffers = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+        self.momenta = [(bn, bn.momentum) for bn in modules if type(bn) in BATCH_NORMS and bn.momentum is not None]
+        known = {id(bn._buffers) for bn, _ in self.momenta}
+        for bn, _ in self.momenta:
+            bn.momentum, bn.num_batches_tracked = 0.0, None
+        for buffers, tensors in self.buffers:
+            if id(buffers) not in known:
+                buffers.update((name, tensor if tensor is None else tensor.clone()) for name, tensor in tensors.items())
 
     def __exit__(self, *error):
-        for module, momentum, count in self.before:
-            module.momentum, module.num_batches_tracked = momentum, count
+        for bn, momentum in self.momenta:
+            bn.momentum = momentum
+        for buffers, tensors in self.buffers:
+            buffers.update(tensors)

@@ -15,7 +15,7 @@ from config import SearchConfig
 from genotypes import parse
 from models.choices import EXECUTIONS, PRIMITIVES
 from models.fast import search_cell
-from models.ops import OPS, MixedOp
+from models.ops import OPS, FactorizedReduce, MixedOp, SepConv
 from models.search_cnn import SearchCNN
 from running.run import Run
 from utils import cosine_lr
@@ -277,6 +277,153 @@ def test_a_patched_class_runs_its_new_forward(monkeypatch):
     after = net(X)
     assert not torch.allclose(before, after, rtol=1e-3)
     torch.testing.assert_close(after, plain(X), rtol=1e-9, atol=1e-11)
+
+
+# Found by trying to break it: each ran under one execution as it should, and under the other as if it were not there.
+
+
+def every(net, kind):
+    return [module for module in net.modules() if type(module) is kind]
+
+
+def give_bn_a_bias_alone(net):
+    for bn in (bn for bn in every(net, nn.BatchNorm2d) if bn.weight is None):
+        bn.bias = nn.Parameter(torch.randn(bn.num_features, dtype=torch.float64))
+
+
+def let_activations_work_in_place(net):
+    for op in every(net, SepConv):
+        op[1][0] = nn.ReLU(inplace=True)
+
+
+def average_statistics_over_all_batches(net):
+    for bn in every(net, nn.BatchNorm2d):
+        bn.momentum = None
+
+
+def give_each_bn_a_momentum(net):
+    for i, bn in enumerate(every(net, nn.BatchNorm2d)):
+        bn.momentum = 0.1 + 0.01 * (i % 5)
+
+
+def normalise_weights_of_reductions(net):
+    for op in every(net, FactorizedReduce):
+        for conv in (op.conv1, op.conv2):
+            nn.utils.weight_norm(conv).weight_g.data.mul_(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layout", [None, "BATCHED"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        give_bn_a_bias_alone,
+        let_activations_work_in_place,
+        average_statistics_over_all_batches,
+        give_each_bn_a_momentum,
+        normalise_weights_of_reductions,
+    ],
+)
+def test_changed_parts_of_operations_run_under_both_executions(change, layout, recompute, monkeypatch):
+    if layout:
+        monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, layout))
+    values = {}
+    for execution in EXECUTIONS:
+        net = network(SearchCNN, execution)
+        net.recompute = recompute and execution == "fused"
+        torch.manual_seed(1)
+        change(net)
+        loss = net.loss(*batch())
+        loss.backward()
+        gradients = {f"d {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
+        values[execution] = {"loss": loss} | gradients | dict(net.named_buffers())
+    for name, value in values["plain"].items():
+        torch.testing.assert_close(values["fused"][name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@both_executions
+def test_hooks_on_the_convolutions_of_a_factorized_reduction_are_called(execution):
+    net, called = network(SearchCNN, execution), []
+    op = every(net, FactorizedReduce)[0]
+    for conv in (op.conv1, op.conv2):
+        conv.register_forward_hook(lambda conv, inputs, output: called.append(conv))
+    net(batch()[0])
+    assert called == [op.conv1, op.conv2]
+
+
+@pytest.mark.parametrize("kind", [MixedOp, SepConv, nn.Module])
+def test_a_class_whose_call_is_patched_is_called(kind, monkeypatch):
+    call, called = kind.__call__, []
+
+    def watched(module, *inputs):
+        called.append(module)
+        return call(module, *inputs)
+
+    counts = []
+    for execution in EXECUTIONS:
+        net = network(SearchCNN, execution)
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "__call__", watched)
+            net(batch()[0])
+        counts.append(len(called))
+        called.clear()
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_an_operation_counts_in_a_buffer_is_counted_once(recompute, monkeypatch):
+    class Counting(nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.stride = stride
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x):
+            self.passes += 1
+            return x[:, :, :: self.stride, :: self.stride]
+
+    monkeypatch.setitem(OPS, "counting", lambda C, stride, affine: Counting(stride))
+    net = network(SearchCNN, "fused", ["counting", "sep_conv_3x3"])
+    net.recompute = recompute
+    net.loss(*batch()).backward()
+    assert {op.passes.item() for op in every(net, Counting)} == {1}
+
+
+@pytest.mark.parametrize("layout", [None, "BATCHED"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: F.one_hot(w.argmax(-1), w.shape[-1]),
+        lambda w: w.float(),
+        lambda w: w > 0.1,
+        lambda w: w[..., None, None],
+        lambda w: w[..., None, None, None, None] * torch.linspace(0, 1, 6).double().view(6, 1, 1, 1),
+    ],
+    ids=["one-hot integers", "float32", "bool", "of more dimensions", "by image"],
+)
+def test_weights_of_other_types_and_shapes_mean_the_same_under_both_executions(change, layout, monkeypatch):
+    class Changed(SearchCNN):
+        def edge_weights(self, noise=None):
+            return {kind: [change(w) for w in ws] for kind, ws in super().edge_weights().items()}
+
+    if layout:
+        monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, layout))
+    plain, fused = (network(Changed, execution)(batch()[0]) for execution in ("plain", "fused"))
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", [None, "BATCHED"])
+def test_an_operation_that_does_not_keep_the_size_is_named(layout, monkeypatch):
+    class Average(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3), keepdim=True)
+
+    if layout:
+        monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, layout))
+    monkeypatch.setitem(OPS, "average", lambda C, stride, affine: Average())
+    with pytest.raises(ValueError, match=r"must keep images and channels.*made \(6, 4, 1, 1\): Average"):
+        network(SearchCNN, "fused", ["average", "none"])(batch()[0])
 
 
 @both_executions

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from models.fast.depthwise import pixels_read
 from models.fast.layout import Inputs, Layout, add, alike, batch_norm, recorded_scale
-from models.fast.modules import geometry
+from models.fast.modules import geometry, separate_output
 
 
 class Batched(Layout):
@@ -72,7 +72,7 @@ class Batched(Layout):
 
     def _separately(self, ops, x):
         sources = (x[i * len(x) // len(ops)].transpose(0, 1) for i in range(len(ops)))
-        return torch.stack([op(source).transpose(0, 1) for op, source in zip(ops, sources)])
+        return torch.stack([separate_output(op, source).transpose(0, 1) for op, source in zip(ops, sources)])
 
     def _batch_norm(self, x, bns, statistics, scale=None):
         """PyTorch's BN of x with the batch's statistics, times scale, (E * C,)."""

@@ -14,7 +14,7 @@ from models.fast import native
 from models.fast.depthwise import convolve, pixels_read
 from models.fast.folded_bn import Mixture
 from models.fast.layout import Inputs, Layout, alike, batch_norm, recorded_scale
-from models.fast.modules import geometry, is_synced
+from models.fast.modules import geometry, is_synced, separate_output
 from models.sync_bn import refuse_second_derivatives
 
 
@@ -99,7 +99,7 @@ class EdgeByEdge(Layout):
         return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
 
     def _separately(self, ops, x):
-        return torch.stack([op(x) for op in ops])
+        return torch.stack([separate_output(op, x) for op in ops])
 
     def _batch_norm(self, x, bns, statistics):
         """PyTorch's BN of x with the batch's statistics."""

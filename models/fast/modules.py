@@ -37,6 +37,7 @@ FORWARDS = {
         *(*BATCH_NORMS, *ACTIVATIONS, *POOLS),
     )
 }
+CALL, CALL_IMPL, CONV_FORWARD = nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,13 @@ def is_overridden(module):
 
 
 def has_global_hooks():
-    """Whether there are global module hooks, as profilers install them: every call of any module must run these."""
+    """Whether every call of any module must run hooks, as profilers install them, or calls themselves were patched."""
     hooks = torch.nn.modules.module
-    return any(
-        getattr(hooks, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    return (
+        any(getattr(hooks, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+        or any(kind.__call__ is not CALL for kind in FORWARDS)
+        or nn.Module._call_impl is not CALL_IMPL
+        or nn.Conv2d._conv_forward is not CONV_FORWARD
     )
 
 
@@ -99,8 +103,9 @@ def _conv_settings(attributes):
 
 
 def _bn_settings(attributes):
-    has_weight, has_statistics = attributes["_parameters"]["weight"], attributes["_buffers"]["running_mean"]
-    return (*_OF_BN(attributes), has_weight is None, has_statistics is None)
+    parameters, buffers = attributes["_parameters"], attributes["_buffers"]
+    missing = (parameters["weight"] is None, parameters["bias"] is None, buffers["running_mean"] is None)
+    return (*_OF_BN(attributes), *missing)
 
 
 _OF_CONV = itemgetter(
@@ -114,19 +119,21 @@ _SETTINGS = {  # class -> f(attributes) that returns the settings in the signatu
     nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     Zero: itemgetter("stride"),
+    nn.ReLU: itemgetter("inplace"),
+    nn.SiLU: itemgetter("inplace"),
     nn.Softplus: itemgetter("beta", "threshold"),
-    nn.ELU: itemgetter("alpha"),
+    nn.ELU: itemgetter("alpha", "inplace"),
     nn.GELU: itemgetter("approximate"),
 }
 
 
 def is_standard_link(link):
     """Whether a link has the form that `models.ops` gives it, with any of `ACTIVATIONS`."""
-    stride = (1, 1) if link.depthwise else (2, 2)
     return (
         type(link.activation) in ACTIVATIONS
+        and not vars(link.activation).get("inplace")
         and (link.depthwise is None or _is_standard_depthwise(link.depthwise))
-        and all(_is_standard_pointwise(conv, stride) for conv in link.pointwise)
+        and all(map(_is_standard_pointwise, link.pointwise))
         and is_standard_bn(link.bn)
     )
 
@@ -146,19 +153,37 @@ def _is_standard_depthwise(conv):
     )
 
 
-def _is_standard_pointwise(conv, stride):
+def _is_standard_pointwise(conv):
     shape = conv.kernel_size, conv.stride, conv.padding
-    return type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1 and shape == ((1, 1), stride, (0, 0))
+    return type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1 and shape == ((1, 1), (1, 1), (0, 0))
 
 
 def is_standard_bn(bn):
-    """Whether this is `nn.BatchNorm2d` or `SyncBatchNorm2d`, with running statistics and a momentum."""
-    return type(bn) in BATCH_NORMS and bn.momentum is not None and bn.running_mean is not None
+    """Whether this is `nn.BatchNorm2d` or `SyncBatchNorm2d` with running statistics, a momentum, and both of weight and
+    bias or neither."""
+    return (
+        type(bn) in BATCH_NORMS
+        and bn.momentum is not None
+        and bn.running_mean is not None
+        and (bn.weight is None) == (bn.bias is None)
+    )
 
 
 def is_synced(bn):
     """Whether BN uses the statistics of the global batch."""
     return type(bn) is SyncBatchNorm2d
+
+
+def separate_output(op, x):
+    """op(x); raises ValueError unless it has the shape that an operation must give, which no sum may stretch it to."""
+    y = op(x)
+    half = [-(-side // 2) for side in x.shape[2:]]
+    if y.shape[:2] != x.shape[:2] or list(y.shape[2:]) not in (list(x.shape[2:]), half):
+        raise ValueError(
+            f"an operation must keep images and channels, and leave ceil(size / stride) pixels a side: of "
+            f"{tuple(x.shape)} it made {tuple(y.shape)}: {op}"
+        )
+    return y
 
 
 def geometry(conv):

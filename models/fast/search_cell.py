@@ -16,9 +16,9 @@ Node i of a cell is the sum over its sources j and candidates o of w_ijo * o_ij(
 There are two memory layouts: edge_by_edge.py for the CPU, batched.py for other devices.
 
 Of `PartialMixedOp` edges the candidates run like this on their share of the channels, and the rest is summed beside
-them. An edge of another subclass of `MixedOp`, or with a hook, runs by its own `forward`; so do the other edges to the same node
-that would run together with it. A candidate operation that has none of the forms above runs by its own `forward` on
-each edge. So a new operation or edge class gives right results at once, but is slower than the others.
+them. An edge of another subclass of `MixedOp`, or with a hook, runs by its own `forward`; so do the other edges to the
+same node that would run together with it. A candidate operation that has none of the forms above runs by its own
+`forward` on each edge. So a new operation or edge class gives right results at once, but is slower than the others.
 """
 
 import itertools
@@ -56,7 +56,8 @@ def fused_nodes(dag, s0, s1, w_dag):
     edges, (i + 2, candidates). In training, running statistics are recorded as the modules would record them. The
     results can be differentiated once. Raises ValueError if w_dag does not have a row for each edge.
     """
-    rows = [weights.unbind() for weights in w_dag]
+    dtype = torch.float32 if torch.is_autocast_enabled(s0.device.type) else s0.dtype
+    rows = [weights.to(dtype).unbind() for weights in w_dag]  # a row may be of another type, as one-hot ones are
     if list(map(len, rows)) != list(map(len, dag)):
         raise ValueError(
             f"the cell has {list(map(len, dag))} edges by node, the weights are for {list(map(len, rows))}"
@@ -119,8 +120,9 @@ def _alike(one, other):
 
 
 def _is_standard(edge, weights):
-    """Whether an edge is an unmodified `MixedOp` or `PartialMixedOp` with as many candidates as weights."""
-    is_standard = type(edge) in (MixedOp, PartialMixedOp) and not is_overridden(edge) and len(edge._ops) == len(weights)
+    """Whether an edge is an unmodified `MixedOp` or `PartialMixedOp`, and its weights a number for each candidate."""
+    is_mixed_op = type(edge) in (MixedOp, PartialMixedOp) and not is_overridden(edge)
+    is_standard = is_mixed_op and weights.shape == (len(edge._ops),)
     if not is_standard and type(edge) not in _classes_in_log:
         _classes_in_log.add(type(edge))
         name = type(edge).__name__
