@@ -212,6 +212,7 @@ def test_an_augment_network_is_the_same_as_on_the_cpu_in_both_layouts(memory_for
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.process
 def test_nccl_of_one_rank_gives_a_run_with_sync_bn(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     words = [ROOT / "search.py", *TINY, "--sync-bn", "--epochs", 1]
@@ -221,6 +222,7 @@ def test_nccl_of_one_rank_gives_a_run_with_sync_bn(tmp_path):
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.process
 def test_a_resumed_run_has_the_same_bits_with_deterministic(tmp_path):
     words = (*TINY, "--deterministic", "--runs-path", tmp_path)
     for name, epochs in (("whole", 2), ("parts", 1)):

@@ -274,6 +274,7 @@ def test_a_variant_changes_a_users_classes_too():
     assert MixedOp in PartialMixedOp.__mro__
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
 def test_a_search_with_a_variant_runs_and_is_resumed(words, tmp_path):
     tiny = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--batch-size", 360, "--workers", 0, "--epochs", 2]
