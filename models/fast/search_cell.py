@@ -101,7 +101,7 @@ def _prepared(layout, dag, rows, steps, N):
 
 
 def _mixed(layout, states, edges, weights, prepared, statistics):
-    """For each target t the sum of edges[s][t] with weights[s][t]; all of one class, those of an s of one stride."""
+    """For each target the sum of its edges; edges[s][t] are of one kind, and of one stride for each source s."""
     firsts = [row[0] for row in edges]
     if type(firsts[0]) is MixedOp or firsts[0].K == 1:
         return layout.mixed(states, prepared, statistics)
