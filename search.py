@@ -175,8 +175,8 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         # one draw for all passes of the step: else eq. 7 divides the difference of two draws by 2 eps
         net.noise = net.draw_noise()
 
+        of_alpha, undo = (), None  # alpha's loss and gradient norm, and how to take back its step
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
-        of_alpha, undo = (), None
         if net.alphas_learn:
             with mixed_precision:
                 val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)

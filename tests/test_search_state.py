@@ -136,6 +136,7 @@ def growing(monkeypatch):
     monkeypatch.setattr(search, "dominant_eigenvalue", lambda net, X, y: next(calls))
 
 
+@pytest.mark.process
 def test_a_search_that_stops_early_takes_the_genotype_of_five_epochs_before(growing, tmp_path, monkeypatch):
     files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "15", "--alpha-lr", "0.1", "--early-stop")
     history, genotype, summary = files["history"], files["genotype"], files["summary"]
@@ -182,6 +183,7 @@ def test_each_epochs_state_is_in_the_history_and_resumed_exactly(tmp_path, monke
     assert files["summary"]["eigenvalue"] is None
 
 
+@pytest.mark.process
 def test_early_stopping_without_eigenvalues_is_one_line(tmp_path):
     words = ["--early-stop", "--eigenvalue-images", "0"]
     assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "--eigenvalue-images")

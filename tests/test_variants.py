@@ -150,6 +150,7 @@ def test_pc_darts_betas_learn_as_alphas_do_and_neither_does_in_the_warm_up():
         assert all((w != old).any() for w, old in zip(net.weights(), weights) if w.dim() == 4)
 
 
+@pytest.mark.process
 def test_channels_that_cannot_be_shared_are_refused(tmp_path):
     with pytest.raises(UserError, match="--pc-share 4 must divide --init-channels 6"):
         network("--variant", "pc-darts", C=6)
@@ -276,6 +277,7 @@ def test_a_variant_changes_a_users_classes_too():
 
 @pytest.mark.process
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+@pytest.mark.process
 def test_a_search_with_a_variant_runs_and_is_resumed(words, tmp_path):
     tiny = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--batch-size", 360, "--workers", 0, "--epochs", 2]
     process = run_script("search.py", *tiny, *words, "--eigenvalue-images", 2, cwd=tmp_path)
