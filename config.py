@@ -70,7 +70,7 @@ def _primitives(text):
         unknown = [name for name in names if name not in OPS]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"unknown operation {unknown[0][:50]!r}; give some of {', '.join(OPS)}, with commas and without spaces, or "
+                f"unknown operation {unknown[0][:50]!r}; give some of {', '.join(OPS)}, with commas and no spaces, or "
                 f"one of the search spaces {', '.join(SEARCH_SPACES)}"
             )
     if len(set(names)) < len(names) or names == ["none"]:

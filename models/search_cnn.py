@@ -143,9 +143,9 @@ class SearchCNN(nn.Module):
         yield from self.alpha_reduce
 
     def weights(self):
-        """The parameters w: all but the alphas."""
+        """The parameters w: all but the alphas and what is frozen, which requires no gradient."""
         alphas = set(map(id, self.alphas()))
-        return (parameter for parameter in self.parameters() if id(parameter) not in alphas)
+        return (parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in alphas)
 
     def genotype(self, k=2):
         """The cell that the alphas stand for: of each node the k edges whose candidate has the largest weight."""
