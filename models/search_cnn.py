@@ -156,9 +156,9 @@ class SearchCNN(nn.Module):
         yield from self.alpha_reduce
 
     def weights(self):
-        """The network weights w: all parameters but the alphas."""
+        """The network weights w: all parameters but the alphas, and but those that are frozen (require no gradient)."""
         alphas = set(map(id, self.alphas()))
-        return (parameter for parameter in self.parameters() if id(parameter) not in alphas)
+        return (parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in alphas)
 
     def genotype(self, k=2):
         """Derive the discrete cells: each node keeps the k edges with the strongest operations (see `parse`)."""

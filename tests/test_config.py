@@ -73,6 +73,7 @@ def test_every_option_has_help_and_stands_in_a_named_group():
         (["--primitives", "skip_connect,conv_1x1"], "unknown operation 'conv_1x1'"),
         (["--primitives", "s9"], "darts, s2, s3"),
         (["--primitives", ""], "unknown operation ''"),
+        (["--primitives", "x" * 5000], "x'; give"),
         (["--execution", "slow"], "plain"),
         (["--eps-scale", "0"], "above 0"),
         (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),

@@ -427,6 +427,16 @@ def test_an_operation_that_does_not_keep_the_size_is_named(layout, monkeypatch):
 
 
 @both_executions
+def test_a_search_with_frozen_weights_leaves_them_and_moves_the_others(execution):
+    net = network(SearchCNN, execution)
+    net.stem.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    two_steps(net)
+    moved = {name for name, value in net.named_parameters() if (value != before[name]).any()}
+    assert moved == {name for name in before if not name.startswith("stem")}
+
+
+@both_executions
 def test_weights_that_do_not_fit_the_candidates_are_refused(execution):
     class TooMany(SearchCNN):
         def edge_weights(self, noise=None):
