@@ -157,6 +157,7 @@ def test_operations_changed_alike_on_all_edges_do_not_run_as_the_usual_ones(path
         sep_conv[1][3] = nn.BatchNorm2d(4).double()
         nn.init.constant_(sep_conv[1][3].weight, 3.0)
         dil_conv[2] = nn.Conv2d(4, 4, 1).double()
+        mixed._ops[0].append(nn.Tanh())
     fused = copy.deepcopy(plain)
     fused.execution = "fused"
     found, expected = results(fused, s0, s1, weights), results(plain, s0, s1, weights)

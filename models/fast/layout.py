@@ -231,7 +231,8 @@ def _classify(op):
     if type(op) in (Identity, Zero):
         return "skip" if type(op) is Identity else "zero"
     if type(op) is PoolBN:
-        return "pool" if type(op[0]) in POOLS and _is_without_weight(op[1]) else "separate"
+        is_standard = len(op) == 2 and type(op[0]) in POOLS and _is_without_weight(op[1])
+        return "pool" if is_standard else "separate"
     links = links_of(op)
     is_chain = links and all(is_standard_link(link) and _is_without_weight(link.bn) for link in links)
     if not is_chain:
