@@ -12,9 +12,6 @@ from genotypes import Genotype, parse
 from models.choices import PRIMITIVES
 from models.ops import OPS, MixedOp
 from models.search_cells import SearchCell
-from models.sync_bn import SyncBatchNorm2d
-
-BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
 
 
 def reduction_cells(n_layers):
@@ -189,8 +186,8 @@ def frozen_statistics(modules):
 class UnmovedBuffers:
     """Inside, no buffer changes, though the modules compute as ever: a cell's second run by gradient checkpointing.
 
-    BN updates its running statistics with momentum 0; other modules update copies of their buffers. It can be entered
-    again, by a second backward pass.
+    The modules update copies of their buffers, as BN its running statistics; BN whose statistics are frozen has none to
+    update. It can be entered again, by a second backward pass.
     """
 
     def __init__(self, net):
@@ -198,17 +195,10 @@ class UnmovedBuffers:
 
     def __enter__(self):
         modules = [module for module in self.net.modules() if vars(module).get("track_running_stats", True)]
-        self.buffers = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
-        self.momenta = [(bn, bn.momentum) for bn in modules if type(bn) in BATCH_NORMS and bn.momentum is not None]
-        known = {id(bn._buffers) for bn, _ in self.momenta}
-        for bn, _ in self.momenta:
-            bn.momentum, bn.num_batches_tracked = 0.0, None
-        for buffers, tensors in self.buffers:
-            if id(buffers) not in known:
-                buffers.update((name, tensor if tensor is None else tensor.clone()) for name, tensor in tensors.items())
+        self.before = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+        for buffers, tensors in self.before:
+            buffers.update((name, tensor if tensor is None else tensor.clone()) for name, tensor in tensors.items())
 
     def __exit__(self, *error):
-        for bn, momentum in self.momenta:
-            bn.momentum = momentum
-        for buffers, tensors in self.buffers:
+        for buffers, tensors in self.before:
             buffers.update(tensors)

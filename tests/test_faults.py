@@ -307,7 +307,6 @@ def test_a_run_killed_before_it_saved_anything_starts_when_resumed(alone, tmp_pa
     ("stage", "words", "phase"),
     [
         ("search", ["--w-lr", 2e9], "alpha"),
-        ("search", ["--w-lr", 2e9, "--order", "first"], "alpha"),
         ("augment", ["--lr", 2e9], "w"),
     ],
 )
