@@ -13,7 +13,7 @@ def check_finite_mean(run, phase, loss):
     if math.isfinite(loss):
         return
     message = (
-        f"epoch {run.epoch + 1}, phase {phase}: the mean loss, {loss:.4g}, is not finite and says nothing of the network; "
+        f"epoch {run.epoch + 1}, phase {phase}: the mean loss, {loss:.4g}, is not finite and says nothing; "
         f"a lower learning rate may help; the checkpoints in {run.folder} are from before"
     )
     run.log(message)
