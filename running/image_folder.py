@@ -184,6 +184,8 @@ def open_image(file, size, mode):
             with contextlib.suppress(Exception):  # damaged EXIF data: the image is not rotated
                 ImageOps.exif_transpose(opened, in_place=True)
             image = _eight_bits(opened, mode)
+    except MemoryError:  # says nothing of the file, which must not be left out as damaged
+        raise
     except Exception as error:  # for damaged files, readers raise a dozen different types
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read the image {file}: {reason}; --skip-bad-images goes on without it") from None

@@ -68,7 +68,12 @@ class Edges:
 
 
 class Layout:
-    """A way of running the edges from some sources."""
+    """A way of running the edges from some sources.
+
+    A subclass has `mixed(states, edges, statistics)`: the weighted sum of the candidates' outputs for each target, as a
+    list of tensors (N, C, h, w). states: the sources, (N, C, H, W); edges: an `Edges`, used up by this; statistics: a
+    `RunningStatistics`.
+    """
 
     folded_activations = ()  # those that `_depthwise` does itself
 
@@ -84,13 +89,6 @@ class Layout:
             lambda kernels: self._kernels(kernels, N),
         )
         return [Edges(len(ops[0]), *group) for ops, *group in zip(operations, candidates, chains)]
-
-    def mixed(self, states, edges, statistics):
-        """The weighted sum of the candidates' outputs for each target: a list of tensors (N, C, h, w).
-
-        states: the sources, (N, C, H, W); edges: an `Edges`, used up by this; statistics: a `RunningStatistics`.
-        """
-        raise NotImplementedError
 
     def _without_weights(self, x, candidates, statistics):
         """The candidates that have no weights of their own, on all edges from x.
