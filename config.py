@@ -1,64 +1,22 @@
 """All options of search.py and augment.py, with their defaults."""
 
 import argparse
-import json
-import math
-import os
-import shlex
-import sys
-from pathlib import Path
 
 from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS, VARIANTS
 from running.data_sets import DATASETS
-from running.errors import OneLineParser, UserError
-from running.folder import RunFolder, launcher
-
-MAX_NUMBER = 2**31 - 1  # the largest value of any option
-MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
-NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # not written to config.json
-
-
-def _number(kind, low, high=math.inf, low_open=False, high_open=False):
-    """An argparse type: an int or float (`kind`) within bounds. The error message names the bounds."""
-    names = {int: "a whole number", float: "a number"}
-    bounds = f"{'above' if low_open else 'of at least'} {low}"
-    if high < math.inf:
-        bounds += f" and {'below' if high_open else 'at most'} {high}"
-
-    def read(text):
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
-        if not inside or not number <= MAX_NUMBER:
-            limit = f" and at most {MAX_NUMBER}" if number > MAX_NUMBER and high == math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}{limit}, not {text!r}")
-        return number
-
-    return read
-
-
-positive_int = _number(int, 1)
-natural = _number(int, 0)
-positive = _number(float, 0, low_open=True)
-nonnegative = _number(float, 0)
-probability = _number(float, 0, 1, high_open=True)  # below 1: drop path divides by 1 - p
-
-
-def _folder_name(text):
-    """An argparse type: a folder name. Not a path, since --overwrite deletes the folder."""
-    if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 255:
-        raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text[:50]!r}")
-    return text
-
-
-def _gpus(text):
-    """An argparse type: `all`, or CUDA devices' numbers."""
-    numbers = text.split(",")
-    if text != "all" and (not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers)):
-        raise argparse.ArgumentTypeError(f"must be all, or different numbers as in 0,1,2, not {text!r}")
-    return text
+from running.options import (
+    MAY_CHANGE,
+    RunOptions,
+    folder_name,
+    gpus,
+    natural,
+    nonnegative,
+    number,
+    option_name,
+    positive,
+    positive_int,
+    probability,
+)
 
 
 def _primitives(text):
@@ -95,206 +53,15 @@ def _variants(text):
     return text
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of each option, unless it is None or False."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class _Config:
-    """Options as attributes. argv: the command-line words; None: those of sys.argv."""
-
-    stage = None  # "search" or "augment": the name of the folder that contains the run's folder
-
-    def __init__(self, argv=None):
-        parser = self.build_parser()
-        words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
-        self.set_defaults(parser, words)
-        options = parser.parse_args(words)
-        if options.resume is not None:
-            options = self._resume(parser, words, options)
-        if "genotype" in options and options.genotype is None and options.evaluate is None:
-            parser.error("--genotype is required")
-        if "early_stop" in options and options.early_stop and not options.eigenvalue_images:
-            parser.error("--early-stop needs the eigenvalue, so --eigenvalue-images of at least 1")
-        if options.auto_resume and (options.resume or options.overwrite):
-            parser.error("--auto-resume can't be given with --resume or --overwrite")
-        vars(self).update(vars(options))
-        if self._continues():
-            self.resume, self.overwrite = str(self.folder()), False
-
-    def _resume(self, parser, words, options):
-        """The saved options of the run to be resumed, updated by those on the command line, of `MAY_CHANGE` only."""
-        folder = self._resumed_folder(options.resume)
-        unset = object()
-        parsed = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), unset)))
-        changed = {name: value for name, value in vars(parsed).items() if value is not unset and name != "resume"}
-        for name in changed:
-            if name not in (*MAY_CHANGE, "gpus"):
-                allowed = ", ".join(f"--{_option(other)}" for other in MAY_CHANGE)
-                raise UserError(f"--{_option(name)} is fixed by the run {folder}; --resume allows only {allowed}")
-        try:
-            saved = json.loads(folder.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(
-                f"--resume {options.resume}: no {self.stage} run's {folder.config.name} in {folder}"
-            ) from None
-        if not isinstance(saved, dict):
-            raise UserError(f"--resume {options.resume}: {folder.config} is not of a {self.stage} run")
-        saved = self.completed(saved, folder.config)
-        return parser.parse_args(_words(saved | changed | {"resume": options.resume}))
-
-    @classmethod
-    def completed(cls, saved, source):
-        """A run's saved options; options that did not exist when the run was saved get their defaults.
-
-        source: the file, for error messages. Raises UserError if there are options that this program does not know.
-        """
-        parser = cls.build_parser()
-        cls.set_defaults(parser, _words(saved))
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(saved) - known)
-        if unknown:
-            raise UserError(
-                f"{source} is not of a {cls.stage} run of this program: it has options that are not known here, "
-                + ", ".join(unknown)
-            )
-        defaults = vars(parser.parse_args([]))
-        return {name: value for name, value in defaults.items() if name not in NOT_SAVED} | saved
-
-    def _continues(self):
-        """Whether to resume a run without --resume: with --auto-resume, or if torchrun restarts the ranks."""
-        folder = self.folder()
-        if not folder.config.is_file():
-            return False
-        restarted = "TORCHELASTIC_RUN_ID" in os.environ and folder.launcher.is_file()
-        return self.auto_resume or (restarted and folder.launcher.read_text() == launcher())
-
-    @staticmethod
-    def _resumed_folder(resume):
-        return RunFolder(Path(resume).parent if Path(resume).is_file() else resume)
-
-    @staticmethod
-    def set_defaults(parser, words):
-        """Set the defaults that depend on other options. words: the command line. Overridden in `AugmentConfig`."""
-
-    def folder(self):
-        """The `RunFolder` of the run."""
-        if self.resume is not None:
-            return self._resumed_folder(self.resume)
-        return RunFolder(Path(self.runs_path) / self.stage / (self.name or self.dataset))
-
-    @classmethod
-    def build_parser(cls):
-        parser = OneLineParser(
-            description=cls.__doc__.splitlines()[0],
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
-        cls.add_options(parser)
-
-        group = parser.add_argument_group("data")
-        group.add_argument("--dataset", default="digits", choices=list(DATASETS), help="data set")
-        group.add_argument(
-            "--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to"
-        )
-        group.add_argument(
-            "--image-size",
-            type=_number(int, 8),
-            default=32,
-            metavar="PIXELS",
-            help="of the data set `folder`: images are scaled and cropped to this height and width",
-        )
-        group.add_argument(
-            "--image-channels", type=int, default=3, choices=(1, 3), help="of the data set `folder`: 1 grey, 3 colour"
-        )
-        group.add_argument(
-            "--skip-bad-images",
-            action="store_true",
-            help="of the data set `folder`: read all first, and leave out those that cannot be read",
-        )
-        group.add_argument(
-            "--workers", type=natural, default=2, metavar="N", help="processes that load images, for each rank; 0: none"
-        )
-
-        group = parser.add_argument_group("run")
-        group.add_argument(
-            "--name", type=_folder_name, metavar="NAME", help="name of the run's folder (default: the data set)"
-        )
-        group.add_argument("--runs-path", default="runs", metavar="DIR", help=f"a run's folder is DIR/{cls.stage}/NAME")
-        group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds, if any")
-        group.add_argument(
-            "--resume",
-            metavar="RUN",
-            help="go on with the run in this folder (or from a checkpoint in it), with its options; "
-            + ", ".join(f"--{_option(name)}" for name in MAY_CHANGE)
-            + " may be given anew",
-        )
-        group.add_argument(
-            "--auto-resume",
-            action="store_true",
-            help="go on with the run of this name if there is one, for commands that a scheduler repeats",
-        )
-        group.add_argument(
-            "--checkpoint-minutes",
-            type=nonnegative,
-            default=10.0,
-            metavar="MIN",
-            help="save within an epoch too, this often; 0: after every step",
-        )
-        group.add_argument("--seed", type=natural, default=2, metavar="N", help="of everything that is random")
-        group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-        group.add_argument(
-            "--gpus",
-            type=_gpus,
-            metavar="LIST",
-            help="run on several GPUs of this machine, a process each: 0,1,2 or all; torchrun does so over machines",
-        )
-        group.add_argument(
-            "--sync-bn",
-            action="store_true",
-            help="on several ranks: normalise by the statistics of the global batch, not of each rank's part",
-        )
-        group.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where PyTorch deems it safe")
-        group.add_argument(
-            "--deterministic",
-            action="store_true",
-            help="on a GPU: use algorithms that give the same bits each time, as a CPU does without it",
-        )
-        group.add_argument("--print-freq", type=positive_int, default=50, metavar="N", help="steps between log lines")
-        return parser
-
-    @classmethod
-    def answer_help(cls):
-        """Print the help and exit, if the command line asks for it."""
-        if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
-            if os.environ.get("RANK", "0") == "0":
-                cls.build_parser().print_help()
-            sys.exit()
-
-    def data_options(self):
-        """The options that select the same data, as a command line."""
-        names = ("data_path", "image_size", "image_channels")
-        defaults = self.build_parser()
-        changed = [name for name in names if getattr(self, name) != defaults.get_default(name)]
-        words = [word for name in ["dataset", *changed] for word in (f"--{_option(name)}", str(vars(self)[name]))]
-        return shlex.join([*words, *["--skip-bad-images"] * self.skip_bad_images])
-
-    def as_dict(self):
-        """The options that are saved with the run: all but those in `NOT_SAVED`."""
-        return {name: value for name, value in vars(self).items() if name not in NOT_SAVED}
-
-    def as_markdown(self):
-        """The options as a Markdown table."""
-        rows = [f"| {_option(name)} | {value} |" for name, value in sorted(self.as_dict().items())]
-        return "\n".join(["| option | value |", "|---|---|", *rows])
-
-
-class SearchConfig(_Config):
+class SearchConfig(RunOptions):
     """Search for a cell: DARTS, first or second order."""
 
     stage = "search"
+
+    @staticmethod
+    def check(parser, options):
+        if options.early_stop and not options.eigenvalue_images:
+            parser.error("--early-stop needs the eigenvalue, so --eigenvalue-images of at least 1")
 
     @staticmethod
     def add_options(parser):
@@ -381,6 +148,7 @@ class SearchConfig(_Config):
             metavar="B",
             help="darts-minus: weight of the auxiliary skip connections at the start",
         )
+        _add_data_and_run(parser, "search")
 
 
 # The defaults with --stem imagenet: DARTS, appendix A.2.3
@@ -399,10 +167,15 @@ IMAGENET = {
 }
 
 
-class AugmentConfig(_Config):
+class AugmentConfig(RunOptions):
     """Train the network that a genotype makes, from scratch."""
 
     stage = "augment"
+
+    @staticmethod
+    def check(parser, options):
+        if options.genotype is None and options.evaluate is None:
+            parser.error("--genotype is required")
 
     @staticmethod
     def set_defaults(parser, words):
@@ -453,7 +226,7 @@ class AugmentConfig(_Config):
         group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate at the start")
         group.add_argument(
             "--lr-decay",
-            type=_number(float, 0, 1, low_open=True),
+            type=number(float, 0, 1, low_open=True),
             metavar="FACTOR",
             help="of the learning rate after each epoch; without it, along a cosine to zero",
         )
@@ -474,6 +247,7 @@ class AugmentConfig(_Config):
             help="side of the square cut out; at most half the image's",
         )
         group.add_argument("--drop-path-prob", type=probability, default=0.2, metavar="P", help="at the last epoch")
+        _add_data_and_run(parser, "augment")
 
 
 def _add_execution(group):
@@ -485,24 +259,72 @@ def _add_execution(group):
     )
 
 
-def _option(name):
-    return name.replace("_", "-")
+def _add_data_and_run(parser, stage):
+    """The options that both stages have."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="digits", choices=list(DATASETS), help="data set")
+    group.add_argument("--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
+    group.add_argument(
+        "--image-size",
+        type=number(int, 8),
+        default=32,
+        metavar="PIXELS",
+        help="of the data set `folder`: images are scaled and cropped to this height and width",
+    )
+    group.add_argument(
+        "--image-channels", type=int, default=3, choices=(1, 3), help="of the data set `folder`: 1 grey, 3 colour"
+    )
+    group.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="of the data set `folder`: read all first, and leave out those that cannot be read",
+    )
+    group.add_argument(
+        "--workers", type=natural, default=2, metavar="N", help="processes that load images, for each rank; 0: none"
+    )
 
-
-def _words(options):
-    """The command-line words that set these options, so that the parser checks saved values like typed ones."""
-    words = []
-    for name, value in options.items():
-        if value is True:
-            words.append(f"--{_option(name)}")
-        elif value is not None and value is not False:
-            words += [f"--{_option(name)}={value}"]
-    return words
-
-
-def _hyphenate(word):
-    """Accept `--batch_size` for `--batch-size`: replace underscores in the option's name, not in its value."""
-    if not word.startswith("--"):
-        return word
-    option, equals, value = word.partition("=")
-    return "--" + _option(option[2:]) + equals + value
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--name", type=folder_name, metavar="NAME", help="name of the run's folder (default: the data set)"
+    )
+    group.add_argument("--runs-path", default="runs", metavar="DIR", help=f"a run's folder is DIR/{stage}/NAME")
+    group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds, if any")
+    group.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this folder (or from a checkpoint in it), with its options; "
+        + ", ".join(f"--{option_name(name)}" for name in MAY_CHANGE)
+        + " may be given anew",
+    )
+    group.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with the run of this name if there is one, for commands that a scheduler repeats",
+    )
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=nonnegative,
+        default=10.0,
+        metavar="MIN",
+        help="save within an epoch too, this often; 0: after every step",
+    )
+    group.add_argument("--seed", type=natural, default=2, metavar="N", help="of everything that is random")
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    group.add_argument(
+        "--gpus",
+        type=gpus,
+        metavar="LIST",
+        help="run on several GPUs of this machine, a process each: 0,1,2 or all; torchrun does so over machines",
+    )
+    group.add_argument(
+        "--sync-bn",
+        action="store_true",
+        help="on several ranks: normalise by the statistics of the global batch, not of each rank's part",
+    )
+    group.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where PyTorch deems it safe")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: use algorithms that give the same bits each time, as a CPU does without it",
+    )
+    group.add_argument("--print-freq", type=positive_int, default=50, metavar="N", help="steps between log lines")

@@ -5,10 +5,11 @@ python cost.py runs/search/cifar10 DARTS_V1 DARTS_V2           # a table over se
 python cost.py DARTS_V2 --stem imagenet                        # at the size for ImageNet
 """
 
-from config import IMAGENET, natural, positive_int
+from config import IMAGENET
 from genotypes import PUBLISHED, resolve
 from models.choices import STEMS
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
+from running.options import natural, positive_int
 
 DEFAULTS = {
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},

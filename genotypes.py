@@ -1,10 +1,11 @@
-"""Genotypes: discrete cells. How they are derived from alpha, written, read and built.
+"""Genotypes as text: read and written in all forms, published ones, and ones drawn by chance.
 
-A gene describes one cell: it is a list of nodes, and a node is a list of (operation, source) pairs, strongest first.
-Sources 0 and 1 are the outputs of the two previous cells, sources 2, 3, ... are the nodes of this cell in order. A
-`Genotype` has a gene for the normal and for the reduction cell, and the list of the nodes that each concatenates.
+python genotypes.py                                          # list the published cells
+python genotypes.py runs/search/cifar10 --form flat          # write a search's genotype in another form
+python genotypes.py --random 5 --seed 1 --like DARTS_V2      # draw random cells, of a network as large
 
-Only `to_dag` imports torch, which takes seconds; reading and writing genotypes does not.
+What a genotype is, how alpha becomes one and how it becomes a network (`Genotype`, `parse`, `to_dag`) is in
+models/genotype.py and offered here too. Nothing here imports torch, which takes seconds, until it is needed.
 """
 
 import ast
@@ -17,7 +18,10 @@ from collections import namedtuple
 from pathlib import Path
 
 from models.choices import PRIMITIVES
-from running.errors import OneLineParser, UserError, user_errors_in_one_line
+from models.genotype import Genotype, GenotypeError, check, parse, shorten, to_dag
+from running.errors import OneLineParser, user_errors_in_one_line
+
+__all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "from_str", "parse", "to_dag", "to_str"]
 
 GENOTYPE_FILE = "genotype.json"  # in the folder of a search
 
@@ -28,55 +32,7 @@ FORMS = ("nested", "flat", "json", "name")
 SIZE_TOLERANCE = 0.05  # by which the parameters of a random cell may differ from those of the cell it is to be like
 MAX_DRAWS = 10_000  # until such a cell must have been drawn
 
-Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
-
 Published = namedtuple("Published", "genotype source results")  # results: name -> number, as the source reports them
-
-
-class GenotypeError(UserError):
-    """A genotype that cannot be read or built; the message says where and what is allowed."""
-
-
-def parse(alpha, k, primitives=PRIMITIVES):
-    """Derive a gene from the strengths of the operations on the edges (DARTS, section 2.4).
-
-    alpha: a tensor per node, node i's of shape (i + 2, len(primitives)). `SearchCNN.genotype` passes `edge_weights`
-    (softmax weights), since raw alphas are not comparable across edges. primitives: the operation of each column. On
-    each edge the best candidate is the strongest one other than none. Each node keeps the k edges whose best candidates
-    are strongest (all, if it has fewer), strongest first; ties go to the smaller index. Returns a list of nodes, each a
-    list of (operation, source).
-    """
-    candidates = [column for column, primitive in enumerate(primitives) if primitive != "none"]
-    gene = []
-    for edges in alpha:
-        strengths = edges.tolist()
-        best = [max(candidates, key=row.__getitem__) for row in strengths]
-        sources = sorted(range(len(best)), key=lambda source: -strengths[source][best[source]])
-        gene.append([(primitives[best[source]], source) for source in sources[:k]])
-    return gene
-
-
-def to_dag(C_in, gene, reduction):
-    """Build the operations of a cell: a ModuleList of nodes, each a ModuleList of operations with an attribute `s_idx`.
-
-    s_idx: index of the source; C_in: channels of the cell. In a reduction cell the operations on the two inputs have
-    stride 2. Every operation but the identity is followed by drop path (DARTS, appendix A.2.1).
-    """
-    from torch import nn
-
-    from models.ops import OPS, DropPath_, Identity
-
-    dag = nn.ModuleList()
-    for edges in gene:
-        node = nn.ModuleList()
-        for name, source in edges:
-            op = OPS[name](C_in, 2 if reduction and source < 2 else 1, True)
-            if not isinstance(op, Identity):
-                op = nn.Sequential(op, DropPath_())
-            op.s_idx = source
-            node.append(op)
-        dag.append(node)
-    return dag
 
 
 def from_str(s):
@@ -131,12 +87,12 @@ def _from_call(text):
         with warnings.catch_warnings(action="ignore"):  # about escapes and numbers in the text
             tree = ast.parse(text.replace("\n", " "), mode="eval").body
     except SyntaxError as error:
-        raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {_shorten(text)}") from None
+        raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {shorten(text)}") from None
     except (ValueError, RecursionError, MemoryError):
-        raise GenotypeError(f"genotype: not readable: {_shorten(text)}") from None
+        raise GenotypeError(f"genotype: not readable: {shorten(text)}") from None
     if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "Genotype"):
         raise GenotypeError(
-            f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {_shorten(text)}"
+            f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {shorten(text)}"
         )
     arguments = [(keyword.arg, keyword.value) for keyword in tree.keywords]
     if tree.args or sorted(str(name) for name, _ in arguments) != sorted(Genotype._fields):
@@ -152,10 +108,10 @@ def _from_json(text):
     except json.JSONDecodeError as error:
         raise GenotypeError(f"genotype: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError):
-        raise GenotypeError(f"genotype: not readable: {_shorten(text)}") from None
+        raise GenotypeError(f"genotype: not readable: {shorten(text)}") from None
     missing = [field for field in Genotype._fields if field not in content]
     if missing:
-        raise GenotypeError(f"genotype: the JSON object has no {', '.join(missing)}: {_shorten(text)}")
+        raise GenotypeError(f"genotype: the JSON object has no {', '.join(missing)}: {shorten(text)}")
     fields = {}
     for kind in ("normal", "reduce"):
         gene, concat = _by_node(content[kind], kind), content[f"{kind}_concat"]
@@ -192,47 +148,6 @@ def _same(one, other):
 def as_lists(genotype):
     """The genotype as a dict of lists, for JSON."""
     return {field: list(value) for field, value in genotype._asdict().items()}
-
-
-def check(genotype):
-    """Return the genotype if it is valid; else raise GenotypeError, which says what is wrong and what is allowed."""
-    for kind in ("normal", "reduce"):
-        gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
-        if not isinstance(gene, (list, tuple)) or not gene:
-            raise GenotypeError(f"genotype: {kind} must be a list of nodes, not {_shorten(gene)}")
-        for i, node in enumerate(gene):
-            where = f"{kind}, node {i}"
-            if not isinstance(node, (list, tuple)) or not node or isinstance(node[0], str):
-                raise GenotypeError(
-                    f"genotype: {where} must be a list of (operation, source) pairs, not {_shorten(node)}"
-                )
-            for pair in node:
-                if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                    raise GenotypeError(f"genotype: {where}: expected (operation, source), found {_shorten(pair)}")
-                name, source = pair
-                _check_operation(name, where)
-                if type(source) is not int or not 0 <= source < i + 2:
-                    raise GenotypeError(
-                        f"genotype: {where}: the source of {name} must be 0 to {i + 1}, not {_shorten(source)}"
-                    )
-        nodes = range(2, len(gene) + 2)
-        if not isinstance(concat, (list, tuple, range)) or not 0 < len(concat) <= len(nodes):
-            raise GenotypeError(f"genotype: {kind}_concat must name 1 to {len(nodes)} nodes, not {_shorten(concat)}")
-        if len(set(map(repr, concat))) < len(concat) or any(type(n) is not int or n not in nodes for n in concat):
-            raise GenotypeError(
-                f"genotype: {kind}_concat must name nodes 2 to {nodes[-1]}, each once, not {_shorten(concat)}"
-            )
-    return genotype
-
-
-def _check_operation(name, where):
-    """Raise GenotypeError unless there is an operation of this name."""
-    if isinstance(name, str) and name in PRIMITIVES:
-        return
-    from models.ops import OPS  # imports torch, so only if the name is not in DARTS's search space
-
-    if not isinstance(name, str) or name not in OPS:
-        raise GenotypeError(f"genotype: {where}: unknown operation {_shorten(name)}; allowed are {', '.join(OPS)}")
 
 
 def random_genotypes(n, seed, like=None):
@@ -295,7 +210,7 @@ def resolve(text):
     name, _, seed = text.partition(":")
     if name == "random":
         if not (seed.isascii() and seed.isdecimal() and len(seed) <= 10):
-            raise GenotypeError(f"genotype: {_shorten(text)} must be random:SEED, SEED a whole number of at least 0")
+            raise GenotypeError(f"genotype: {shorten(text)} must be random:SEED, SEED a whole number of at least 0")
         return random_genotypes(1, int(seed))[0]
     path = Path(text)
     try:
@@ -307,7 +222,7 @@ def resolve(text):
         return from_str(text)
     if not is_file:
         raise GenotypeError(
-            f"genotype: {_shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), random:SEED, a genotype "
+            f"genotype: {shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), random:SEED, a genotype "
             "string 'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
         )
     try:
@@ -327,7 +242,7 @@ def _last(text):
     except (ValueError, RecursionError, KeyError, TypeError):
         return text
     if not isinstance(last, str):
-        raise GenotypeError(f"genotype: last.string must be a string, not {_shorten(last)}")
+        raise GenotypeError(f"genotype: last.string must be a string, not {shorten(last)}")
     return last
 
 
@@ -349,11 +264,6 @@ def _read(node):
         f"genotype: at column {node.col_offset + 1}: only lists, tuples, operation names, source numbers and "
         "range(a, b) are allowed"
     )
-
-
-def _shorten(value, limit=80):
-    text = value if isinstance(value, str) else repr(value)
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def _published():

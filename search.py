@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-import search_state
 from architect import Architect
-from curvature import dominant_eigenvalue, images_within
+from evidence import search_state
+from evidence.curvature import dominant_eigenvalue, images_within
 from genotypes import as_lists, from_str
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN

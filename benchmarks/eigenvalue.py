@@ -19,9 +19,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import curvature
 from architect import Architect
 from config import SearchConfig
+from evidence import curvature
 from models.search_cnn import SearchCNN, frozen_statistics, tracking
 from running.loading import Loader
 from utils import get_data

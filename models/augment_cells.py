@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from genotypes import to_dag
 from models.fast import augment_cell
+from models.genotype import to_dag
 from models.search_cells import cell_inputs, check_execution
 
 

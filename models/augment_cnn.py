@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from genotypes import check
 from models.augment_cells import AugmentCell
 from models.choices import STEMS
+from models.genotype import check
 from models.ops import DropPath_, StdConv
 from models.search_cnn import check_positive, reduction_cells
 

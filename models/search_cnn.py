@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genotypes import Genotype, parse
 from models.choices import PRIMITIVES
+from models.genotype import Genotype, parse
 from models.ops import OPS, MixedOp
 from models.search_cells import SearchCell
 

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from evidence.search_state import WINDOW, cell, changes, early_stop, margins, skip_connections
 from models.choices import PRIMITIVES
 from report.cells import INPUTS
 from report.story import KINDS
-from search_state import WINDOW, cell, changes, early_stop, margins, skip_connections
 
 GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey

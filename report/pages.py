@@ -12,6 +12,7 @@ from string import Template
 import torch
 
 from config import AugmentConfig
+from evidence.search_state import cell, changes, verdict
 from models.augment_cnn import AugmentCNN
 from report import figures
 from report.cells import NotDrawnError, draw, render
@@ -21,7 +22,6 @@ from running.data_sets import DATASETS
 from running.devices import pick_device
 from running.errors import UserError
 from running.evaluation import evaluate, load_network, load_trained
-from search_state import cell, changes, verdict
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

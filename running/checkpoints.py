@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from config import MAY_CHANGE
 from running.errors import UserError
 from running.folder import RunFolder, write_temporary
+from running.options import MAY_CHANGE
 
 FORMAT = 2  # the version of the checkpoint format
 SEAL = b"sha256 of the file without this comment: "

@@ -9,7 +9,7 @@ import torch
 from conftest import batch, small_net
 from exact import by_definition
 
-from curvature import MAX_PIXELS, dominant_eigenvalue, images_within, lanczos
+from evidence.curvature import MAX_PIXELS, dominant_eigenvalue, images_within, lanczos
 from models.ops import MixedOp
 from models.sync_bn import refuse_second_derivatives, synchronise
 

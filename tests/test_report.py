@@ -19,8 +19,8 @@ from conftest import ROOT, assert_one_line_error, run_script
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-import search_state
 from config import SearchConfig
+from evidence import search_state
 from genotypes import DARTS_V1, DARTS_V2, Genotype, parse
 from models.choices import PRIMITIVES
 from report import figures, pages, story

@@ -8,8 +8,8 @@ from conftest import assert_one_line_error, run_script
 
 import search
 from config import SearchConfig
+from evidence.search_state import early_stop, local_averages, stable_epochs, verdict
 from genotypes import DARTS_V1, DARTS_V2, Genotype
-from search_state import early_stop, local_averages, stable_epochs, verdict
 
 CONV = [[("sep_conv_3x3", 0), ("sep_conv_3x3", 1)]] * 4
 TINY = ["--layers", "1", "--init-channels", "2", "--nodes", "1", "--batch-size", "720", "--workers", "0"]

@@ -1,0 +1,1 @@
+"""What tells whether the result of a search can be trusted."""
