@@ -148,6 +148,39 @@ class SearchConfig(RunOptions):
             metavar="B",
             help="darts-minus: weight of the auxiliary skip connections at the start",
         )
+        group.add_argument(
+            "--fair-strength", type=nonnegative, default=10.0, metavar="W", help="fair-darts: of the zero-one loss"
+        )
+        group.add_argument(
+            "--fair-threshold",
+            type=probability,
+            default=0.85,
+            metavar="P",
+            help="fair-darts: weight that an operation of the genotype must have",
+        )
+        for name, first, last in (("gdas", 10.0, 0.1), ("snas", 1.0, 0.03)):
+            for suffix, default, epoch in (("", first, "first"), ("-end", last, "last")):
+                group.add_argument(
+                    f"--{name}-temperature{suffix}",
+                    type=positive,
+                    default=default,
+                    metavar="T",
+                    help=f"{name}: of the draws in the {epoch} epoch, linear in between",
+                )
+        group.add_argument(
+            "--drnas-kl-strength",
+            type=nonnegative,
+            default=0.0,
+            metavar="L",
+            help="drnas: of the KL divergence to the start; 0: the distance is that of --alpha-weight-decay",
+        )
+        group.add_argument(
+            "--sdarts-radius",
+            type=nonnegative,
+            default=0.3,
+            metavar="E",
+            help="sdarts: of the perturbation of weights in the end, from 0.03 on",
+        )
         _add_data_and_run(parser, "search")
 
 

@@ -11,12 +11,31 @@ docs/variants.md says what each is for; models/choices.py, which of them can be 
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Dirichlet, kl_divergence
 
+from models.choices import VARIANTS as CHANGES
 from models.ops import MixedOp, PartialMixedOp
 from running.errors import UserError
 
 KINDS = ("normal", "reduce")
+
+
+def by_node(net, function, noise=None):
+    """{kind of cell: [function(alpha) of each node's alphas]}, as `edge_weights` returns; or function(alpha, noise).
+
+    alpha: (edges, candidates); noise: of the same form as what is returned, or None.
+    """
+    alphas = {"normal": net.alpha_normal, "reduce": net.alpha_reduce}
+    if noise is None:
+        return {kind: list(map(function, alphas[kind])) for kind in KINDS}
+    return {kind: list(map(function, alphas[kind], noise[kind])) for kind in KINDS}
+
+
+def all_edges(net):
+    """The alphas of all edges of both cells, (edges, candidates)."""
+    return torch.cat([*net.alpha_normal, *net.alpha_reduce])
 
 
 class PCDarts:
@@ -73,8 +92,7 @@ class BetaDartsObjective:
         net, loss = self.net, super().alpha_objective(X, y)
         if net.penalty == 0:
             return loss
-        edges = torch.cat([*net.alpha_normal, *net.alpha_reduce])
-        return loss + net.penalty * edges.logsumexp(1).mean()
+        return loss + net.penalty * all_edges(net).logsumexp(1).mean()
 
 
 class DartsMinus:
@@ -104,11 +122,168 @@ class DartsMinus:
         self.auxiliary_weight = self.options.minus_strength * (1 - (epoch - 1) / epochs)
 
 
+class FairDarts:
+    """Fair DARTS (Chu et al., arXiv:1911.12126): the sigmoid of alpha, so that candidates do not compete."""
+
+    def edge_weights(self, noise=None):
+        return by_node(self, torch.sigmoid)
+
+    def genotype(self, k=2):
+        """Of DARTS's k edges those whose operation reaches the threshold; the strongest where none does."""
+        genotype, weights = super().genotype(k), self.edge_weights()
+        cells = {kind: list(map(self._certain, getattr(genotype, kind), weights[kind])) for kind in KINDS}
+        return genotype._replace(**cells)
+
+    def _certain(self, node, weights):
+        strengths = [weights[source, self.primitives.index(op)] for op, source in node]
+        return [edge for edge, w in zip(node, strengths) if w >= self.options.fair_threshold] or node[:1]
+
+
+class FairDartsObjective:
+    def alpha_objective(self, X, y):
+        loss, strength = super().alpha_objective(X, y), self.options.fair_strength
+        if strength == 0:
+            return loss
+        return loss - strength * (all_edges(self.net).sigmoid() - 0.5).square().mean()  # the zero-one loss
+
+
+class Snas:
+    """SNAS (Xie et al., arXiv:1812.09926): weights are drawn from a concrete distribution, which grows colder."""
+
+    temperature = 1.0  # lambda
+
+    def begin_epoch(self, epoch, epochs):
+        super().begin_epoch(epoch, epochs)
+        first, last = self.temperatures
+        self.temperature = first - (first - last) * (epoch - 1) / max(epochs - 1, 1)
+
+    @property
+    def temperatures(self):
+        """Of the first and of the last epoch."""
+        return self.options.snas_temperature, self.options.snas_temperature_end
+
+    def draw_noise(self):
+        """Gumbel noise, -log(-log(u)) of an even u, -log(u) being exponential."""
+        return by_node(self, lambda alpha: -torch.empty_like(alpha).exponential_().log())
+
+    def edge_weights(self, noise=None):
+        return super().edge_weights() if noise is None else by_node(self, self.drawn, noise)
+
+    def drawn(self, alpha, gumbel):
+        return ((alpha.log_softmax(-1) + gumbel) / self.temperature).softmax(-1)
+
+
+class Gdas(Snas):
+    """GDAS (Dong and Yang, arXiv:1910.04465): one candidate is drawn on each edge, and runs alone."""
+
+    @property
+    def temperatures(self):
+        return self.options.gdas_temperature, self.options.gdas_temperature_end
+
+    @property
+    def mixed_op(self):
+        return DrawnMixedOp
+
+    def drawn(self, alpha, gumbel):
+        """One-hot; the gradient is that of the drawn candidate's weight in `Snas.drawn` (straight-through)."""
+        soft = super().drawn(alpha, gumbel)
+        return F.one_hot(soft.argmax(-1), soft.shape[-1]) * (1 + (soft - soft.detach()))
+
+
+class DrawnMixedOp(MixedOp):
+    """A mixture whose candidates of weight zero don't run: they get no gradient, and their BN sees no batch."""
+
+    def forward(self, x, weights):
+        drawn = weights.detach().nonzero().flatten().tolist()
+        return sum(weights[i] * self._ops[i](x) for i in drawn)
+
+
+class DrNas:
+    """DrNAS (Chen et al., arXiv:2006.10355): weights are drawn from Dirichlet(elu(alpha) + 1)."""
+
+    def draw_noise(self):
+        """Of each node's edges the drawn weights, and their derivative by the concentrations (pathwise)."""
+        beta = concentrations(all_edges(self)).detach().requires_grad_()
+        with torch.enable_grad():
+            theta = Dirichlet(beta, validate_args=False).rsample()
+            rows = [torch.autograd.grad(column.sum(), beta, retain_graph=True)[0] for column in theta.unbind(1)]
+        sizes = [len(alpha) for alpha in (*self.alpha_normal, *self.alpha_reduce)]
+        draws = list(zip(theta.detach().split(sizes), torch.stack(rows, 1).split(sizes)))
+        return {"normal": draws[: self.n_nodes], "reduce": draws[self.n_nodes :]}
+
+    def edge_weights(self, noise=None):
+        return super().edge_weights() if noise is None else by_node(self, self.drawn, noise)
+
+    def drawn(self, alpha, draw):
+        theta, jacobian = draw
+        beta = concentrations(alpha)
+        return theta + torch.einsum("eij,ej->ei", jacobian, beta - beta.detach())  # theta, with its derivative
+
+
+class DrNasObjective:
+    def alpha_objective(self, X, y):
+        loss, strength = super().alpha_objective(X, y), self.options.drnas_kl_strength
+        if strength == 0:
+            return loss
+        beta = concentrations(all_edges(self.net))
+        now, start = (Dirichlet(b, validate_args=False) for b in (beta, torch.ones_like(beta)))
+        return loss + strength * kl_divergence(now, start).sum()
+
+
+def concentrations(alpha):
+    """The parameters beta of Dirichlet distributions, 1 (all weights are as likely) where alpha is 0."""
+    return F.elu(alpha) + 1
+
+
+class SDarts:
+    """SDARTS-RS (Chen and Hsieh, arXiv:2002.05283): in w's steps the weights of candidates are perturbed at random."""
+
+    radius = 0.0  # epsilon
+
+    def begin_epoch(self, epoch, epochs):
+        super().begin_epoch(epoch, epochs)
+        last = self.options.sdarts_radius
+        first = min(0.03, last)
+        self.radius = first + (last - first) * (epoch - 1) / epochs
+
+    def draw_noise(self):
+        if self.radius == 0:
+            return None
+        return by_node(self, lambda alpha: torch.empty_like(alpha).uniform_(-self.radius, self.radius))
+
+    def edge_weights(self, noise=None):
+        return super().edge_weights() if noise is None else by_node(self, perturbed, noise)
+
+
+class SDartsArchitect:
+    def unrolled_backward(self, *args):
+        """As DARTS's, at the weights that are not perturbed."""
+        noise, self.net.noise = self.net.noise, None
+        try:
+            return super().unrolled_backward(*args)
+        finally:
+            self.net.noise = noise
+
+
+def perturbed(alpha, delta):
+    """The softmax of alpha plus delta, made weights again: clipped to 0..1 and divided by their sum."""
+    shifted = alpha.softmax(-1) + delta
+    clipped = shifted.clamp(0, 1)
+    strongest = F.one_hot(shifted.argmax(-1), shifted.shape[-1]).to(shifted.dtype)  # where all are clipped to zero
+    clipped = torch.where(clipped.sum(-1, keepdim=True) > 0, clipped, strongest)
+    return clipped / clipped.sum(-1, keepdim=True)
+
+
 # name -> (class for the network, class for the architect), None where DARTS's stays as it is
 VARIANTS = {
     "pc-darts": (PCDarts, None),
     "beta-darts": (BetaDarts, BetaDartsObjective),
     "darts-minus": (DartsMinus, None),
+    "fair-darts": (FairDarts, FairDartsObjective),
+    "gdas": (Gdas, None),
+    "snas": (Snas, None),
+    "drnas": (DrNas, DrNasObjective),
+    "sdarts": (SDarts, SDartsArchitect),
 }
 
 
@@ -116,7 +291,8 @@ def compose(options, network, architect):
     """The classes of the network and the architect for a run with these options: those given, with its variants."""
     if options.variant is None:
         return network, architect
-    names = options.variant.split(",")
+    # a variant that has its own way from alphas to weights stands behind those that change its weights
+    names = sorted(options.variant.split(","), key=lambda name: "how alphas become weights" in CHANGES[name])
     changed = []
     for i, base in enumerate((network, architect)):
         parts = [VARIANTS[name][i] for name in names if VARIANTS[name][i] is not None]

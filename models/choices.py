@@ -25,7 +25,12 @@ STEMS = ("cifar", "imagenet")
 
 # The variants of variants.py, and what each changes; two that change the same thing can't be combined.
 VARIANTS = {
-    "pc-darts": {"the weights of edges", "the operation on an edge"},
+    "pc-darts": {"how edges are ranked", "the operation on an edge"},
     "beta-darts": {"what alpha descends"},
     "darts-minus": {"the operation on an edge"},
+    "fair-darts": {"how alphas become weights", "how edges are ranked", "what alpha descends"},
+    "gdas": {"how alphas become weights", "the operation on an edge"},
+    "snas": {"how alphas become weights"},
+    "drnas": {"how alphas become weights", "what alpha descends"},
+    "sdarts": {"how alphas become weights"},
 }

@@ -1,15 +1,24 @@
 """Each variant against its paper's formula in a few lines, and DARTS itself where its strength is zero."""
 
 import json
+import math
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_one_line_error, batch, run_script, sgd
-from test_extending import both_executions, two_steps
+from comparing import differences, outcome
+from conftest import ROOT, Batches, assert_one_line_error, batch, run_script, sgd, small_net
+from test_architect import XI, exact_alpha_gradient, relative_error
+from test_extending import both_executions, classes_of, two_steps
+from test_faults import wait_for_step
 from torch import nn
+from torch.distributions import Dirichlet
 
+import search
 from architect import Architect
 from config import SearchConfig
 from genotypes import parse
@@ -18,6 +27,8 @@ from models.choices import VARIANTS as CHOICES
 from models.ops import OPS, MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
 from running.errors import UserError
+from running.run import Run
+from utils import cosine_lr
 from variants import VARIANTS, compose
 
 
@@ -27,13 +38,15 @@ def classes(*words):
 
 
 def network(*words, execution="fused", C=4, epoch=None, n_layers=3, n_nodes=2):
-    """A network of a variant, in float64; epoch: of 50, that it is prepared for."""
+    """A network of a variant, in float64, with a draw; epoch: of 50, that it is prepared for."""
     torch.manual_seed(0)
     kind, _ = classes(*words)
     net = kind(1, C, 3, n_layers, nn.CrossEntropyLoss(), n_nodes=n_nodes, execution=execution)
     if epoch is not None:
         net.begin_epoch(epoch, 50)
-    return net.double().to(memory_format=torch.channels_last)
+    net = net.double().to(memory_format=torch.channels_last)
+    net.noise = net.draw_noise()
+    return net
 
 
 def gradients(net, *words, xi=0.1):
@@ -58,11 +71,12 @@ def states(net):
     return {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
 
 
-def assert_is_darts(*words, epoch=1):
-    """That the variant takes DARTS's steps, to the bit, under both executions."""
-    for execution in EXECUTIONS:
+def assert_is_darts(*words, epoch=1, executions=EXECUTIONS, draws=True):
+    """That the variant takes DARTS's steps, to the bit. draws: whether the variant may draw random numbers."""
+    for execution in executions:
         _, architect = classes(*words)
         darts, net = network(execution=execution), network(*words, execution=execution, epoch=epoch)
+        net.draw_noise = net.draw_noise if draws else lambda: None
         net.load_state_dict(darts.state_dict(), strict=False)
         two_steps(darts)
         two_steps(net, architect)
@@ -77,6 +91,13 @@ WORDS = {
     "darts-minus": ["--variant", "darts-minus"],
     "pc-darts,beta-darts": ["--variant", "pc-darts,beta-darts", "--pc-warm-up", "0"],
     "darts-minus,beta-darts": ["--variant", "darts-minus,beta-darts"],
+    "fair-darts": ["--variant", "fair-darts"],
+    "gdas": ["--variant", "gdas"],
+    "snas": ["--variant", "snas"],
+    "drnas": ["--variant", "drnas", "--drnas-kl-strength", "0.1"],
+    "sdarts": ["--variant", "sdarts"],
+    "drnas,pc-darts": ["--variant", "drnas,pc-darts", "--pc-warm-up", "0"],
+    "sdarts,darts-minus": ["--variant", "sdarts,darts-minus"],
 }
 
 
@@ -212,7 +233,298 @@ def test_darts_minus_is_darts_to_the_bit_with_strength_zero():
     assert_is_darts("--variant", "darts-minus", "--minus-strength", "0")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# What is drawn
+
+
+RANDOM = ("gdas", "snas", "drnas", "sdarts")
+
+
+def moved(net, seed=1):
+    """The network, with alphas that are far from the start."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for alpha in net.alphas():
+            alpha.normal_()
+    net.noise = net.draw_noise()
+    return net
+
+
+def edges(by_kind):
+    """The rows of {kind: [rows of a node's edges]}, in one tensor."""
+    return torch.cat([rows for kind in ("normal", "reduce") for rows in by_kind[kind]])
+
+
+def alphas_of(net):
+    return torch.cat([*net.alpha_normal, *net.alpha_reduce])
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_nothing_is_drawn_in_evaluation_nor_for_the_genotype(name):
+    net = moved(network("--variant", name, epoch=25))
+    net.eval()
+    darts = network()
+    darts.load_state_dict(net.state_dict())
+    state = torch.get_rng_state()
+    torch.testing.assert_close(net(batch()[0]), darts.eval()(batch()[0]), rtol=1e-9, atol=1e-11)
+    assert torch.equal(edges(net.edge_weights()), alphas_of(net).softmax(1))
+    assert net.genotype() == darts.genotype()
+    assert torch.equal(torch.get_rng_state(), state)
+    net.train()
+    assert not torch.allclose(net(batch()[0]), darts.train()(batch()[0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_each_draw_is_another_and_the_same_random_state_draws_the_same(name):
+    net = moved(network("--variant", name, epoch=25))
+    state = torch.get_rng_state()
+    first, second = (edges(net.edge_weights(net.draw_noise())) for _ in range(2))
+    assert (first != second).any()
+    torch.set_rng_state(state)
+    assert torch.equal(edges(net.edge_weights(net.draw_noise())), first)
+
+
+def draws(net, n):
+    """n draws of all edges' weights, (n, edges, candidates)."""
+    with torch.no_grad():
+        return torch.stack([edges(net.edge_weights(net.draw_noise())) for _ in range(n)])
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("gdas", lambda alpha: alpha.softmax(1)),  # Gumbel's maximum is drawn by the softmax, at any temperature
+        ("drnas", lambda alpha: (F.elu(alpha) + 1) / (F.elu(alpha) + 1).sum(1, keepdim=True)),
+    ],
+)
+def test_weights_are_drawn_by_the_papers_distribution(name, mean):
+    net, n = moved(network("--variant", name, epoch=25, n_nodes=1)), 2000
+    sample, expected = draws(net, n), mean(alphas_of(net).detach())
+    if name == "gdas":
+        assert torch.equal(sample.sort(2).values, F.one_hot(torch.full(sample.shape[:2], 7), 8).double())
+        variance = expected * (1 - expected)
+    else:
+        total = (F.elu(alphas_of(net)) + 1).sum(1, keepdim=True)
+        variance = expected * (1 - expected) / (total + 1)
+        torch.testing.assert_close(sample.var(0), variance.detach(), rtol=0.3, atol=1e-3)
+    assert ((sample.mean(0) - expected).abs() < 5 * (variance / n).sqrt()).all()
+
+
+def test_snas_draws_soft_weights_that_harden_as_the_temperature_falls():
+    hardness = []
+    for epoch in (1, 50):
+        net = moved(network("--variant", "snas", epoch=epoch))
+        sample = draws(net, 100)
+        torch.testing.assert_close(sample.sum(2), torch.ones_like(sample[..., 0]))
+        hardness.append((sample.amax(2) > 0.99).double().mean().item())
+    assert hardness[0] < 0.1
+    assert hardness[1] > 0.8
+
+
+@pytest.mark.parametrize(("name", "first", "last"), [("gdas", 10, 0.1), ("snas", 1, 0.03)])
+def test_temperatures_fall_linearly_from_the_first_epoch_to_the_last(name, first, last):
+    net = network("--variant", name)
+    found = []
+    for epoch in (1, 26, 51):
+        net.begin_epoch(epoch, 51)
+        found.append(net.temperature)
+    assert found == pytest.approx([first, (first + last) / 2, last], rel=1e-12)
+    net.begin_epoch(1, 1)
+    assert net.temperature == first
+
+
+def test_gdas_runs_one_candidate_on_each_edge(monkeypatch):
+    net, ran = network("--variant", "gdas", epoch=25), []
+    for cell in net.cells:
+        for edge in (edge for node in cell.dag for edge in node):
+            for op in edge._ops:
+                op.register_forward_hook(lambda op, inputs, output, edge=edge: ran.append(edge))
+    net(batch()[0])
+    assert len(ran) == len(set(ran)) == 3 * 5  # cells, edges
+
+
+# The alphas' gradients against exact differentiation of definitions
+
+DEFINITIONS = {
+    "fair-darts": lambda alpha, noise, T: 1 / (1 + (-alpha).exp()),
+    "snas": lambda alpha, noise, T: ((alpha + noise) / T).exp() / ((alpha + noise) / T).exp().sum(1, keepdim=True),
+    "gdas": lambda alpha, noise, T: straight_through(((alpha + noise) / T).softmax(1)),
+    "sdarts": lambda alpha, noise, T: alpha.softmax(1),  # alpha's steps are DARTS's
+}
+
+
+def straight_through(soft):
+    """One where a row is largest, with the derivative of the row's largest number; else zero."""
+    rows = []
+    for row in soft:
+        drawn = row.argmax().item()
+        rows.append(torch.stack([1 + p - p.detach() if i == drawn else 0 * p.detach() for i, p in enumerate(row)]))
+    return torch.stack(rows)
+
+
+def penalty(name, alphas):
+    """What the variant adds to alpha's objective."""
+    if name == "fair-darts":
+        return -10 * ((alphas.sigmoid() - 0.5) ** 2).mean()
+    if name == "drnas":  # 0.1 times the divergences, by the gamma function and its logarithmic derivative
+        beta = F.elu(alphas) + 1
+        total = beta.sum(1)
+        logs = total.lgamma() - beta.lgamma().sum(1) - math.lgamma(beta.shape[1])
+        return 0.1 * (logs + ((beta - 1) * (beta.digamma() - total.digamma()[:, None])).sum(1)).sum()
+    return 0 * alphas.sum()
+
+
+class DefinedCNN(SearchCNN):
+    """A search network whose weights are computed by a test."""
+
+    definition = None
+
+    def edge_weights(self, noise=None):
+        return self.definition(self)
+
+
+def by_definition_of(name, net):
+    """A DARTS network with the same parameters, whose weights are those of the variant's definition."""
+
+    def weights(twin):
+        alphas = {"normal": twin.alpha_normal, "reduce": twin.alpha_reduce}
+        if name != "drnas":
+            noise = net.noise or alphas
+            return {
+                kind: [
+                    DEFINITIONS[name](alpha, g, getattr(net, "temperature", 1)) for alpha, g in zip(nodes, noise[kind])
+                ]
+                for kind, nodes in alphas.items()
+            }
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            rows = iter(Dirichlet(F.elu(alphas_of(twin)) + 1).rsample().split([2, 3, 2, 3]))
+        return {kind: [next(rows) for _ in nodes] for kind, nodes in alphas.items()}
+
+    twin = small_net(smooth=True, kind=DefinedCNN, execution="plain")
+    twin.load_state_dict(net.state_dict())
+    twin.definition = weights
+    return twin
+
+
+@pytest.mark.parametrize("xi", [0.0, XI], ids=["first order", "second order"])
+@pytest.mark.parametrize("name", ["fair-darts", *RANDOM])
+def test_alphas_gradient_is_that_of_differentiating_the_definition(name, xi):
+    kind, architect = classes(*WORDS[name])
+    net = small_net(smooth=True, kind=kind)
+    net.begin_epoch(45, 50)  # gdas and snas are cold, so that their gradients differ from DARTS's
+    moved(net)
+    torch.manual_seed(7)
+    net.noise = net.draw_noise()
+    noise, trn, val, optim = net.noise, batch(seed=1), batch(seed=2), sgd(net, steps=2)
+    twin = by_definition_of(name, net)
+    exact = exact_alpha_gradient(twin, trn, val, xi, optim)
+    if xi:  # so that this measures H
+        assert relative_error(exact_alpha_gradient(twin, trn, val, 0.0, optim), exact) > 1e-3
+    added = torch.autograd.grad(penalty(name, alphas_of(twin)), list(twin.alphas()))
+    loss = architect(net, 0.9, 3e-4, eps_scale=1e-5).unrolled_backward(*trn, *val, xi, optim)
+    found = [alpha.grad for alpha in net.alphas()]
+    assert relative_error(found, [a + b for a, b in zip(exact, added)]) < 1e-6
+    assert net.noise is noise
+    if xi == 0:
+        expected = twin.loss(*val) + penalty(name, alphas_of(twin))
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+# Fair DARTS
+
+
+def test_fair_darts_keeps_operations_above_the_threshold_and_one_at_least():
+    net = network("--variant", "fair-darts")
+    with torch.no_grad():
+        for alpha in net.alphas():
+            alpha.fill_(-2)
+            alpha[:, 7] = 5  # none is no operation
+        net.alpha_normal[0][0, 3], net.alpha_normal[0][0, 4] = 2.0, 2.1  # 0.881, 0.891; an edge keeps one of them
+        net.alpha_normal[0][1, 0] = 1.8  # 0.858
+        net.alpha_normal[1][2, 2], net.alpha_normal[1][0, 6] = 1.8, 1.7  # 0.846
+        net.alpha_reduce[0][1, 5] = 1.0
+    genotype = net.genotype()
+    assert genotype.normal == [[("sep_conv_5x5", 0), ("max_pool_3x3", 1)], [("skip_connect", 2)]]
+    assert genotype.reduce[0] == [("dil_conv_3x3", 1)]  # none is above it
+    assert list(map(len, genotype.reduce)) == [1, 1]
+    assert net.genotype(k=1).normal == [[("sep_conv_5x5", 0)], [("skip_connect", 2)]]
+
+
+def test_fair_darts_without_its_loss_is_the_sigmoid_relaxation_to_the_bit():
+    sigmoid, _ = classes_of("sigmoid")
+    words = ["--variant", "fair-darts", "--fair-strength", "0"]
+    for execution in EXECUTIONS:
+        net, other = (
+            compose(SearchConfig(w), kind, Architect)[0](
+                1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2, execution=execution
+            )
+            for w, kind in ((words, SearchCNN), ([], sigmoid))
+        )
+        net, other = net.double(), other.double()
+        net.load_state_dict(other.state_dict())
+        two_steps(net, classes(*words)[1])
+        two_steps(other)
+        for name, value in states(other).items():
+            assert torch.equal(states(net)[name], value), name
+
+
+# SDARTS
+
+
+def test_sdarts_perturbs_the_weights_of_ws_step_within_its_radius():
+    net = moved(network("--variant", "sdarts", epoch=26))
+    assert net.radius == pytest.approx(0.03 + 0.27 * 25 / 50, rel=1e-12)
+    for kind, alphas in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
+        for alpha, delta, weights in zip(alphas, net.noise[kind], net.edge_weights(net.noise)[kind]):
+            assert 0.5 * net.radius < delta.abs().max() <= net.radius
+            for row, shift, found in zip(alpha.softmax(1), delta, weights):
+                clipped = (row + shift).clamp(0, 1)
+                torch.testing.assert_close(found, clipped / clipped.sum(), rtol=1e-12, atol=0)
+    all_negative = {kind: [torch.full_like(d, -1) for d in net.noise[kind]] for kind in net.noise}
+    weights = net.edge_weights(all_negative)["normal"][1]
+    assert torch.equal(weights, F.one_hot(net.alpha_normal[1].argmax(1), 8).double())
+
+
+def test_sdarts_takes_ws_step_by_the_perturbed_loss_and_alphas_by_darts():
+    trn, val = batch(n=8, seed=10), batch(n=8, seed=50)
+    config = SearchConfig(["--device", "cpu"])
+    net, architect = network("--variant", "sdarts", epoch=26), classes("--variant", "sdarts")[1]
+    darts = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    w_optim, alpha_optim = sgd(net, momentum=0.9), torch.optim.SGD(net.alphas(), 0.01)
+    bilevel, scheduler = architect(net, 0.9, 3e-4), cosine_lr(w_optim, 50)
+    search.train(1, Run(config), net, bilevel, Batches([trn]), Batches([val]), w_optim, alpha_optim, scheduler)
+    Architect(darts.train(), 0.9, 3e-4).unrolled_backward(*trn, *val, 0.1, sgd(darts))
+    assert all(torch.equal(alpha.grad, other.grad) for alpha, other in zip(net.alphas(), darts.alphas()))
+    # w as it was before the step, alpha as it is after it
+    twin = DefinedCNN(1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2, execution="plain").double()
+    twin.load_state_dict(before | {name: value for name, value in net.state_dict().items() if "alpha" in name})
+    twin.definition = lambda twin: net.edge_weights(net.noise)
+    twin.loss(*trn).backward(inputs=list(twin.weights()))
+    nn.utils.clip_grad_norm_(twin.weights(), config.w_grad_clip)
+    for w, other in zip(net.weights(), twin.weights()):
+        torch.testing.assert_close(w.grad, other.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["gdas", "snas", "drnas"])
+def test_without_a_draw_a_variant_that_draws_is_darts_to_the_bit(name):
+    executions = ["plain"] if name == "gdas" else EXECUTIONS  # the candidates of gdas run by themselves
+    assert_is_darts("--variant", name, epoch=20, executions=executions, draws=False)
+
+
+def test_sdarts_is_darts_to_the_bit_with_radius_zero():
+    assert_is_darts("--variant", "sdarts", "--sdarts-radius", "0", epoch=20)
+
+
+def test_edge_normalisation_multiplies_drawn_weights_in_whatever_order_the_variants_are_named():
+    for names in ("drnas,pc-darts", "pc-darts,drnas"):
+        net = moved(network("--variant", names, "--pc-warm-up", "0"))
+        theta, _ = net.noise["normal"][1]
+        expected = theta * net.beta_normal[1].softmax(0)[:, None]
+        torch.testing.assert_close(net.edge_weights(net.noise)["normal"][1], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "gdas"])
 def test_the_fast_execution_runs_every_edge_of_a_fast_variant(name, monkeypatch):
     net = network("--variant", name, epoch=1)
 
@@ -246,6 +558,9 @@ def wrapped(module, name, called):
     [
         ("pc-darts,darts-minus", "both change the operation on an edge"),
         ("beta-darts,beta-darts", "both change what alpha descends"),
+        ("pc-darts,fair-darts", "both change how edges are ranked"),
+        ("snas,gdas", "both change how alphas become weights"),
+        ("gdas,darts-minus", "both change the operation on an edge"),
         ("darts-plus", "pc-darts, beta-darts"),
         ("", "unknown variant ''"),
     ],
@@ -275,16 +590,26 @@ def test_a_variant_changes_a_users_classes_too():
     assert MixedOp in PartialMixedOp.__mro__
 
 
+TINY = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--workers", 0, "--epochs", 2, "--eigenvalue-images", 2]
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
-@pytest.mark.process
-def test_a_search_with_a_variant_runs_and_is_resumed(words, tmp_path):
-    tiny = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--batch-size", 360, "--workers", 0, "--epochs", 2]
-    process = run_script("search.py", *tiny, *words, "--eigenvalue-images", 2, cwd=tmp_path)
+def test_a_search_with_a_variant_that_is_stopped_and_resumed_ends_as_one_left_alone(words, tmp_path):
+    alone, stopped = (tmp_path / name / "runs/search/digits" for name in ("alone", "stopped"))
+    for run in (alone, stopped):
+        (run.parents[2]).mkdir()
+    words = [*words, *TINY, "--batch-size", 180, "--checkpoint-minutes", 0]
+    process = run_script("search.py", *words, cwd=alone.parents[2])
     assert process.returncode == 0, process.stderr
-    assert "run by their own forward" not in process.stdout
-    run = tmp_path / "runs/search/digits"
-    assert json.loads((run / "config.json").read_text())["variant"] == words[1]
-    process = run_script("search.py", "--resume", run, "--epochs", 3, cwd=tmp_path)
+    assert ("run by their own forward" in process.stdout) == ("gdas" in words)
+    assert json.loads((alone / "config.json").read_text())["variant"] == words[1]
+    command = [sys.executable, ROOT / "search.py", *map(str, words)]
+    process = subprocess.Popen(command, cwd=stopped.parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_step(process, stopped, 1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, error
+    process = run_script("search.py", "--resume", stopped, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert len(json.loads((run / "history.json").read_text())) == 3
+    assert differences(outcome(alone), outcome(stopped)) == []
