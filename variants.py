@@ -184,6 +184,9 @@ class Gdas(Snas):
     def mixed_op(self):
         return DrawnMixedOp
 
+    def forward(self, x):
+        return WithZeroGradients.apply(super().forward(x), *self.weights())
+
     def drawn(self, alpha, gumbel):
         """One-hot; the gradient is that of the drawn candidate's weight in `Snas.drawn` (straight-through)."""
         soft = super().drawn(alpha, gumbel)
@@ -191,11 +194,27 @@ class Gdas(Snas):
 
 
 class DrawnMixedOp(MixedOp):
-    """A mixture whose candidates of weight zero don't run: they get no gradient, and their BN sees no batch."""
+    """A mixture whose candidates of weight zero don't run, so that their BN sees no batch either."""
 
     def forward(self, x, weights):
         drawn = weights.detach().nonzero().flatten().tolist()
         return sum(weights[i] * self._ops[i](x) for i in drawn)
+
+
+class WithZeroGradients(torch.autograd.Function):
+    """The output; its gradient is zero with respect to all w, and so of those that did not run not None.
+
+    In w's step these go on by momentum and decay, as those of weight zero do in a sum of all.
+    """
+
+    @staticmethod
+    def forward(ctx, output, *weights):
+        ctx.weights = weights
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *map(torch.zeros_like, ctx.weights)
 
 
 class DrNas:

@@ -36,7 +36,7 @@ CELL = (
     "Genotype(normal=[[('sep_conv_3x3', 0), ('skip_connect', 1)]], normal_concat=[2], "
     "reduce=[[('max_pool_3x3', 0), ('dil_conv_3x3', 1)]], reduce_concat=[2])"
 )
-VARIANT = "--nodes 1 --variant pc-darts,beta-darts --pc-share 2 --pc-warm-up 1 --early-stop"
+VARIANT = "--nodes 1 --variant pc-darts,beta-darts,snas --pc-share 2 --pc-warm-up 1 --early-stop"
 STAGES = {"search": [*VARIANT.split(), *SMALL.split()], "augment": ["--genotype", CELL, *SMALL.split()]}
 
 

@@ -342,6 +342,25 @@ def test_gdas_runs_one_candidate_on_each_edge(monkeypatch):
     assert len(ran) == len(set(ran)) == 3 * 5  # cells, edges
 
 
+def test_gdas_moves_w_as_the_sum_of_all_candidates_does():
+    """Those of weight zero have no gradient; momentum and decay move them."""
+    kind, architect = classes("--variant", "gdas")
+
+    class AllRun(kind):
+        mixed_op = MixedOp
+        forward = SearchCNN.forward
+
+    nets = []
+    for cls in (kind, AllRun):
+        torch.manual_seed(0)
+        nets.append(cls(1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2).double())
+        nets[-1].begin_epoch(25, 50)
+        torch.manual_seed(1)
+        two_steps(nets[-1], architect)
+    for (name, w), other in zip(nets[0].named_parameters(), nets[1].parameters()):
+        torch.testing.assert_close(w, other, rtol=1e-7, atol=1e-9, msg=name)
+
+
 # The alphas' gradients against exact differentiation of definitions
 
 DEFINITIONS = {
