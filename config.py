@@ -149,23 +149,27 @@ class SearchConfig(RunOptions):
             help="darts-minus: weight of the auxiliary skip connections at the start",
         )
         group.add_argument(
-            "--fair-strength", type=nonnegative, default=10.0, metavar="W", help="fair-darts: of the zero-one loss"
+            "--fair-strength",
+            type=nonnegative,
+            default=10.0,
+            metavar="W",
+            help="fair-darts: weight of the zero-one loss",
         )
         group.add_argument(
             "--fair-threshold",
             type=probability,
             default=0.85,
             metavar="P",
-            help="fair-darts: weight that an operation of the genotype must have",
+            help="fair-darts: weight that an operation must have to enter the genotype",
         )
         for name, first, last in (("gdas", 10.0, 0.1), ("snas", 1.0, 0.03)):
-            for suffix, default, epoch in (("", first, "first"), ("-end", last, "last")):
+            for suffix, default, when in (("", first, "first epoch"), ("-end", last, "last epoch, linear in between")):
                 group.add_argument(
                     f"--{name}-temperature{suffix}",
                     type=positive,
                     default=default,
                     metavar="T",
-                    help=f"{name}: of the draws in the {epoch} epoch, linear in between",
+                    help=f"{name}: temperature of the draws in the {when}",
                 )
         group.add_argument(
             "--drnas-kl-strength",
@@ -179,7 +183,7 @@ class SearchConfig(RunOptions):
             type=nonnegative,
             default=0.3,
             metavar="E",
-            help="sdarts: of the perturbation of weights in the end, from 0.03 on",
+            help="sdarts: within which weights are perturbed in the end, growing from 0.03",
         )
         _add_data_and_run(parser, "search")
 

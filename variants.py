@@ -236,7 +236,8 @@ class DrNas:
     def drawn(self, alpha, draw):
         theta, jacobian = draw
         beta = concentrations(alpha)
-        return theta + torch.einsum("eij,ej->ei", jacobian, beta - beta.detach())  # theta, with its derivative
+        zero = beta - beta.detach()
+        return theta + (jacobian * zero.unsqueeze(1)).sum(-1)  # theta, with its derivative
 
 
 class DrNasObjective:

@@ -145,7 +145,7 @@ PER_RANK = {
     "own augment": functools.partial(augmented, sync_bn=False),
 }
 # to be left out where four ranks share two cores
-SLOW = ("plain", "batched", "recompute", "own search", "own augment")
+SLOW = ("plain", "batched", "recompute", "fair-darts", "gdas", "snas", "sdarts", "own search", "own augment")
 
 
 def everything(n):

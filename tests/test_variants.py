@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +20,16 @@ from test_faults import wait_for_step
 from torch import nn
 from torch.distributions import Dirichlet
 
+import config
 import search
+import variants
 from architect import Architect
 from config import SearchConfig
+from evidence.curvature import dominant_eigenvalue
 from genotypes import parse
 from models.choices import EXECUTIONS, PRIMITIVES
 from models.choices import VARIANTS as CHOICES
+from models.fast import search_cell
 from models.ops import OPS, MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
 from running.errors import UserError
@@ -96,7 +102,7 @@ WORDS = {
     "snas": ["--variant", "snas"],
     "drnas": ["--variant", "drnas", "--drnas-kl-strength", "0.1"],
     "sdarts": ["--variant", "sdarts"],
-    "drnas,pc-darts": ["--variant", "drnas,pc-darts", "--pc-warm-up", "0"],
+    "drnas,pc-darts": ["--variant", "drnas,pc-darts", "--pc-warm-up", "0", "--drnas-kl-strength", "0.1"],
     "sdarts,darts-minus": ["--variant", "sdarts,darts-minus"],
 }
 
@@ -105,8 +111,11 @@ def test_every_variant_is_tested_and_named_alike():
     assert set(VARIANTS) == set(CHOICES) == {name for name in WORDS if "," not in name}
 
 
+@pytest.mark.parametrize("layout", [None, "BATCHED"])
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
-def test_both_executions_of_a_variant_are_the_same(words):
+def test_both_executions_of_a_variant_are_the_same(words, layout, monkeypatch):
+    if layout:
+        monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, layout))
     plain, fused = (network(*words, execution=execution, epoch=20) for execution in ("plain", "fused"))
     assert_same(gradients(fused, *words), gradients(plain, *words), rtol=1e-9, atol=1e-10)
     for net in (plain, fused):
@@ -271,6 +280,14 @@ def test_nothing_is_drawn_in_evaluation_nor_for_the_genotype(name):
     assert torch.equal(torch.get_rng_state(), state)
     net.train()
     assert not torch.allclose(net(batch()[0]), darts.train()(batch()[0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_eigenvalue_is_that_of_darts_where_weights_are_drawn(name):
+    net, darts = moved(network("--variant", name, epoch=25)), network()
+    darts.load_state_dict(net.state_dict())
+    found, expected = (dominant_eigenvalue(network, *batch()) for network in (net, darts))
+    assert found == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -609,11 +626,42 @@ def test_a_variant_changes_a_users_classes_too():
     assert MixedOp in PartialMixedOp.__mro__
 
 
+def test_the_ninth_variant_of_the_docs_passes_its_tests_there(monkeypatch):
+    text = (ROOT / "docs/variants.md").read_text(encoding="utf-8").partition("## Write a ninth variant")[2]
+    found = re.findall(r"^   ```python\n(.*?)^   ```$", text, flags=re.MULTILINE | re.DOTALL)
+    variant, line, change, option, words, tests = map(textwrap.dedent, found)
+    add_options, module = SearchConfig.add_options, dict(vars(variants))
+
+    def with_the_option(parser):
+        add_options(parser)
+        exec(option, vars(config) | {"group": parser})
+
+    exec(variant, module)
+    monkeypatch.setattr(SearchConfig, "add_options", staticmethod(with_the_option))
+    for names, entry in ((VARIANTS, line), (CHOICES, change), (WORDS, words)):
+        monkeypatch.setitem(names, "hardening", eval(f"{{{entry}}}", module)["hardening"])
+    module = dict(globals())
+    exec(tests, module)
+    run = [test for name, test in module.items() if name.startswith("test_hardening")]
+    assert len(run) == 2
+    for test in run:
+        test()
+
+
 TINY = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--workers", 0, "--epochs", 2, "--eigenvalue-images", 2]
 
 
+def together(name):
+    """The variants of an entry of `WORDS`."""
+    return set(name.split(","))
+
+
+# those that are not part of another entry
+LARGEST = {name: words for name, words in WORDS.items() if not any(together(name) < together(other) for other in WORDS)}
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize("words", LARGEST.values(), ids=LARGEST)
 def test_a_search_with_a_variant_that_is_stopped_and_resumed_ends_as_one_left_alone(words, tmp_path):
     alone, stopped = (tmp_path / name / "runs/search/digits" for name in ("alone", "stopped"))
     for run in (alone, stopped):
