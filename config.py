@@ -177,6 +177,11 @@ class AugmentConfig(RunOptions):
         if options.genotype is None and options.evaluate is None:
             parser.error("--genotype is required")
 
+    @property
+    def measured_on(self):
+        """The images that accuracy is measured on: `test`, or with --hold-out `held-out`."""
+        return "held-out" if self.hold_out else "test"
+
     @staticmethod
     def set_defaults(parser, words):
         stem = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -220,6 +225,14 @@ class AugmentConfig(RunOptions):
             "other classes the classifiers start anew",
         )
         group.add_argument("--epochs", type=positive_int, default=600, metavar="N", help="epochs")
+        group.add_argument(
+            "--hold-out",
+            type=probability,
+            default=0.0,
+            metavar="F",
+            help="train on all but this fraction of the training images, and report accuracy on these instead of the "
+            "test images, which are not opened; 0: none",
+        )
         group.add_argument(
             "--batch-size", type=positive_int, default=96, metavar="N", help="images a step, over all ranks"
         )

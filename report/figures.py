@@ -43,7 +43,7 @@ def epoch_axis(axes):
 
 
 def curves(story):
-    """Loss and top-1 accuracy by epoch, on the training images and on the validation or test images."""
+    """Loss and top-1 accuracy by epoch, on the training images and on the validation, test or held-out images."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, quantity, title, scale in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top 1, %"), (1, 100)):
         for phase, label in (("train", "training"), (story.held_out, story.held_out)):

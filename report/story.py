@@ -38,8 +38,8 @@ class Story:
 
     @property
     def held_out(self):
-        """The prefix of TensorBoard's tags for the images that measure accuracy: "valid" or "test"."""
-        return "valid" if self.stage == "search" else "test"
+        """The prefix of TensorBoard's tags for the images that measure accuracy: "valid", "test" or "held-out"."""
+        return "valid" if self.stage == "search" else self.config.measured_on
 
     @property
     def steps(self):
