@@ -272,8 +272,8 @@ def _add_execution(group):
     )
 
 
-def _add_data_and_run(parser, stage):
-    """The options that both stages have."""
+def add_data(parser):
+    """The options that choose and load the images, of both stages."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="digits", choices=list(DATASETS), help="data set")
     group.add_argument("--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
@@ -296,6 +296,10 @@ def _add_data_and_run(parser, stage):
         "--workers", type=natural, default=2, metavar="N", help="processes that load images, for each rank; 0: none"
     )
 
+
+def _add_data_and_run(parser, stage):
+    """The options that both stages have."""
+    add_data(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--name", type=folder_name, metavar="NAME", help="name of the run's folder (default: the data set)"
