@@ -12,38 +12,23 @@ the best; training of this one in full, and its accuracy on the test images. Eac
 under the same conditions. The same command goes on after an interruption, and starts nothing that is over.
 """
 
-import argparse
 import os
-import shlex
 import sys
 import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
 
-from config import AugmentConfig, SearchConfig, add_data
-from genotypes import PUBLISHED, GenotypeError
 from running.children import Child, ForwardedSignals
-from running.errors import OneLineParser, UserError, user_errors_in_one_line
+from running.errors import UserError, user_errors_in_one_line
 from running.folder import write_json
 from running.members import Plan, read_json, results_of
-from running.options import (
-    HelpWithDefaults,
-    folder_name,
-    gpus,
-    hyphenate,
-    natural,
-    number,
-    option_name,
-    positive_int,
-    words_of,
-)
+from running.options import option_name
+from running.protocol_options import read_options
 from running.version import program_version
 
-SET_HERE = ("name", "runs_path", "overwrite", "resume", "auto_resume", "seed", "gpus")  # of each run
-SET_HERE_TO_AUGMENT = (*SET_HERE, "genotype", "hold_out", "evaluate", "mirror", "init_checkpoint")
 MAY_CHANGE = ("device", "workers", "data_path", "label")  # of an interrupted protocol; all other options are fixed
-NOT_SAVED = ("member", "gpus", "runs_path", "name")
+NOT_SAVED = ("member", "gpus", "runs_path", "name", "command", "shared")
 POLL_SECONDS = 0.2
 STATUS_SECONDS = 60  # between lines of progress
 
@@ -52,115 +37,23 @@ def main():
     with user_errors_in_one_line("protocol.py"):
         options = read_options(sys.argv[1:])
         plan = Plan(options, Path(options.runs_path) / "protocol" / (options.name or options.dataset))
+        places = slots(options.gpus)
         open_folder(plan)
-        failed, stopped_by = run(plan)
-        results, complete = write_results(plan), not any(True for _ in unfinished(plan, options.member, ()))
-        if options.member is None and not stopped_by:
-            from report.comparison import write  # here, since it imports matplotlib, which takes a second
+        if options.member is not None:
+            plan.check_part(options.member)
+        failed, stopped_by = run(plan, places)
+        results = write_results(plan)
+        if stopped_by:
+            say(f"{stopped_by.name}: stopped; the same command goes on")
+            sys.exit(128 + stopped_by)
+        if options.member is None:
+            from report.comparison import write  # here, since it imports torch and matplotlib
 
             write([results], plan.folder / "report.html")
-            print(plan.folder / "report.html")
-    for name, reason in failed.items():
-        print(f"protocol.py: {name} failed: {reason}", file=sys.stderr)
-    sys.exit(128 + stopped_by if stopped_by else int(bool(failed) or not complete))
-
-
-# Options
-
-
-def read_options(argv):
-    """The options, with these in addition: `shared`, words for both scripts, and `search` and `augment` as words."""
-    parser = OneLineParser(
-        description="Search, select, train in full, and compare with chance and published cells.",
-        formatter_class=HelpWithDefaults,
-        allow_abbrev=False,
-    )
-    add_options(parser)
-    options = parser.parse_args(list(joined(map(hyphenate, argv))))
-    if options.gpus and options.device != "auto":
-        parser.error("--gpus chooses the devices; leave --device out")
-    if len(set(options.cells)) < len(options.cells):
-        parser.error("--cells must be different cells")
-    data = argparse.ArgumentParser()
-    add_data(data)
-    shared = {action.dest: getattr(options, action.dest) for action in data._actions if action.dest != "help"}
-    options.shared = words_of(shared | {"device": options.device})
-    options.search = quoted(SearchConfig, options.search, SET_HERE, [*shared, "device"], "--search")
-    options.augment = quoted(AugmentConfig, options.augment, SET_HERE_TO_AUGMENT, [*shared, "device"], "--augment")
-    options.label = options.label or options.name or options.dataset
-    return options
-
-
-def add_options(parser):
-    group = parser.add_argument_group("members")
-    group.add_argument("--searches", type=natural, default=4, metavar="N", help="searches, of seeds S+1 to S+N")
-    group.add_argument("--random", type=natural, default=4, metavar="N", help="random cells, random:SEED of S+1 to S+N")
-    group.add_argument("--like", metavar="GENOTYPE", help="of random cells: as many parameters as this cell, to 5 %%")
-    group.add_argument("--cells", nargs="*", default=[], choices=PUBLISHED, metavar="CELL", help="published cells")
-    group.add_argument("--seed", type=natural, default=0, metavar="S", help="the seeds are S+1, S+2, ...")
-
-    group = parser.add_argument_group("stages")
-    group.add_argument("--search", default="", metavar='"OPTIONS"', help='options of search.py, as "--order first"')
-    group.add_argument("--augment", default="", metavar='"OPTIONS"', help='options of augment.py, as "--layers 8"')
-    group.add_argument("--select-epochs", type=positive_int, default=100, metavar="N", help="of a selection training")
-    group.add_argument(
-        "--hold-out",
-        type=number(float, 0, 1, low_open=True, high_open=True),
-        default=0.1,
-        metavar="F",
-        help="fraction of the training images whose accuracy selects",
-    )
-    group.add_argument(
-        "--final-seeds", type=natural, default=1, metavar="N", help="final trainings of a cell, of seeds S+1 to S+N"
-    )
-    group.add_argument(
-        "--finals",
-        default="best",
-        choices=("best", "all"),
-        help="cells trained in full: the best search, the best random and each published cell; or all",
-    )
-
-    add_data(parser)
-    group = parser.add_argument_group("run")
-    group.add_argument("--name", type=folder_name, metavar="NAME", help="of the folder (default: the data set)")
-    group.add_argument("--runs-path", default="runs", metavar="DIR", help="the folder is DIR/protocol/NAME")
-    group.add_argument("--label", metavar="TEXT", help="of the searches in tables (default: the name)")
-    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    group.add_argument("--gpus", type=gpus, metavar="LIST", help="a run at a time on each of these GPUs: 0,1,2 or all")
-    group.add_argument(
-        "--member",
-        type=positive_int,
-        metavar="I",
-        help="only part I: a member's search and selection training, or a final training; without it the parts are listed",
-    )
-
-
-def joined(words):
-    """The words with `--search X` as `--search=X`, since argparse takes an X that begins with `-` for an option."""
-    words = iter(words)
-    for word in words:
-        value = next(words, None) if word in ("--search", "--augment") else None
-        yield word if value is None else f"{word}={value}"
-
-
-def quoted(config, text, set_here, shared, option):
-    """The words in an option's value, in the form that is saved. Raises UserError for what doesn't belong there."""
-    try:
-        words = list(map(hyphenate, shlex.split(text)))
-    except ValueError as error:
-        raise UserError(f"{option}: {error}: {text}") from None
-    parser = config.build_parser()
-    parser.prog += f" {option}"
-    unset = object()
-    names = {action.dest for action in parser._actions}
-    parsed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names, unset))))
-    for name in (name for name, value in parsed.items() if value is not unset):
-        if name in shared:
-            raise UserError(f"{option}: --{option_name(name)} is given once, to protocol.py itself")
-        if name in set_here:
-            raise UserError(f"{option}: --{option_name(name)} is set by protocol.py, for each run")
-    config([*words, *["--genotype", "DARTS_V2"] * (config is AugmentConfig)])  # in full: options that contradict
-    return words
+            say(f"results: {plan.folder / 'results.json'} and {plan.folder / 'report.html'}")
+        if failed:
+            causes = "; ".join(f"{name} failed: {cause}" for name, cause in failed.items())
+            raise UserError(f"{causes}; the same command tries again")
 
 
 # The folder
@@ -168,10 +61,12 @@ def quoted(config, text, set_here, shared, option):
 
 def open_folder(plan):
     """Create the folder, or check that it is of a protocol with the same options."""
-    saved = {name: value for name, value in vars(plan.options).items() if name not in (*NOT_SAVED, "shared")}
+    saved = {name: value for name, value in vars(plan.options).items() if name not in NOT_SAVED}
     path = plan.folder / "config.json"
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    others = [one for one in plan.folder.iterdir() if one.suffix != ".tmp"]  # listed first, since others may start too
     before = read_json(path)
-    if before is None and plan.folder.exists() and any(not one.name.endswith(".tmp") for one in plan.folder.iterdir()):
+    if others and not isinstance(before, dict):
         raise UserError(f"{plan.folder} holds files that are no protocol's; choose another --name")
     for name, value in (before or {}).items():
         if name in saved and name not in MAY_CHANGE and saved[name] != value:
@@ -179,7 +74,6 @@ def open_folder(plan):
             raise UserError(
                 f"{plan.folder} is of a protocol with --{option_name(name)} {old!r}, not {new!r}; choose another --name"
             )
-    plan.folder.mkdir(parents=True, exist_ok=True)
     write_shared(path, saved)
 
 
@@ -191,7 +85,7 @@ def write_shared(path, content):
 
 
 def write_results(plan):
-    results = results_of(plan, shlex.join(["python", "protocol.py", *sys.argv[1:]]), program_version())
+    results = results_of(plan, program_version())
     write_shared(plan.folder / "results.json", results)
     return results
 
@@ -205,10 +99,11 @@ def unfinished(plan, part, failed):
     return (t for t in tasks if part in (None, t.part) and t.name not in failed and t.summary() is None)
 
 
-def run(plan):
-    """Run what is not over. Returns (failed: name -> reason, the signal that stopped it or None)."""
-    part, failed, free = plan.options.member, {}, slots(plan.options.gpus)
+def run(plan, free):
+    """Run what is not over. free: of `slots`. Returns (failed: name -> reason, the signal that stopped it or None)."""
+    part, failed = plan.options.member, {}
     n_slots, shown = len(free), time.monotonic()
+    say(plan.parts())
     say(status(plan, [], n_slots))
     with ForwardedSignals() as signals:
         running = signals.children
@@ -220,6 +115,8 @@ def run(plan):
                     say(f"{task.name} starts; its log is {task.folder.log}")
             if not running:
                 return failed, signals.received
+            if signals.received:  # while a child was being started
+                signals.stop_children()
             while not any(child.is_over() for child in running):
                 time.sleep(POLL_SECONDS)
                 if time.monotonic() - shown > STATUS_SECONDS:

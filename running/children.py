@@ -24,7 +24,7 @@ class Child:
     def __init__(self, task, gpu=None, n_slots=1):
         self.task, self.gpu = task, gpu
         self.started, self.epochs_before = time.monotonic(), task.epochs_done()
-        self.stderr = tempfile.TemporaryFile()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 -- read when the process is over
         environment = dict(os.environ)
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -35,7 +35,8 @@ class Child:
             stdout=subprocess.DEVNULL,
             stderr=self.stderr,
             env=environment,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            # there are no threads that it could be unsafe with
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
         )
 
     def is_over(self):
@@ -94,5 +95,8 @@ class ForwardedSignals:
             for child in self.children:
                 child.process.kill()
         self.received = self.received or signal.Signals(number)
+        self.stop_children()
+
+    def stop_children(self):
         for child in self.children:
             child.stop()

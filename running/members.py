@@ -181,8 +181,25 @@ class Plan:
             ]
         return known
 
-    def n_parts(self):
-        return len(self.members) + len(self.finalists()) * len(self.seeds)
+    def check_part(self, part):
+        """Raise UserError unless there is a part of this number for --member, and it can run now."""
+        if part > len(self.members) + self.count_of("final"):
+            raise UserError(f"--member {part}: there is no such part; {self.parts()}")
+        if part > len(self.members) and part not in [task.part for task in self.tasks()]:
+            raise UserError(
+                f"--member {part} is a final training, which needs parts 1 to {len(self.members)} before it"
+            )
+
+    def parts(self):
+        """The numbers for --member, in words."""
+        words, first = [], 1
+        counts = {"search": "searches", "random": "random cells", "published": "published cells"}
+        counts = {name: sum(member.kind == kind for member in self.members) for kind, name in counts.items()}
+        for name, count in (counts | {"final trainings": self.count_of("final")}).items():
+            if count:
+                words.append(f"{first} to {first + count - 1} {name}" if count > 1 else f"{first} {name}")
+            first += count
+        return f"parts: {', '.join(words) or 'none'}"
 
     def epochs_of(self, kind):
         """Epochs of all runs of a kind."""
@@ -208,21 +225,22 @@ def _random_member(i, seed, like):
     return Member(f"random-{i}", "random", seed, str(random_genotypes(1, seed, like)[0]))
 
 
-def results_of(plan, command, version):
+def results_of(plan, version):
     """The content of results.json: what came of each member so far. Accuracies are fractions, times seconds."""
     options = plan.options
     conditions = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"]).as_dict()
-    for name in ("genotype", "name", "runs_path", "seed", "hold_out", *FREE):
+    for name in ("genotype", "name", "runs_path", "seed", "hold_out", "checkpoint_minutes", *FREE):
         conditions.pop(name, None)
     search_options = SearchConfig([*options.shared, *options.search]).as_dict()
-    for name in ("name", "runs_path", "seed", *FREE):
+    for name in ("name", "runs_path", "seed", "checkpoint_minutes", *FREE):
         search_options.pop(name, None)
     best = {kind: plan.best(kind) for kind in ("search", "random")}
     return {
         "format": 1,
         "label": options.label,
         "like": options.like,
-        "command": command,
+        "command": options.command,
+        "finals": options.finals,
         "version": version,
         "search_options": search_options if options.searches else None,
         "training_options": conditions
@@ -248,7 +266,8 @@ def _result_of(plan, member):
         if selection:
             result |= {name: selection[name] for name in ("parameters_M", "multiply_adds_M", "held_out_top1")}
             result["selection"] = _origin(selection)
-        finals = {seed: plan.final(member, seed).summary() for seed in plan.seeds}
+        is_finalist = member in plan.finalists()
+        finals = {seed: plan.final(member, seed).summary() for seed in plan.seeds * is_finalist}
         result["final"] = [
             {"seed": seed, "test_top1": summary["test_top1"]} | _origin(summary)
             for seed, summary in finals.items()
