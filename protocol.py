@@ -21,8 +21,8 @@ from pathlib import Path
 
 from running.children import Child, ForwardedSignals
 from running.errors import UserError, user_errors_in_one_line
-from running.folder import write_json
-from running.members import Plan, read_json, results_of
+from running.folder import read_json, write_json
+from running.members import Plan, results_of
 from running.options import option_name
 from running.protocol_options import read_options
 from running.version import program_version
@@ -152,19 +152,16 @@ def status(plan, running, n_slots):
         n_left = plan.count_of(kind) - len(over)
         if n_left:
             left.append(f"{n_left} of {plan.count_of(kind)} {kind} runs")
-            epochs = plan.epochs_of(kind) - sum(t.summary()["epochs"] for t in over)
-            epochs -= sum(task.epochs_done() for task in of_kind if task not in over)
+            epochs = n_left * plan.epochs_of(kind) - sum(task.epochs_done() for task in of_kind if task not in over)
             rate = seconds_per_epoch(plan, kind, over, running)
             unknown |= rate is None
             seconds += epochs * (rate or 0.0)
     if not left:
         return "nothing is left"
-    about = (
-        "how long is known after the first epochs"
-        if unknown
-        else f"about {timedelta(seconds=round(seconds / n_slots))}"
-    )
-    return f"left: {', '.join(left)}; {about}"
+    time_left = "how long is known after the first epochs"
+    if not unknown:
+        time_left = f"about {timedelta(seconds=round(seconds / n_slots))}"
+    return f"left: {', '.join(left)}; {time_left}"
 
 
 def seconds_per_epoch(plan, kind, over, running):

@@ -4,7 +4,6 @@ This module does not import torch, so that protocol.py starts at once.
 """
 
 import functools
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from config import AugmentConfig, SearchConfig
 from genotypes import from_str, random_genotypes, resolve
 from running.errors import UserError
-from running.folder import RunFolder
+from running.folder import RunFolder, read_json
 from running.options import MAY_CHANGE, option_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,15 +201,12 @@ class Plan:
         return f"parts: {', '.join(words) or 'none'}"
 
     def epochs_of(self, kind):
-        """Epochs of all runs of a kind."""
-        options = self.options
-        return {
-            "search": SearchConfig(options.search).epochs * options.searches,
-            "selection": options.select_epochs * len(self.members),
-            "final": AugmentConfig([*options.augment, "--genotype", "DARTS_V2"]).epochs
-            * len(self.finalists())
-            * len(self.seeds),
-        }[kind]
+        """Epochs of a run of a kind."""
+        if kind == "search":
+            return SearchConfig(self.options.search).epochs
+        if kind == "selection":
+            return self.options.select_epochs
+        return AugmentConfig([*self.options.augment, "--genotype", "DARTS_V2"]).epochs
 
     def count_of(self, kind):
         """The number of runs of a kind."""
@@ -278,11 +274,3 @@ def _result_of(plan, member):
 
 def _origin(summary):
     return {name: summary.get(name) for name in ("seconds", "version", "machine")}
-
-
-def read_json(path):
-    """The contents of a JSON file; None if it does not exist or cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
