@@ -7,7 +7,7 @@ import html
 import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from string import Template
 
 from evidence.intervals import difference_interval, mean_interval
@@ -27,7 +27,7 @@ class Method:
     """A row of the tables: the members that one way of choosing cells has given, under the same training conditions."""
 
     label: str
-    members: list = field(default_factory=list)
+    members: list
 
     def accuracies(self, images):
         """Accuracies in percent, one for each member that was trained so.
@@ -95,20 +95,25 @@ HOW_TO_READ = (
 
 
 def methods_of(group):
-    """The `Method`s of results under the same conditions. Equal runs of random or published cells count once."""
-    methods, seen = {}, set()
+    """The `Method`s of results under the same conditions. A member that several results have counts once.
+
+    Raises UserError if different searches have the same label.
+    """
+    methods, searches = defaultdict(dict), {}  # label -> (seed, genotype) -> member; label -> options
     for results in group:
+        options = results["search_options"]
+        if options and searches.setdefault(results["label"], options) != options:
+            raise UserError(f"searches with different options are both called {results['label']!r}: change a label")
         for member in results["members"]:
             label = {
                 "search": results["label"],
                 "random": f"{CHANCE} like {results['like']}" if results["like"] else CHANCE,
                 "published": member["name"],
             }[member["kind"]]
-            is_chosen = member["kind"] == "search" or (label, member["genotype"]) not in seen
-            seen.add((label, member["genotype"]))
-            if is_chosen:
-                methods.setdefault(label, Method(label)).members.append(member)
-    return list(methods.values())
+            known = methods[label].get((member["seed"], member["genotype"]))
+            if known is None or len(member.get("final", [])) > len(known.get("final", [])):
+                methods[label][member["seed"], member["genotype"]] = member
+    return [Method(label, list(members.values())) for label, members in methods.items()]
 
 
 def conditions(results):

@@ -24,12 +24,7 @@ SET_HERE_TO_AUGMENT = (*SET_HERE, "genotype", "hold_out", "evaluate", "mirror", 
 
 def read_options(argv):
     """The options, with these in addition: `shared`, words for both scripts, and `search` and `augment` as words."""
-    parser = OneLineParser(
-        description="Search, select, train in full, and compare with chance and published cells.",
-        formatter_class=HelpWithDefaults,
-        allow_abbrev=False,
-    )
-    add_options(parser)
+    parser = build_parser()
     options = parser.parse_args(list(joined(map(hyphenate, argv))))
     if options.gpus and options.device != "auto":
         parser.error("--gpus chooses the devices; leave --device out")
@@ -48,7 +43,12 @@ def read_options(argv):
     return options
 
 
-def add_options(parser):
+def build_parser():
+    parser = OneLineParser(
+        description="Search, select, train in full, and compare with chance and published cells.",
+        formatter_class=HelpWithDefaults,
+        allow_abbrev=False,
+    )
     group = parser.add_argument_group("members")
     group.add_argument("--searches", type=natural, default=4, metavar="N", help="searches, of seeds S+1 to S+N")
     group.add_argument("--random", type=natural, default=4, metavar="N", help="random cells, random:SEED of S+1 to S+N")
@@ -90,6 +90,7 @@ def add_options(parser):
         metavar="I",
         help="only part I, for job arrays: a member's search and selection training, or a final training",
     )
+    return parser
 
 
 def joined(words):
