@@ -185,9 +185,7 @@ class Plan:
         if part > len(self.members) + self.count_of("final"):
             raise UserError(f"--member {part}: there is no such part; {self.parts()}")
         if part > len(self.members) and part not in [task.part for task in self.tasks()]:
-            raise UserError(
-                f"--member {part} is a final training, which needs parts 1 to {len(self.members)} before it"
-            )
+            raise UserError(f"--member {part} is a final training; it needs parts 1 to {len(self.members)} before it")
 
     def parts(self):
         """The numbers for --member, in words."""
