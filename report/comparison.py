@@ -47,6 +47,8 @@ def write(all_results, path):
     path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results of
     other training conditions stand beside each other without being compared; .md and .svg refuse them with UserError.
     """
+    for results in all_results:
+        check(results)
     groups = defaultdict(list)  # training conditions as text -> results
     for results in all_results:
         groups[json.dumps(results["training_options"], sort_keys=True)].append(results)
@@ -66,6 +68,14 @@ def write(all_results, path):
         count=len(groups),
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def check(results):
+    """Raise UserError unless this is the content of a results.json."""
+    members = results.get("members")
+    is_whole = isinstance(members, list) and all({"kind", "seed", "genotype"} <= member.keys() for member in members)
+    if results.get("format") != 1 or not is_whole:
+        raise UserError("this is no results.json of protocol.py, or one of another version")
 
 
 def column(group):
