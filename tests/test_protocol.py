@@ -49,12 +49,27 @@ def without_seconds(content):
     return list(map(without_seconds, content)) if isinstance(content, list) else content
 
 
-def start(cwd, *words):
+def start(cwd):
     """protocol.py in a process group of its own."""
-    command = [sys.executable, ROOT / "protocol.py", *PROTOCOL, *words]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=cwd, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    command = list(map(str, [sys.executable, ROOT / "protocol.py", *PROTOCOL]))
+    process = subprocess.Popen(
+        command, cwd=cwd, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    started.append(process)
+    return process
+
+
+started = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    for process in started:
+        if process.poll() is None:
+            kill_group(process.pid)
+            process.communicate()
+    started.clear()
 
 
 def disturb(cwd, ways, generator, longest):
@@ -95,7 +110,7 @@ def assert_same(cwd, reference):
     assert len(runs) == 5
     for run in runs:
         left, expected = outcome(cwd / run.relative_to(reference)), outcome(run)
-        # with summary.json a search is over, and what it says after that of the cost of its cell is lost if it is killed
+        # with summary.json a search is over, and what it says after that, of its cell's cost, is lost if it is killed
         for values in (left, expected):
             values["log.txt"] = [
                 line for line in values["log.txt"] if not re.match(r"train the cell|timing|the network", line)
