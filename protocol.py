@@ -96,7 +96,7 @@ def write_results(plan):
 def unfinished(plan, part, failed):
     """The runs that may start now, in order. part: the number of the only part that counts, or None."""
     tasks = plan.tasks(failed)
-    return (t for t in tasks if part in (None, t.part) and t.name not in failed and t.summary() is None)
+    return (t for t in tasks if part in (None, t.part) and t.name not in failed and plan.summary(t) is None)
 
 
 def run(plan, free):
@@ -125,7 +125,7 @@ def run(plan, free):
             for child in [child for child in running if child.is_over()]:
                 running.remove(child)
                 free.append(child.gpu)
-                if child.error() is None and child.task.summary():
+                if child.error() is None and plan.summary(child.task):
                     say(f"{child.task.name} is over; {status(plan, running, n_slots)}")
                 elif not signals.received:
                     failed[child.task.name] = child.error() or "it wrote no summary.json"
@@ -148,7 +148,7 @@ def status(plan, running, n_slots):
     tasks = plan.tasks([])
     for kind in ("search", "selection", "final"):
         of_kind = [task for task in tasks if task.kind == kind]
-        over = [task for task in of_kind if task.summary()]
+        over = [task for task in of_kind if plan.summary(task)]
         n_left = plan.count_of(kind) - len(over)
         if n_left:
             left.append(f"{n_left} of {plan.count_of(kind)} {kind} runs")
@@ -166,12 +166,12 @@ def status(plan, running, n_slots):
 
 def seconds_per_epoch(plan, kind, over, running):
     """Of a kind of run: measured on those that are over, else on those that are running; None where nothing is."""
-    rates = [task.summary()["seconds"] / task.summary()["epochs"] for task in over]
+    rates = [plan.summary(task)["seconds"] / plan.summary(task)["epochs"] for task in over]
     rates = rates or [rate for child in running if child.task.kind == kind and (rate := child.seconds_per_epoch())]
     if rates:
         return sum(rates) / len(rates)
     if kind == "final":  # on all training images
-        selections = [task for task in plan.tasks([]) if task.kind == "selection" and task.summary()]
+        selections = [task for task in plan.tasks([]) if task.kind == "selection" and plan.summary(task)]
         rate = seconds_per_epoch(plan, "selection", selections, running)
         return rate and rate / (1 - plan.options.hold_out)
     return None

@@ -100,6 +100,7 @@ class Plan:
 
     def __init__(self, options, folder):
         self.options, self.folder = options, Path(folder)
+        self._over = {}  # task -> its summary, which does not change any more
         self.seeds = [options.seed + k for k in range(1, options.final_seeds + 1)]
         like = options.like and resolve(options.like)
         self.members = [
@@ -120,7 +121,7 @@ class Plan:
     def genotype(self, member):
         """The member's genotype as a string; None before the end of its search."""
         search = self.search(member)
-        summary = search.summary() if search else {"genotype": member.genotype}
+        summary = self.summary(search) if search else {"genotype": member.genotype}
         return summary and summary["genotype"]
 
     def selection(self, member):
@@ -140,12 +141,18 @@ class Plan:
     def _training(self, genotype, seed):
         return (*self.options.shared, *self.options.augment, "--genotype", genotype, "--seed", str(seed))
 
-    # Selection and what is left
+    # What is over, selection, and what is left
+
+    def summary(self, task):
+        """The results of a run; None before its end. Raises UserError as `Task.summary`."""
+        if task not in self._over and (summary := task.summary()):
+            self._over[task] = summary
+        return self._over.get(task)
 
     def held_out_top1(self, member):
         """The accuracy on the held-out images after the selection training; None before its end."""
         selection = self.selection(member)
-        summary = selection and selection.summary()
+        summary = selection and self.summary(selection)
         return summary and summary["held_out_top1"]
 
     def best(self, kind):
@@ -247,7 +254,7 @@ def results_of(plan, version):
 def _result_of(plan, member):
     search, genotype = plan.search(member), plan.genotype(member)
     result = {"name": member.name, "kind": member.kind, "seed": member.seed, "genotype": genotype}
-    found = search and search.summary()
+    found = search and plan.summary(search)
     if found:
         names = ("epochs", "valid_top1", "verdict", "eigenvalue")
         result["search"] = {name: found[name] for name in names} | _origin(found)
@@ -256,12 +263,12 @@ def _result_of(plan, member):
             kind: sum(op == "skip_connect" for node in getattr(from_str(genotype), kind) for op, _ in node)
             for kind in ("normal", "reduce")
         }
-        selection = plan.selection(member).summary()
+        selection = plan.summary(plan.selection(member))
         if selection:
             result |= {name: selection[name] for name in ("parameters_M", "multiply_adds_M", "held_out_top1")}
             result["selection"] = _origin(selection)
         is_finalist = member in plan.finalists()
-        finals = {seed: plan.final(member, seed).summary() for seed in plan.seeds * is_finalist}
+        finals = {seed: plan.summary(plan.final(member, seed)) for seed in plan.seeds * is_finalist}
         result["final"] = [
             {"seed": seed, "test_top1": summary["test_top1"]} | _origin(summary)
             for seed, summary in finals.items()

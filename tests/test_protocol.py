@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from comparing import differences, outcome
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, run_script
 
 import protocol
+import report.comparison  # noqa: F401 -- for a test to replace its `write`
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2, resolve
 from running.folder import write_json
@@ -207,58 +209,6 @@ def parent_of(pid):
 
 
 @pytest.mark.process
-def test_a_member_that_fails_is_named_and_the_rest_goes_on(undisturbed, tmp_path):
-    in_its_way = tmp_path / "runs/protocol/digits/augment/random-1-selection/letter.txt"
-    write_json_of_options(tmp_path)
-    in_its_way.parent.mkdir(parents=True)
-    in_its_way.write_text("no run's")
-    process = run_script("protocol.py", *PROTOCOL, cwd=tmp_path)
-    assert_one_line_error(process, "random-1-selection failed: augment.py: error:", "no run's", "tries again")
-    content = results(tmp_path)
-    assert content["selected"] == {"search": "search-1", "random": None}
-    assert len(content["members"][0]["final"]) == 1
-    in_its_way.unlink()
-    in_its_way.parent.rmdir()
-    assert run_script("protocol.py", *PROTOCOL, cwd=tmp_path).returncode == 0
-    assert_same(tmp_path, undisturbed)
-
-
-def write_json_of_options(cwd):
-    """Make the folder that of a protocol, so that a file can be put in the way of one of its runs."""
-    options = read_options(list(map(str, PROTOCOL)))
-    folder = cwd / "runs/protocol/digits"
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", {n: v for n, v in vars(options).items() if n not in protocol.NOT_SAVED})
-
-
-@pytest.mark.process
-def test_parts_one_by_one_make_the_same_results(undisturbed, tmp_path):
-    """As a job array does."""
-    assert_one_line_error(run_script("protocol.py", *PROTOCOL, "--member", 3, cwd=tmp_path), "needs parts 1 to 2")
-    for part in (2, 1, 4, 3):
-        process = run_script("protocol.py", *PROTOCOL, "--member", part, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count(" starts; ") == (2 if part == 1 else 1)
-    process = run_script("protocol.py", *PROTOCOL, cwd=tmp_path)
-    assert "nothing is left" in process.stdout
-    assert_same(tmp_path, undisturbed)
-
-
-@pytest.mark.process
-def test_two_at_a_time_make_the_same_results(undisturbed, tmp_path, monkeypatch, capsys):
-    """Each with a GPU of its own; what runs on the CPU does so wherever it is told that GPUs are."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(protocol, "slots", lambda gpus: ["0", "1"])
-    monkeypatch.setattr(sys, "argv", ["protocol.py", *map(str, PROTOCOL)])
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    protocol.main()
-    lines = capsys.readouterr().out.splitlines()
-    first_end = next(i for i, line in enumerate(lines) if " is over" in line)
-    assert sum(" starts; " in line for line in lines[:first_end]) == 2
-    assert_same(tmp_path, undisturbed)
-
-
-@pytest.mark.process
 def test_selection_never_reads_the_test_images(image_folder, tmp_path):
     root = image_folder()
     words = [*PROTOCOL, "--dataset", "folder", "--data-path", root, "--image-size", 12]
@@ -278,7 +228,113 @@ def test_selection_never_reads_the_test_images(image_folder, tmp_path):
     assert process.stderr.count("cannot read the image") == 2
 
 
-# Without a process
+# With runs that are pretended, and end at once
+
+
+class Pretended:
+    """A `Child` that runs nothing: after some looks at it the run is over, or has failed if it is in `failing`."""
+
+    failing: ClassVar = set()
+    at_a_time: ClassVar = []  # how many were running when each started
+    running = 0
+
+    def __init__(self, task, gpu, n_slots):
+        self.task, self.gpu, self.looks = task, gpu, 0
+        self.needed = 1 + len(task.name) % 3
+        Pretended.running += 1
+        Pretended.at_a_time.append(Pretended.running)
+
+    def is_over(self):
+        self.looks += 1
+        if self.looks == self.needed:
+            Pretended.running -= 1
+            if self.error() is None:
+                seed = self.task.config.seed
+                top1 = random.Random(f"{self.task.kind} {self.task.words}").random()  # the same for the same options
+                finish(
+                    self.task,
+                    **{"genotype": str(resolve(f"random:{100 + seed}")), "valid_top1": top1, "verdict": "settled"},
+                    **{"eigenvalue": None, "held_out_top1": top1, "test_top1": top1},
+                    **{"parameters_M": 1.0, "multiply_adds_M": 2.0},
+                )
+        return self.looks >= self.needed
+
+    def error(self):
+        return "out of luck" if self.task.name in self.failing else None
+
+    def seconds_per_epoch(self):
+        return None
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch, capsys):
+    """A function that runs protocol.py in a folder of this name, and returns (standard output, results.json)."""
+    monkeypatch.setattr(protocol, "Child", Pretended)
+    monkeypatch.setattr(protocol, "POLL_SECONDS", 0)
+    monkeypatch.setattr("report.comparison.write", lambda results, path: None)  # which takes seconds
+
+    def run(name, *words):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        words = ("--searches", 3, "--random", 2, "--cells", "DARTS_V2", "--final-seeds", 2, *words)
+        monkeypatch.setattr(sys, "argv", ["protocol.py", *map(str, words)])
+        Pretended.at_a_time.clear()
+        protocol.main()
+        return capsys.readouterr().out, results(tmp_path / name)
+
+    return run
+
+
+def test_runs_are_started_once_each_and_one_at_a_time(pretend):
+    output, _ = pretend("once")
+    assert output.count(" starts; ") == output.count(" is over; ") == 3 + 6 + 6
+    assert set(Pretended.at_a_time) == {1}
+    output, _ = pretend("once")
+    assert "nothing is left" in output
+    assert " starts; " not in output
+
+
+def test_several_at_a_time_make_the_same_results(pretend, monkeypatch):
+    _, expected = pretend("alone")
+    monkeypatch.setattr(protocol, "slots", lambda gpus: ["0", "1", "2"])
+    output, content = pretend("together")
+    assert max(Pretended.at_a_time) == 3
+    assert output.count(" starts; ") == 15
+    assert content == expected
+
+
+def test_parts_one_by_one_make_the_same_results(pretend, capsys):
+    """As a job array does."""
+    _, expected = pretend("alone")
+    with pytest.raises(SystemExit):
+        pretend("parts", "--member", 7)
+    assert "--member 7 is a final training; it needs parts 1 to 6" in capsys.readouterr().err
+    for part in (6, 2, 1, 5, 3, 4, 12, 7, 9, 8, 10, 11):
+        output, content = pretend("parts", "--member", part)
+        assert output.count(" starts; ") == (2 if part <= 3 else 1)
+    assert content == expected
+    assert "nothing is left" in pretend("parts")[0]
+
+
+def test_a_run_that_fails_is_named_and_the_rest_goes_on(pretend, tmp_path, monkeypatch, capsys):
+    _, expected = pretend("lucky")
+    best = expected["selected"]["search"]
+    monkeypatch.setattr(Pretended, "failing", {f"{best}-selection", "search-1", "DARTS_V2-final-seed-1"} - {best})
+    with pytest.raises(SystemExit) as stop:
+        pretend("unlucky")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{best}-selection failed: out of luck; " in error
+    assert "the same command tries again" in error
+    content = results(tmp_path / "unlucky")
+    assert content["selected"]["search"] not in (None, best)
+    assert len(next(m for m in content["members"] if m["name"] == content["selected"]["search"])["final"]) == 2
+    monkeypatch.setattr(Pretended, "failing", set())
+    assert pretend("unlucky")[1] == expected  # tried again, selected anew
+
+
+# Without runs
 
 
 def options_of(*words):
@@ -441,7 +497,10 @@ def main_fails(words, cwd, monkeypatch, capsys):
     ],
 )
 def test_other_options_than_those_of_the_folder_are_one_line(words, mention, tmp_path, monkeypatch, capsys):
-    write_json_of_options(tmp_path)
+    options = options_of(*PROTOCOL)
+    folder = tmp_path / "runs/protocol/digits"
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", {n: v for n, v in vars(options).items() if n not in protocol.NOT_SAVED})
     assert mention in main_fails([*PROTOCOL, *words], tmp_path, monkeypatch, capsys)
 
 
