@@ -144,7 +144,7 @@ def slots(gpus):
 
 def status(plan, running, n_slots):
     """What is left, and how long it will take, in a line."""
-    left, seconds, unknown = [], 0.0, False
+    left, seconds, unknown = [], 0.0, []
     tasks = plan.tasks([])
     for kind in ("search", "selection", "final"):
         of_kind = [task for task in tasks if task.kind == kind]
@@ -154,14 +154,13 @@ def status(plan, running, n_slots):
             left.append(f"{n_left} of {plan.count_of(kind)} {kind} runs")
             epochs = n_left * plan.epochs_of(kind) - sum(task.epochs_done() for task in of_kind if task not in over)
             rate = seconds_per_epoch(plan, kind, over, running)
-            unknown |= rate is None
+            unknown += [kind] if rate is None else []
             seconds += epochs * (rate or 0.0)
     if not left:
         return "nothing is left"
-    time_left = "how long is known after the first epochs"
-    if not unknown:
-        time_left = f"about {timedelta(seconds=round(seconds / n_slots))}"
-    return f"left: {', '.join(left)}; {time_left}"
+    about = f"about {timedelta(seconds=round(seconds / n_slots))}"
+    not_known = f", and {' and '.join(unknown)} runs, which no time is known of yet" if unknown else ""
+    return f"left: {', '.join(left)}; {about}{not_known}"
 
 
 def seconds_per_epoch(plan, kind, over, running):
