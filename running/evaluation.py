@@ -24,15 +24,16 @@ class Evaluation:
     """The predictions of a network for the test images, or for those that were held out of its training.
 
     labels: the true classes, (N,); probabilities: (N, n_classes); names: the names of the classes; images: the images,
-    an `Images`; part: `test` or `held-out`; checkpoint: the file that the network was loaded from.
+    an `Images`; checkpoint: the file that the network was loaded from; part: which images these are, `test` or
+    `held-out`.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray
     names: list
     images: Images
-    part: str
     checkpoint: str
+    part: str = "test"
 
     @property
     def top1(self):
@@ -158,6 +159,6 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirr
         probabilities=torch.cat(probabilities).numpy(),
         names=checkpoint["results"]["classes"],
         images=images,
-        part="held-out" if checkpoint["config"].get("hold_out") else "test",
         checkpoint=str(file_of(path)),
+        part="held-out" if checkpoint["config"].get("hold_out") else "test",
     )
