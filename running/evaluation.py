@@ -139,6 +139,11 @@ def images_of(checkpoint, data_path=None):
     return images
 
 
+def measured_on(checkpoint):
+    """The images that the accuracy of a trained network is measured on: `test`, or with --hold-out `held-out`."""
+    return "held-out" if checkpoint["config"].get("hold_out") else "test"
+
+
 @torch.no_grad()
 def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirror=False):
     """The `Evaluation` of a trained network on its test or held-out images.
@@ -160,5 +165,5 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirr
         names=checkpoint["results"]["classes"],
         images=images,
         checkpoint=str(file_of(path)),
-        part="held-out" if checkpoint["config"].get("hold_out") else "test",
+        part=measured_on(checkpoint),
     )
