@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from string import Template
 
+from config import AugmentConfig, SearchConfig
 from evidence.intervals import difference_interval, mean_interval
 from genotypes import from_str
 from report import figures
@@ -49,9 +50,9 @@ def write(all_results, path):
     """
     for results in all_results:
         check(results)
-    groups = defaultdict(list)  # training conditions as text -> results
+    groups = defaultdict(list)  # training conditions -> results
     for results in all_results:
-        groups[json.dumps(results["training_options"], sort_keys=True)].append(results)
+        groups[changed(results["training_options"], AugmentConfig(["--genotype", "DARTS_V2"]))].append(results)
     if path.suffix in (".md", ".svg"):
         if len(groups) > 1:
             raise UserError(f"{path} would compare cells that were trained under different conditions; write .html")
@@ -68,6 +69,12 @@ def write(all_results, path):
         count=len(groups),
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def changed(options, config):
+    """The options other than the defaults, as text, which options that the program gets later do not change."""
+    defaults = config.as_dict()
+    return json.dumps({name: value for name, value in options.items() if value != defaults.get(name)}, sort_keys=True)
 
 
 def check(results):
@@ -111,8 +118,8 @@ def methods_of(group):
     """
     methods, searches = defaultdict(dict), {}  # label -> (seed, genotype) -> member; label -> options
     for results in group:
-        options = results["search_options"]
-        if options and searches.setdefault(results["label"], options) != options:
+        options = results["search_options"] and changed(results["search_options"], SearchConfig([]))
+        if options is not None and searches.setdefault(results["label"], options) != options:
             raise UserError(f"searches with different options are both called {results['label']!r}: change a label")
         for member in results["members"]:
             label = {

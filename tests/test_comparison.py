@@ -10,6 +10,7 @@ import pytest
 from conftest import BROWSER, BROWSER_FLAGS, assert_one_line_error, run_script
 from scipy import stats
 
+from config import AugmentConfig
 from genotypes import DARTS_V1, DARTS_V2, resolve
 from report import comparison, figures
 from running.errors import UserError
@@ -130,6 +131,17 @@ def test_results_of_other_conditions_are_not_compared(tmp_path):
     for name in ("tables.md", "figure.svg"):
         with pytest.raises(UserError, match="different conditions"):
             comparison.write(all_results, tmp_path / name)
+
+
+def test_options_that_were_added_to_the_program_make_no_other_conditions(tmp_path):
+    """A results.json from before has no value for them, and had what are their defaults."""
+    defaults = AugmentConfig(["--genotype", "DARTS_V2"]).as_dict()
+    before, after = made_up("a"), made_up("b", chance=[], lr_decay=defaults["lr_decay"], execution="fused")
+    after["search_options"]["early_stop"] = False
+    assert page_of([before, after], tmp_path).count('<section class="run">') == 1
+    assert "searched" in rows_of([before | {"label": "searched"}, after | {"label": "searched"}])
+    after["training_options"]["execution"] = "plain"
+    assert page_of([before, after], tmp_path).count('<section class="run">') == 2
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot")
