@@ -35,8 +35,10 @@ PROTOCOL = (
 def undisturbed(tmp_path_factory):
     """A protocol on the digits that was left alone: the folder that it was started in."""
     cwd = tmp_path_factory.mktemp("undisturbed")
-    process = run_script("protocol.py", *PROTOCOL, cwd=cwd)
+    begun = time.monotonic()
+    process = run_script("protocol.py", *PROTOCOL, cwd=cwd, timeout=600)
     assert process.returncode == 0, process.stdout + process.stderr
+    (cwd / "seconds.txt").write_text(str(time.monotonic() - begun))
     return cwd
 
 
@@ -74,11 +76,15 @@ def nothing_is_left_running():
     started.clear()
 
 
-def disturb(cwd, ways, generator, longest):
-    """Start the protocol and end it after up to `longest` seconds, in each of these ways; then let it end."""
+def disturb(cwd, reference, ways, generator):
+    """Start the protocol and end it after a random time, in each of these ways; then let it end.
+
+    These times are together about as long as the undisturbed protocol took, so that each of its runs is met.
+    """
+    longest = 2 * float((reference / "seconds.txt").read_text()) / len(ways)
     for way in ways:
         process = start(cwd)
-        time.sleep(generator.uniform(0.1, longest))
+        time.sleep(generator.uniform(0, longest))
         if process.poll() is None:
             way(process.pid)
         process.communicate()
@@ -154,14 +160,14 @@ def test_a_protocol_that_is_over_starts_nothing(undisturbed):
 
 @pytest.mark.process
 def test_killed_or_stopped_at_random_instants_it_ends_with_the_same_results(undisturbed, tmp_path):
-    disturb(tmp_path, [kill_group, interrupt_group, kill_alone, kill_group], random.Random(0), longest=12)
+    disturb(tmp_path, undisturbed, [kill_group, interrupt_group, kill_alone, kill_group], random.Random(0))
     assert_same(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_ten_random_instants_it_ends_with_the_same_results(undisturbed, tmp_path, seed):
-    disturb(tmp_path, [kill_group] * 5 + [kill_alone] * 5, random.Random(seed), longest=15)
+    disturb(tmp_path, undisturbed, [kill_group] * 5 + [kill_alone] * 5, random.Random(seed))
     assert_same(tmp_path, undisturbed)
 
 
