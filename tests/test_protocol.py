@@ -151,7 +151,7 @@ def test_what_a_protocol_leaves(undisturbed):
 @pytest.mark.process
 def test_a_protocol_that_is_over_starts_nothing(undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("checkpoint.pt")}
-    process = run_script("protocol.py", *PROTOCOL, cwd=undisturbed)
+    process = run_script("protocol.py", *PROTOCOL, cwd=undisturbed, timeout=600)
     assert process.returncode == 0
     assert "nothing is left" in process.stdout
     assert "starts" not in process.stdout
@@ -218,11 +218,11 @@ def parent_of(pid):
 def test_selection_never_reads_the_test_images(image_folder, tmp_path):
     root = image_folder()
     words = [*PROTOCOL, "--dataset", "folder", "--data-path", root, "--image-size", 12]
-    process = run_script("protocol.py", *words, "--final-seeds", 0, cwd=tmp_path)
+    process = run_script("protocol.py", *words, "--final-seeds", 0, cwd=tmp_path, timeout=600)
     assert process.returncode == 0, process.stderr
     for file in (root / "val").rglob("*.png"):
         file.write_bytes(b"poison")
-    process = run_script("protocol.py", *words, "--name", "poisoned", cwd=tmp_path)
+    process = run_script("protocol.py", *words, "--name", "poisoned", cwd=tmp_path, timeout=600)
     assert process.returncode == 2
     clean, poisoned = (
         json.loads((tmp_path / f"runs/protocol/{name}/results.json").read_text()) for name in ("folder", "poisoned")
