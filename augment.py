@@ -3,6 +3,7 @@
 python augment.py --dataset cifar10 --genotype DARTS_V2                  # the paper's protocol
 python augment.py --dataset cifar10 --genotype runs/search/cifar10       # the last cell of a search
 python augment.py --dataset cifar10 --genotype random:1                  # a random cell, to compare with
+python augment.py --dataset cifar10 --genotype DARTS_V2 --hold-out 0.1   # accuracy on a tenth of the training images
 python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
 python augment.py --evaluate runs/augment/cifar10                        # its accuracy, by class too
 python augment.py --gpus all ...                                         # on all GPUs of this machine
@@ -68,7 +69,7 @@ def augment(network):
         if from_str(checkpoint["config"]["genotype"]) != genotype:
             raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint, val_data.class_names(n_classes))
-    costs = describe(cost(net, channels, size))
+    costs = cost(net, channels, size)
     latency = ranks.on_rank_0(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
         synchronise(net)
@@ -84,19 +85,19 @@ def augment(network):
         "input_channels": channels,
         "preprocessing": preprocessing(config.dataset, size, config.stem == "imagenet"),
         "classes": val_data.class_names(n_classes),
-        "data": {"training": trn_data.fingerprint(), "test": val_data.fingerprint()},
+        "data": {"training": trn_data.fingerprint(), config.measured_on: val_data.fingerprint()},
     }
     results["mean"], results["std"] = val_data.normalisation()
     with run.interruptible(), garbage_collection_of_new_objects():
         results = run.start({"net": net, "optim": optim}, results, network=network)
         scheduler = learning_rate(optim, config, done=run.epoch)
         run.log(
-            f"{len(trn_data)} training and {len(val_data)} test images of {channels} x {size} x {size}, {n_classes} "
-            f"classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
+            f"{len(trn_data)} training and {len(val_data)} {config.measured_on} images of {channels} x {size} x "
+            f"{size}, {n_classes} classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
             f"{one_line(trn_data.transform)}"
         )
         run.log(f"images of each class: {trn_data.describe_classes()}")
-        run.log(f"the network: {costs}; a forward pass takes {latency}")
+        run.log(f"the network: {describe(costs)}; a forward pass takes {latency}")
 
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
@@ -109,17 +110,18 @@ def augment(network):
             run.end_epoch(is_best, results)
             run.stop_if_asked()
 
+    part = config.measured_on.replace("-", "_")
     run.finish(
         epochs=config.epochs,
-        test_top1=results["top1"],
-        test_error=1 - results["top1"],
-        best_test_top1=results["best_top1"],
-        parameters_M=param_size(net),
+        **{f"{part}_top1": results["top1"], f"{part}_error": 1 - results["top1"]},
+        **{f"best_{part}_top1": results["best_top1"]},
+        parameters_M=costs["parameters_M"],
+        multiply_adds_M=costs["multiply_adds_M"],
     )
 
 
 def load_data(config, saved):
-    """[size, channels, n_classes, training images, test images].
+    """[size, channels, n_classes, training images, test images or those held out of training].
 
     saved: the results of the run to resume, or None. Raises UserError if that run had other images.
     """
@@ -134,8 +136,9 @@ def load_data(config, saved):
         skip_bad_images=config.skip_bad_images,
         crops=config.stem == "imagenet",
         hold_out_by_name=saved is None or "data" in saved,  # older runs held out other images
+        hold_out=config.hold_out,
     )
-    check_unchanged({"training": data[3], "test": data[4]}, saved or {})
+    check_unchanged({"training": data[3], config.measured_on: data[4]}, saved or {})
     return data
 
 
@@ -178,7 +181,7 @@ def print_accuracy(config):
     data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
     evaluation = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
     confusion = evaluation.confusion()
-    print(f"{evaluation.checkpoint}: top 1 {evaluation.top1:.2%} of {len(evaluation.labels)} test images")
+    print(f"{evaluation.checkpoint}: top 1 {evaluation.top1:.2%} of {len(evaluation.labels)} {evaluation.part} images")
     for name, row, hits in zip(evaluation.names, confusion, confusion.diagonal()):
         print(f"{hits / max(row.sum(), 1):8.2%} of {row.sum():5}  {name}")
 
@@ -226,9 +229,9 @@ def train(epoch, run, net, loader, optim):
 
 @torch.no_grad()
 def validate(epoch, run, net, loader):
-    """Loss and accuracy on the test images; returns top 1 as a fraction."""
+    """Loss and accuracy on the test images, or those held out of training; returns top 1 as a fraction."""
     criterion = nn.CrossEntropyLoss()
-    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  test", len(loader))
+    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  {run.config.measured_on}", len(loader))
     net.eval()
     for X, y, n in loader.epoch(epoch):
         logits, _ = net(X)
@@ -236,8 +239,8 @@ def validate(epoch, run, net, loader):
         meters.show()
         run.save_if_due()
         run.stop_if_asked()
-    check_finite_mean(run, "test", meters.loss.avg)
-    meters.finish("test")
+    check_finite_mean(run, run.config.measured_on, meters.loss.avg)
+    meters.finish(run.config.measured_on)
     return meters.top1.avg
 
 

@@ -214,6 +214,11 @@ class AugmentConfig(RunOptions):
         if options.genotype is None and options.evaluate is None:
             parser.error("--genotype is required")
 
+    @property
+    def measured_on(self):
+        """The images that accuracy is measured on: `test`, or with --hold-out `held-out`."""
+        return "held-out" if self.hold_out else "test"
+
     @staticmethod
     def set_defaults(parser, words):
         stem = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -258,6 +263,14 @@ class AugmentConfig(RunOptions):
         )
         group.add_argument("--epochs", type=positive_int, default=600, metavar="N", help="epochs")
         group.add_argument(
+            "--hold-out",
+            type=probability,
+            default=0.0,
+            metavar="F",
+            help="train on all but this fraction of the training images, and report accuracy on these instead of the "
+            "test images, which are not opened; 0: none",
+        )
+        group.add_argument(
             "--batch-size", type=positive_int, default=96, metavar="N", help="images a step, over all ranks"
         )
         group.add_argument("--lr", type=positive, default=0.025, metavar="LR", help="learning rate at the start")
@@ -296,8 +309,8 @@ def _add_execution(group):
     )
 
 
-def _add_data_and_run(parser, stage):
-    """The options that both stages have."""
+def add_data(parser):
+    """The options that choose and load the images, of both stages."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="digits", choices=list(DATASETS), help="data set")
     group.add_argument("--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
@@ -320,6 +333,10 @@ def _add_data_and_run(parser, stage):
         "--workers", type=natural, default=2, metavar="N", help="processes that load images, for each rank; 0: none"
     )
 
+
+def _add_data_and_run(parser, stage):
+    """The options that both stages have."""
+    add_data(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--name", type=folder_name, metavar="NAME", help="name of the run's folder (default: the data set)"

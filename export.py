@@ -25,7 +25,7 @@ def export(path, output, data_path):
     """Write the trained network to `output`, if the file gives the same logits as the network on test images."""
     import torch  # here, since this and the modules below take seconds to import
 
-    from running.evaluation import file_of, images_of, load_network, load_trained
+    from running.evaluation import file_of, images_of, load_network, load_trained, measured_on
     from running.exporting import FORMATS, Classifier, check
 
     checkpoint = load_trained(path)
@@ -40,7 +40,7 @@ def export(path, output, data_path):
     temporary = output.with_name(f"{output.stem}.tmp{output.suffix}")
     try:
         write(Classifier(net, results["mean"], results["std"]), results, temporary)
-        print(check(read(temporary), net, images_of(checkpoint, data_path)))
+        print(check(read(temporary), net, images_of(checkpoint, data_path), measured_on(checkpoint)))
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)

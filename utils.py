@@ -13,7 +13,7 @@ import torch
 
 from preproc import data_transforms
 from running.checkpoints import save_checkpoint  # noqa: F401 - older DARTS code has it in utils
-from running.data_sets import DATASETS, pixel_statistics
+from running.data_sets import DATASETS, hold_out_of_training, pixel_statistics
 from running.errors import UserError
 from running.image_folder import listed
 from running.loading import Images
@@ -31,6 +31,7 @@ def get_data(
     crops=False,
     mean_std=None,
     hold_out_by_name=True,
+    hold_out=0.0,
 ):
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
@@ -38,16 +39,21 @@ def get_data(
     image's side if it is larger; seed: of the augmentation; mean_std: per channel, to normalise by instead of the data
     set's. For the data set `folder` only: image_size (pixels a side) and image_channels (1 or 3); skip_bad_images:
     leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet;
-    hold_out_by_name: False to hold out the test images that older versions chose. train_data and valid_data are
-    `Images`. Raises UserError if the data set is unknown or cannot be loaded.
+    hold_out_by_name: False to hold out the test images that older versions chose. hold_out: a fraction of the training
+    images which then are valid_data, in the place of the test images: these are not opened. train_data and valid_data
+    are `Images`. Raises UserError if the data set is unknown or cannot be loaded.
     """
     folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
     size, channels, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
     source, labels, n_classes = load(train=True)
+    if hold_out:
+        source, labels, *held_out = hold_out_of_training(source, labels, hold_out)
     mean_std = mean_std or DATASETS[dataset].mean_std or pixel_statistics(source)
     train, valid = data_transforms(dataset, min(cutout_length, size // 2), size, mean_std, crops)
     data = [size, channels, n_classes, Images(source, labels, train, valid, seed)]
-    if validation:
+    if validation and hold_out:
+        data.append(Images(*held_out, valid, valid, seed))
+    elif validation:
         source, labels, n_test_classes = load(train=False)
         data.append(Images(source, labels, valid, valid, seed))
         differing = set(data[3].class_names(n_classes)) ^ set(data[4].class_names(n_test_classes))

@@ -2,6 +2,7 @@
 
 python visualize.py runs/search/digits                                   # its report, report.html in its folder
 python visualize.py runs/search/digits runs/search/first                 # side by side, in report.html
+python visualize.py A/results.json B/results.json                        # protocols side by side, in report.html
 python visualize.py DARTS_V2                                             # a cell
 python visualize.py runs/search/digits/genotype.json --format svg
 python visualize.py "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)" --output cell
@@ -19,20 +20,24 @@ from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from 
     write_picture,
 )
 from running.errors import OneLineParser, user_errors_in_one_line
-from running.folder import RunFolder
+from running.folder import RunFolder, read_json
 
 
 def main():
-    parser = OneLineParser(description="Write a report of runs, or draw both cells of a genotype.")
-    parser.add_argument("what", nargs="+", help="runs' folders; or a genotype, as for augment.py --genotype")
+    parser = OneLineParser(description="Write a report of runs or protocols, or draw both cells of a genotype.")
+    what = "runs' folders; or results.json of protocols; or a genotype, as for augment.py --genotype"
+    parser.add_argument("what", nargs="+", help=what)
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="the report (default: report.html, in a single run's folder); pictures are PATH-normal and PATH-reduce",
+        help="the report (default: report.html, in a single run's folder; of protocols also .md, tables, or .svg, the "
+        "figure); pictures are PATH-normal and PATH-reduce",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the pictures (default: %(default)s)")
     args = parser.parse_args()
-    if len(args.what) > 1 or is_run(args.what[0]):
+    if all(map(is_results, args.what)):
+        write_comparison(args.what, args.output)
+    elif len(args.what) > 1 or is_run(args.what[0]):
         write_report(args.what, args.output)
     else:
         draw_both_cells(args.what[0], args.output, args.format)
@@ -46,6 +51,12 @@ def is_run(path):
         return False
 
 
+def is_results(path):
+    """Whether a path is the results.json of a protocol, by its content."""
+    content = read_json(path) if path.endswith(".json") else None
+    return isinstance(content, dict) and "members" in content
+
+
 def write_report(folders, output):
     """Write the report of these runs, by default into the folder of a single one, and print its path."""
     from report.pages import write  # here, since it imports torch and matplotlib, which take seconds
@@ -53,6 +64,15 @@ def write_report(folders, output):
     folder = Path(folders[0]) if len(folders) == 1 else Path()
     path = Path(output or folder / "report.html")
     write(folders, path)
+    print(path)
+
+
+def write_comparison(files, output):
+    """Write the report of protocols, by default beside the file of a single one, and print its path."""
+    from report.comparison import write  # here, since it imports torch and matplotlib
+
+    path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
+    write([read_json(file) for file in files], path)
     print(path)
 
 

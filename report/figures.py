@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from evidence.intervals import mean_interval
 from evidence.search_state import WINDOW, cell, changes, early_stop, margins, skip_connections
 from models.choices import PRIMITIVES
 from report.cells import INPUTS
@@ -43,7 +44,7 @@ def epoch_axis(axes):
 
 
 def curves(story):
-    """Loss and top-1 accuracy by epoch, on the training images and on the validation or test images."""
+    """Loss and top-1 accuracy by epoch, on the training images and on the validation, test or held-out images."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, quantity, title, scale in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top 1, %"), (1, 100)):
         for phase, label in (("train", "training"), (story.held_out, story.held_out)):
@@ -193,4 +194,33 @@ def mistakes(evaluation):
         guess = int(evaluation.probabilities[i].argmax())
         certainty = f"{evaluation.probabilities[i, guess]:.0%}"
         axes.set_title(f"{names[evaluation.labels[i]]}\ntaken for\n{names[guess]} ({certainty})", fontsize=6)
+    return figure
+
+
+# Figures of protocols.
+
+
+def members(methods, chance):
+    """A row for each method and a point for each of its accuracies, on held-out and on test images; means as lines.
+
+    methods: of `comparison`; chance: the label of the random cells, whose mean and interval are shaded.
+    """
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(methods)), layout="constrained")
+    rows = range(len(methods), 0, -1)
+    for axes, images in zip(figure.subplots(1, 2, sharey=True), ("held-out", "test")):
+        for y, method in zip(rows, methods):
+            values = method.accuracies(images)
+            if not values:
+                continue
+            interval = mean_interval(values)
+            colour = GREY if method.label == chance else COLOURS[0]
+            if interval.low is not None:
+                axes.plot([interval.low, interval.high], [y, y], color=colour, lw=5, alpha=0.3)
+                if method.label == chance:
+                    axes.axvspan(interval.low, interval.high, color=GREY, alpha=0.12)
+            axes.plot(values, [y] * len(values), "o", color=colour, ms=5, alpha=0.7)
+            axes.plot([interval.value], [y], "|", color=colour, ms=16, mew=2)
+        axes.set(xlabel=f"accuracy on {images} images, %", ylim=(0.4, len(methods) + 0.6))
+        axes.set_yticks(rows, [printable(method.label, 40) for method in methods])
+        axes.grid(alpha=0.3, axis="x")
     return figure

@@ -1,6 +1,6 @@
 """Reports of runs as one self-contained HTML page. `visualize.py RUN ...` writes it.
 
-For an augment run, the best network is evaluated on the test images again.
+For an augment run, the best network is evaluated on the test or held-out images again.
 """
 
 import base64
@@ -155,11 +155,11 @@ def augment_sections(story):
         checkpoint = load_trained(story.folder)
         evaluation = evaluate(story.folder, data_path=story.config.data_path)
     except (UserError, OSError) as error:
-        return [section("On the test images", f"<p>Not shown: {html.escape(str(error))}</p>")]
+        return [section(f"On the {story.held_out} images", f"<p>Not shown: {html.escape(str(error))}</p>")]
     names, confusion = evaluation.names, evaluation.confusion()
     totals = confusion.sum(1)
     by_class = [(name, f"{confusion[i, i] / max(totals[i], 1):.2%} of {totals[i]}") for i, name in enumerate(names)]
-    overall = f"{evaluation.top1:.2%} of {len(evaluation.labels)} test images, by {evaluation.checkpoint}."
+    overall = f"{evaluation.top1:.2%} of {len(evaluation.labels)} {evaluation.part} images, by {evaluation.checkpoint}."
     mistakes = "<p>None.</p>"
     if evaluation.wrong():
         mistakes = picture(figures.mistakes(evaluation), "the wrong predictions that the network was surest of")

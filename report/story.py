@@ -3,7 +3,6 @@
 Values are read from TensorBoard's files, the cells of a search from history.json.
 """
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from config import AugmentConfig, SearchConfig
 from genotypes import from_str
 from running.errors import UserError
-from running.folder import RunFolder
+from running.folder import RunFolder, read_json
 from running.tensorboard import alpha_tag
 from utils import shell_quote
 
@@ -38,8 +37,8 @@ class Story:
 
     @property
     def held_out(self):
-        """The prefix of TensorBoard's tags for the images that measure accuracy: "valid" or "test"."""
-        return "valid" if self.stage == "search" else "test"
+        """The prefix of TensorBoard's tags for the images that measure accuracy: "valid", "test" or "held-out"."""
+        return "valid" if self.stage == "search" else self.config.measured_on
 
     @property
     def steps(self):
@@ -79,24 +78,16 @@ class Story:
 def read(path):
     """Read the `Story` of a run's folder. Raises UserError if it is not one, or no epoch is completed."""
     folder = RunFolder(path)
-    options = _read_json(folder.config)
+    options = read_json(folder.config)
     if options is None:
         raise UserError(f"{folder} is no run's folder: there is no {folder.config.name} in it")
     stage = "search" if "order" in options else "augment"
     config = {"search": SearchConfig, "augment": AugmentConfig}[stage](["--resume", str(folder)])
-    summary, history = _read_json(folder.summary) or {}, _read_json(folder.history) or []
+    summary, history = read_json(folder.summary) or {}, read_json(folder.history) or []
     story = Story(folder.path, stage, config, summary, _read_scalars(folder.tensorboard), history)
     if not story.steps or (stage == "search" and not history):
         raise UserError(f"{folder}: no epoch is over yet, so there is nothing to show")
     return story
-
-
-def _read_json(path):
-    """The contents of a JSON file; None if it does not exist or cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _read_scalars(folder):

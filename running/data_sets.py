@@ -143,6 +143,30 @@ def held_out_by_name(names, labels):
     return in_test
 
 
+def hold_out_of_training(source, labels, fraction):
+    """Hold out a fraction of the training images: (training source, its labels, held-out source, its labels).
+
+    Stratified: of each class with n images, round(fraction * n) are held out, but at least one and not all. Which these
+    are depends only on the names of the class's images, or on their numbers where they are no files: those with the
+    smallest hashes. So all runs hold out the same images, and an image that is added moves at most one other. Raises
+    UserError where a class has a single image.
+    """
+    from torch.utils.data import Subset
+
+    names = getattr(source, "names", None) or map(str, range(len(labels)))
+    # other hashes than `held_out_by_name` has: the training images that it leaves have its larger ones
+    hashes = [hashlib.sha256(b"hold out\0" + os.fsencode(name)).digest() for name in names]
+    held_out = []
+    for label in sorted(set(labels)):
+        of_class = sorted((i for i in range(len(labels)) if labels[i] == label), key=hashes.__getitem__)
+        if len(of_class) < 2:
+            raise UserError(f"--hold-out needs two training images of each class; class number {label} has one")
+        held_out += of_class[: min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)]
+    parts = sorted(set(range(len(labels))) - set(held_out)), sorted(held_out)
+    take = source.part if hasattr(source, "part") else functools.partial(Subset, source)
+    return tuple(item for part in parts for item in (take(part), [labels[i] for i in part]))
+
+
 DATASETS = {
     "digits": Spec(load_digits, 8, 1, "affine"),
     "cifar10": Spec(

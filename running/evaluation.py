@@ -1,4 +1,4 @@
-"""Trained networks: load them from checkpoints, run them on test images, and use them to initialise a training."""
+"""Trained networks: load them from checkpoints, run them on images, and use them to initialise a training."""
 
 import re
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from running.devices import pick_device
 from running.errors import UserError
 from running.folder import RunFolder
 from running.loading import Images, Loader, check_unchanged
-from utils import get_test_data
+from utils import get_data, get_test_data
 
 
 @dataclass
 class Evaluation:
-    """The predictions of a network for the test images.
+    """The predictions of a network for the test images, or for those that were held out of its training.
 
-    labels: the true classes, (N,); probabilities: (N, n_classes); names: the names of the classes; images: the test
-    images, an `Images`; checkpoint: the file that the network was loaded from.
+    labels: the true classes, (N,); probabilities: (N, n_classes); names: the names of the classes; images: the images,
+    an `Images`; checkpoint: the file that the network was loaded from; part: which images these are, `test` or
+    `held-out`.
     """
 
     labels: np.ndarray
@@ -32,6 +33,7 @@ class Evaluation:
     names: list
     images: Images
     checkpoint: str
+    part: str = "test"
 
     @property
     def top1(self):
@@ -50,7 +52,7 @@ class Evaluation:
         return indices[np.argsort(-self.probabilities[indices, guesses[indices]], kind="stable")].tolist()
 
     def image(self, i):
-        """A test image as an array, before any transform."""
+        """An image as an array, before any transform."""
         return np.asarray(self.images.source[i][0])
 
 
@@ -109,35 +111,45 @@ def start_from(net, checkpoint, classes):
 
 
 def images_of(checkpoint, data_path=None):
-    """The test images of a trained network, an `Images`, normalised as in its training.
+    """The test images of a trained network, an `Images`, normalised as in its training; with --hold-out the held-out.
 
     data_path: their folder, if it is no longer that of the training. Raises UserError if they are not the same images.
     """
     results, saved = checkpoint["results"], checkpoint["config"]
     config = AugmentConfig(["--genotype", saved["genotype"]])
     vars(config).update(saved)
-    images = get_test_data(
-        config.dataset,
-        data_path or config.data_path,
-        mean_std=(results["mean"], results["std"]),
-        image_size=config.image_size,
-        image_channels=config.image_channels,
-        skip_bad_images=config.skip_bad_images,
-        crops=config.stem == "imagenet",
-        hold_out_by_name="data" in results,  # older runs have no "data", and chose other test images
-    )
-    check_unchanged({"test": images}, results)
+    options = {
+        "dataset": config.dataset,
+        "data_path": data_path or config.data_path,
+        "mean_std": (results["mean"], results["std"]),
+        "image_size": config.image_size,
+        "image_channels": config.image_channels,
+        "skip_bad_images": config.skip_bad_images,
+        "crops": config.stem == "imagenet",
+        "hold_out_by_name": "data" in results,  # older runs have no "data", and chose other test images
+    }
+    if config.hold_out:
+        images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
+    else:
+        images = get_test_data(**options)
+    check_unchanged({config.measured_on: images}, results)
     classes = results["classes"]  # an older run has no fingerprint, so only these are compared
     if images.class_names(len(classes)) != classes:
         raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(classes)}")
     return images
 
 
+def measured_on(checkpoint):
+    """The images that the accuracy of a trained network is measured on: `test`, or with --hold-out `held-out`."""
+    return "held-out" if checkpoint["config"].get("hold_out") else "test"
+
+
 @torch.no_grad()
 def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirror=False):
-    """The `Evaluation` of a trained network on the test images. path: a checkpoint, or a run's folder for its best.pt.
+    """The `Evaluation` of a trained network on its test or held-out images.
 
-    mirror: average the probabilities of each image and its mirror image.
+    path: a checkpoint, or a run's folder for its best.pt; mirror: average the probabilities of each image and its
+    mirror image.
     """
     device = pick_device(device)
     checkpoint = load_trained(path)
@@ -153,4 +165,5 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirr
         names=checkpoint["results"]["classes"],
         images=images,
         checkpoint=str(file_of(path)),
+        part=measured_on(checkpoint),
     )

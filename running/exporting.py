@@ -110,12 +110,12 @@ FORMATS = {".onnx": (write_onnx, read_onnx), ".pt2": (write_pt2, read_pt2)}
 
 
 @torch.no_grad()
-def check(exported, net, images):
+def check(exported, net, images, part="test"):
     """Compare the logits of an exported network and of the original on test images. Returns the result in words.
 
     exported: a function from pixels to logits, NumPy arrays; net: the original, which gets the images as `images`
-    normalises them. Raises RuntimeError if logits differ by more than `TOLERANCE`, times the largest absolute logit if
-    that is above 1.
+    normalises them; part: what to call them. Raises RuntimeError if logits differ by more than `TOLERANCE`, times the
+    largest absolute logit if that is above 1.
     """
     steps = images.transform.transforms
     raw = transforms.Compose([step for step in steps if not isinstance(step, transforms.Normalize)])
@@ -132,4 +132,4 @@ def check(exported, net, images):
         raise RuntimeError(f"the exported network's logits differ by {worst:.2g}; it is not kept")
     same = min(int((logits.argmax(1) == expected.argmax(1)).sum()) for logits in outputs)
     batches = " and ".join(map(str, BATCH_SIZES))
-    return f"{len(chosen)} test images, {batches} at once: logits within {worst:.1e}, {same} of the same class"
+    return f"{len(chosen)} {part} images, {batches} at once: logits within {worst:.1e}, {same} of the same class"

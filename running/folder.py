@@ -120,6 +120,14 @@ def write_json(path, content):
     os.replace(write_temporary(path, (json.dumps(content, indent=2) + "\n").encode()), path)
 
 
+def read_json(path):
+    """The contents of a JSON file; None if it does not exist or cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def launcher():
     """A unique identifier of the parent process: host, process id and start time.
 

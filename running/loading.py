@@ -103,8 +103,8 @@ def difference(before, now):
 def check_unchanged(images, results):
     """Raise UserError, which says what differs, unless these images are those of a saved run.
 
-    images: "training" or "test" -> `Images`; results: the saved results of the run, where results["data"] has the
-    fingerprints under the same keys. Runs of older versions have no fingerprints, and are not checked.
+    images: "training", "test" or "held-out" -> `Images`; results: the saved results of the run, where results["data"]
+    has the fingerprints under the same keys. Runs of older versions have no fingerprints, and are not checked.
     """
     before = results.get("data", {})
     for name in images.keys() & before.keys():

@@ -235,6 +235,13 @@ def launch(gpus, script):
     """
     if dist.is_torchelastic_launched():
         raise user_error("--gpus starts the ranks itself; with torchrun leave it out")
+    chosen = visible_gpus(gpus)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    sys.exit(run_ranks(len(chosen), [script, *_without_gpus(sys.argv[1:])]))
+
+
+def visible_gpus(gpus):
+    """The entries of CUDA_VISIBLE_DEVICES for `all` GPUs, or for numbers as 0,1,2. Raises UserError."""
     n_gpus = torch.cuda.device_count()
     chosen = list(range(n_gpus)) if gpus == "all" else [int(number) for number in gpus.split(",")]
     if not chosen or max(chosen) >= n_gpus:
@@ -243,8 +250,7 @@ def launch(gpus, script):
             "several ranks are started by torchrun --nproc-per-node N"
         )
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if len(names) > i and names[i] else str(i) for i in chosen)
-    sys.exit(run_ranks(len(chosen), [script, *_without_gpus(sys.argv[1:])]))
+    return [names[i] if len(names) > i and names[i] else str(i) for i in chosen]
 
 
 def _without_gpus(words):

@@ -15,6 +15,7 @@ from running.errors import UserError
 from running.folder import write_json
 from running.signals import StoppedError, StopSignals
 from running.tensorboard import event_writer, silent_writer
+from running.version import program_version
 from utils import get_logger, shell_quote
 
 
@@ -147,7 +148,9 @@ class Run:
 
     def _finish(self, results):
         options = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
-        results = options | {"seconds": self.seconds()} | results
+        machine = f"{device_name(self.device)}; torch {torch.__version__}"
+        origin = {"seconds": self.seconds(), "version": program_version(), "machine": machine}
+        results = options | origin | results
         results = {name: round(value, 6) if isinstance(value, float) else value for name, value in results.items()}
         with self.surviving_full_disk(self.folder.summary.name):
             write_json(self.folder.summary, results)

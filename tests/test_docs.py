@@ -21,10 +21,11 @@ from models.choices import SEARCH_SPACES
 from models.ops import OPS
 from running.data_sets import DATASETS
 from running.folder import RunFolder, write_json
+from running.protocol_options import build_parser
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CONFIGS = {"search.py": SearchConfig, "augment.py": AugmentConfig}
-COMMANDS = ("cost", "export", "visualize", "genotypes")
+COMMANDS = ("cost", "export", "visualize", "genotypes", "protocol")
 OTHER_PROGRAMS = {"python3", ".", "pip", "tensorboard", "scontrol"}
 OPTIONS_OF_OTHERS = {"--logdir"}  # TensorBoard's
 
@@ -111,6 +112,7 @@ def parse_only(monkeypatch, script, words):
 @pytest.mark.parametrize("words", command_lines())
 def test_every_command_is_accepted(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    words = [word.replace("$SLURM_ARRAY_TASK_ID", "1") for word in words]
     if words[0] == "srun":
         words = words[1:]
     program, *words = words
@@ -142,13 +144,15 @@ def test_every_command_is_accepted(words, tmp_path, monkeypatch):
             make_resumed_runs(CONFIGS[script], words)
             CONFIGS[script](words)
         else:  # in full: argparse takes beginnings of options too
-            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options_of(script)
+            assert {word.partition("=")[0] for word in words if re.match(r"--\S+$", word)} <= options_of(script)
             if not script.startswith("benchmarks/"):
                 parse_only(monkeypatch, script, words)
 
 
 def options_of(script):
-    """The options that a script's source adds to a parser."""
+    """The options of protocol.py; for others, those that the script's source adds to a parser."""
+    if script == "protocol.py":
+        return {name for action in build_parser()._actions for name in action.option_strings}
     return set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", text_of(script)))
 
 
@@ -184,7 +188,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
-    of_a_run = {path.name for path in vars(RunFolder("")).values()} | {"best.onnx", "about.json"}
+    of_a_run = {path.name for path in vars(RunFolder("")).values()} | {"best.onnx", "about.json", "results.json"}
     for name in inline_code(page):
         is_path = re.fullmatch(r"[\w-]+(/[\w-]+)*(/|\.(py|c|md|json|toml|txt|html|pt|onnx))", name)
         if is_path and not name.startswith("runs/") and name.rstrip("/") not in of_a_run:
@@ -258,6 +262,7 @@ def runs(tmp_path_factory):
     for words in (
         ("search.py", "--layers", 3, "--nodes", 2, "--batch-size", 360, *small),
         ("augment.py", "--layers", 3, "--batch-size", 400, "--genotype", "runs/search/digits", *small),
+        ("augment.py", "--layers", 3, "--name", "held-out", "--hold-out", 0.5, "--genotype", "DARTS_V2", *small),
     ):
         process = run_script(*words, cwd=cwd)
         assert process.returncode == 0, process.stderr
@@ -268,8 +273,8 @@ def runs(tmp_path_factory):
 def test_tensorboards_tags_are_those_of_the_table(runs):
     documented = table_after("docs/run-folder.md", "TensorBoard's tags")
     written = set()
-    for stage in ("search", "augment"):
-        events = EventAccumulator(str(runs / stage / "digits" / "tb")).Reload().Tags()
+    for run in ("search/digits", "augment/digits", "augment/held-out"):
+        events = EventAccumulator(str(runs / run / "tb")).Reload().Tags()
         written |= {
             *events["scalars"],
             *events["images"],

@@ -5,7 +5,6 @@ import html
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import BROWSER, BROWSER_FLAGS, ROOT, assert_one_line_error, run_script
 from PIL import Image
 from tensorboardX import SummaryWriter
 
@@ -26,7 +25,6 @@ from models.choices import PRIMITIVES
 from report import figures, pages, story
 from running.evaluation import Evaluation, evaluate
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SEARCH = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--epochs", 3, "--alpha-lr", 0.1)
 AUGMENT = ("--layers", 3, "--init-channels", 4, "--batch-size", 128, "--epochs", 2, "--genotype", "DARTS_V1")
 
@@ -320,19 +318,7 @@ def test_a_run_of_which_no_epoch_is_over_is_refused_in_one_line(cwd, tmp_path, s
 @pytest.mark.parametrize("stage", ["search", "augment"])
 def test_a_browser_shows_a_report_without_errors(cwd, tmp_path, stage, width):
     page = cwd / "runs" / stage / "digits/report.html"
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}/profile",
-        f"--window-size={width},1000",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
-    ]
+    flags = [*BROWSER_FLAGS, f"--user-data-dir={tmp_path}/profile", f"--window-size={width},1000"]
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=120, check=True)
     shown = run([BROWSER, *flags, "--dump-dom", page.as_uri()])
     assert "CONSOLE" not in shown.stderr

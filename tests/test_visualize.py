@@ -100,6 +100,7 @@ SLOW_TO_IMPORT = ("torch", "torchvision", "matplotlib", "tensorboard", "onnx", "
         ("cost.py", "--help"),
         ("export.py", "--help"),
         ("genotypes.py", "--help"),
+        ("protocol.py", "--help"),
         ("genotypes.py",),
     ],
     ids=" ".join,

@@ -1,0 +1,281 @@
+"""The members of a protocol: the runs that each takes, and what came of them.
+
+This module does not import torch, so that protocol.py starts at once.
+"""
+
+import functools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import AugmentConfig, SearchConfig
+from genotypes import from_str, random_genotypes, resolve
+from running.errors import UserError
+from running.folder import RunFolder, read_json
+from running.options import MAY_CHANGE, option_name
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"search": SearchConfig, "augment": AugmentConfig}
+FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have others of, and be the same run
+LOG_TAIL = 4096  # bytes in which the last line of progress is looked for
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run of search.py or augment.py.
+
+    kind: search, selection or final; name: of its folder, RUNS_PATH/STAGE/NAME; words: its other options; part: the
+    number for --member.
+    """
+
+    kind: str
+    name: str
+    words: tuple
+    runs_path: Path
+    part: int
+
+    @property
+    def stage(self):
+        return "search" if self.kind == "search" else "augment"
+
+    @functools.cached_property
+    def config(self):
+        return CONFIGS[self.stage]([*self.words, "--name", self.name, "--runs-path", str(self.runs_path)])
+
+    @property
+    def folder(self):
+        return RunFolder(self.runs_path / self.stage / self.name)
+
+    def command(self):
+        words = [*self.words, "--name", self.name, "--runs-path", str(self.runs_path), "--auto-resume"]
+        return [sys.executable, str(ROOT / f"{self.stage}.py"), *words]
+
+    def summary(self):
+        """The results of the run; None before its end. Raises UserError if the folder has a run with other options."""
+        summary = read_json(self.folder.summary)
+        saved = read_json(self.folder.config)
+        if not summary or not saved:
+            return None
+        saved = self.config.completed(saved, self.folder.config)
+        for name, value in self.config.as_dict().items():
+            if name not in FREE and saved[name] != value:
+                raise UserError(f"{self.folder} is of a run with --{option_name(name)} {saved[name]}, not {value}")
+        return summary
+
+    def epochs_done(self):
+        """How many epochs the run has gone through, as a fraction of its last one too, by its log."""
+        try:
+            with open(self.folder.log, "rb") as log:
+                log.seek(max(0, self.folder.log.stat().st_size - LOG_TAIL))
+                lines = log.read().decode(errors="replace")
+        except OSError:
+            return 0.0
+        found = re.findall(r"  epoch (\d+)/\d+  (\S+)  (?:step (\d+)/(\d+))?", lines)
+        if not found:
+            return 0.0
+        epoch, phase, step, steps = found[-1]
+        done = int(step) / int(steps) if step else 1.0
+        return int(epoch) - 1 + (done if phase == "train" else 1.0)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A cell of the protocol.
+
+    kind: search, random or published; seed: of its search, or of the random cell; genotype: None for a search.
+    """
+
+    name: str
+    kind: str
+    seed: int | None
+    genotype: str | None
+
+
+class Plan:
+    """All runs of a protocol: a search for each member that needs one, a selection training, and final trainings.
+
+    options: of protocol.py; folder: of the protocol, in which the runs' folders are.
+    """
+
+    def __init__(self, options, folder):
+        self.options, self.folder = options, Path(folder)
+        self._over = {}  # task -> its summary, which does not change any more
+        self.seeds = [options.seed + k for k in range(1, options.final_seeds + 1)]
+        like = options.like and resolve(options.like)
+        self.members = [
+            *(Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)),
+            *(_random_member(i, options.seed + i, like) for i in range(1, options.random + 1)),
+            *(Member(name, "published", None, str(resolve(name))) for name in options.cells),
+        ]
+
+    # The runs
+
+    def search(self, member):
+        """The member's search, or None."""
+        if member.kind != "search":
+            return None
+        words = (*self.options.shared, *self.options.search, "--seed", str(member.seed))
+        return Task("search", member.name, words, self.folder, self.members.index(member) + 1)
+
+    def genotype(self, member):
+        """The member's genotype as a string; None before the end of its search."""
+        search = self.search(member)
+        summary = self.summary(search) if search else {"genotype": member.genotype}
+        return summary and summary["genotype"]
+
+    def selection(self, member):
+        """The short training by which the best cell is selected; None before the end of the member's search."""
+        genotype = self.genotype(member)
+        if genotype is None:
+            return None
+        epochs = ("--epochs", str(self.options.select_epochs), "--hold-out", str(self.options.hold_out))
+        words = (*self._training(genotype, self.options.seed), *epochs)
+        return Task("selection", f"{member.name}-selection", words, self.folder, self.members.index(member) + 1)
+
+    def final(self, member, seed, part=0):
+        """The training in full with this seed; its accuracy is on the test images."""
+        words = self._training(self.genotype(member), seed)
+        return Task("final", f"{member.name}-final-seed-{seed}", words, self.folder, part)
+
+    def _training(self, genotype, seed):
+        return (*self.options.shared, *self.options.augment, "--genotype", genotype, "--seed", str(seed))
+
+    # What is over, selection, and what is left
+
+    def summary(self, task):
+        """The results of a run; None before its end. Raises UserError as `Task.summary`."""
+        if task not in self._over and (summary := task.summary()):
+            self._over[task] = summary
+        return self._over.get(task)
+
+    def held_out_top1(self, member):
+        """The accuracy on the held-out images after the selection training; None before its end."""
+        selection = self.selection(member)
+        summary = selection and self.summary(selection)
+        return summary and summary["held_out_top1"]
+
+    def best(self, kind):
+        """The member of a kind with the best accuracy on the held-out images, the first of equal ones; or None."""
+        known = {m: self.held_out_top1(m) for m in self.members if m.kind == kind}
+        known = {member: top1 for member, top1 in known.items() if top1 is not None}
+        return max(known, key=known.get, default=None)
+
+    def finalists(self):
+        """The members to be trained in full, None for one that is not known; as many before the selection as after."""
+        if self.options.finals == "all":
+            return list(self.members)
+        kinds = [kind for kind in ("search", "random") if any(member.kind == kind for member in self.members)]
+        return [*map(self.best, kinds), *(member for member in self.members if member.kind == "published")]
+
+    def tasks(self, failed=()):
+        """The runs that are known so far, in order. Those of the finalists are, once no selection training is left.
+
+        failed: names of runs that are not waited for.
+        """
+        known = [task for member in self.members for task in (self.search(member), self.selection(member)) if task]
+        waited_for = [
+            member
+            for member in self.members
+            if self.held_out_top1(member) is None and not {member.name, f"{member.name}-selection"} & set(failed)
+        ]
+        if not waited_for:
+            finals = [(member, seed) for member in self.finalists() for seed in self.seeds]
+            part = len(self.members) + 1
+            known += [
+                self.final(*pair, part + i) for i, pair in enumerate(finals) if pair[0] and self.genotype(pair[0])
+            ]
+        return known
+
+    def check_part(self, part):
+        """Raise UserError unless there is a part of this number for --member, and it can run now."""
+        if part > len(self.members) + self.count_of("final"):
+            raise UserError(f"--member {part}: there is no such part; {self.parts()}")
+        if part > len(self.members) and part not in [task.part for task in self.tasks()]:
+            raise UserError(f"--member {part} is a final training; it needs parts 1 to {len(self.members)} before it")
+
+    def parts(self):
+        """The numbers for --member, in words."""
+        words, first = [], 1
+        counts = {"search": "searches", "random": "random cells", "published": "published cells"}
+        counts = {name: sum(member.kind == kind for member in self.members) for kind, name in counts.items()}
+        for name, count in (counts | {"final trainings": self.count_of("final")}).items():
+            if count:
+                words.append(f"{first} to {first + count - 1} {name}" if count > 1 else f"{first} {name}")
+            first += count
+        return f"parts: {', '.join(words) or 'none'}"
+
+    def epochs_of(self, kind):
+        """Epochs of a run of a kind."""
+        if kind == "search":
+            return SearchConfig(self.options.search).epochs
+        if kind == "selection":
+            return self.options.select_epochs
+        return AugmentConfig([*self.options.augment, "--genotype", "DARTS_V2"]).epochs
+
+    def count_of(self, kind):
+        """The number of runs of a kind."""
+        return {
+            "search": self.options.searches,
+            "selection": len(self.members),
+            "final": len(self.finalists()) * len(self.seeds),
+        }[kind]
+
+
+def _random_member(i, seed, like):
+    return Member(f"random-{i}", "random", seed, str(random_genotypes(1, seed, like)[0]))
+
+
+def results_of(plan, version):
+    """The content of results.json: what came of each member so far. Accuracies are fractions, times seconds."""
+    options = plan.options
+    conditions = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"]).as_dict()
+    for name in ("genotype", "name", "runs_path", "seed", "hold_out", "checkpoint_minutes", *FREE):
+        conditions.pop(name, None)
+    search_options = SearchConfig([*options.shared, *options.search]).as_dict()
+    for name in ("name", "runs_path", "seed", "checkpoint_minutes", *FREE):
+        search_options.pop(name, None)
+    best = {kind: plan.best(kind) for kind in ("search", "random")}
+    return {
+        "format": 1,
+        "label": options.label,
+        "like": options.like,
+        "command": options.command,
+        "finals": options.finals,
+        "version": version,
+        "search_options": search_options if options.searches else None,
+        "training_options": conditions
+        | {"hold_out": options.hold_out, "select_epochs": options.select_epochs, "select_seed": options.seed},
+        "selected": {kind: member and member.name for kind, member in best.items()},
+        "members": [_result_of(plan, member) for member in plan.members],
+    }
+
+
+def _result_of(plan, member):
+    search, genotype = plan.search(member), plan.genotype(member)
+    result = {"name": member.name, "kind": member.kind, "seed": member.seed, "genotype": genotype}
+    found = search and plan.summary(search)
+    if found:
+        names = ("epochs", "valid_top1", "verdict", "eigenvalue")
+        result["search"] = {name: found[name] for name in names} | _origin(found)
+    if genotype:
+        result["skip_connections"] = {
+            kind: sum(op == "skip_connect" for node in getattr(from_str(genotype), kind) for op, _ in node)
+            for kind in ("normal", "reduce")
+        }
+        selection = plan.summary(plan.selection(member))
+        if selection:
+            result |= {name: selection[name] for name in ("parameters_M", "multiply_adds_M", "held_out_top1")}
+            result["selection"] = _origin(selection)
+        is_finalist = member in plan.finalists()
+        finals = {seed: plan.summary(plan.final(member, seed)) for seed in plan.seeds * is_finalist}
+        result["final"] = [
+            {"seed": seed, "test_top1": summary["test_top1"]} | _origin(summary)
+            for seed, summary in finals.items()
+            if summary
+        ]
+    return result
+
+
+def _origin(summary):
+    return {name: summary.get(name) for name in ("seconds", "version", "machine")}

@@ -1,0 +1,235 @@
+"""The report of protocols: tables with intervals, a figure with every member, all cells."""
+
+import copy
+import re
+import shutil
+import statistics
+import subprocess
+
+import pytest
+from conftest import BROWSER, BROWSER_FLAGS, assert_one_line_error, run_script
+from scipy import stats
+
+from config import AugmentConfig
+from genotypes import DARTS_V1, DARTS_V2, resolve
+from report import comparison, figures
+from running.errors import UserError
+from running.folder import write_json
+
+SEARCHED, CHANCE = [0.91, 0.93, 0.90, 0.94, 0.92], [0.89, 0.92, 0.90, 0.93]
+TRAINING = {
+    "dataset": "digits",
+    "layers": 3,
+    "init_channels": 4,
+    "epochs": 3,
+    "hold_out": 0.1,
+    "select_epochs": 2,
+}
+
+
+def member(kind, i, top1, genotype, tests=()):
+    """A member as in results.json. tests: test accuracies, of seeds 1, 2, ..."""
+    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64"}
+    found = {"epochs": 50, "valid_top1": 0.8, "verdict": "settled: for 9 epochs", "eigenvalue": 0.25}
+    content = {
+        "name": f"{kind}-{i}",
+        "kind": kind,
+        "seed": i,
+        "genotype": str(genotype),
+        "skip_connections": {"normal": 2, "reduce": 3},
+        "parameters_M": 3.5,
+        "multiply_adds_M": 520.0,
+        "held_out_top1": top1,
+        "selection": origin,
+        "final": [{"seed": seed, "test_top1": test} | origin for seed, test in enumerate(tests, 1)],
+    }
+    return content | ({"search": found | origin} if kind == "search" else {})
+
+
+def made_up(label="searched", searched=SEARCHED, chance=CHANCE, like=None, **options):
+    members = [member("search", i, top1, DARTS_V1) for i, top1 in enumerate(searched, 1)]
+    members += [member("random", i, top1, resolve(f"random:{i}")) for i, top1 in enumerate(chance, 1)]
+    return {
+        "format": 1,
+        "label": label,
+        "like": like,
+        "command": f"python protocol.py --label '{label}'",
+        "version": "0123456789ab",
+        "search_options": {"order": "first"} if searched else None,
+        "training_options": TRAINING | options,
+        "selected": {"search": None, "random": None},
+        "members": members,
+    }
+
+
+def rows_of(all_results, images="held-out"):
+    rows = comparison.accuracy_rows(comparison.methods_of(all_results), images)
+    return {name: cells for name, *cells in rows}
+
+
+def test_a_row_holds_n_mean_sd_interval_and_the_difference_to_chance():
+    n, mean, sd, interval, best, less, of_difference = rows_of([made_up()])["searched"]
+    searched, chance = ([100 * top1 for top1 in sample] for sample in (SEARCHED, CHANCE))
+    low, high = stats.ttest_1samp(searched, 0).confidence_interval(0.95)
+    assert (n, mean, best) == (5, "92.00", "94.00")
+    assert sd == f"{statistics.stdev(searched):.2f}"
+    assert interval == f"{low:.2f} to {high:.2f}"
+    low, high = stats.ttest_ind(searched, chance, equal_var=False).confidence_interval(0.95)
+    assert less == f"{92 - statistics.fmean(chance):+.2f}"
+    assert of_difference == f"{low:+.2f} to {high:+.2f}"
+    assert rows_of([made_up()])["random cells"][-2:] == ["-", "-"]
+
+
+def test_a_single_run_has_neither_sd_nor_interval():
+    row = rows_of([made_up(searched=[0.9], chance=[0.8])])["searched"]
+    assert row == [1, "90.00", "-", "-", "90.00", "+10.00", "-"]
+
+
+def test_test_accuracies_are_over_seeds_of_one_cell_or_over_cells():
+    results = made_up(searched=[0.9, 0.8], chance=[])
+    results["members"][0] = member("search", 1, 0.9, DARTS_V1, tests=[0.5, 0.6, 0.7])
+    assert rows_of([results], "test")["searched"][:2] == [3, "60.00"]  # seeds
+    results["members"][1] = member("search", 2, 0.8, DARTS_V2, tests=[0.8, 0.8, 0.8])
+    assert rows_of([results], "test")["searched"][:2] == [2, "70.00"]  # cells, of their means over seeds
+
+
+def test_chance_may_be_in_one_of_several_results_and_counts_once():
+    first, second = made_up("first"), made_up("second", chance=[])
+    alone, together = rows_of([first]), rows_of([first, second, copy.deepcopy(first)])
+    assert list(together) == ["first", "random cells", "second"]
+    assert together["random cells"][0] == len(CHANCE)
+    assert together["first"] == alone["first"]
+    assert together["second"][-1] == alone["first"][-1]
+
+
+def test_cells_of_equal_cost_and_published_cells_have_rows_of_their_own():
+    results = made_up("x", searched=[], like="DARTS_V2")
+    results["members"].append(member("published", 1, 0.9, DARTS_V2) | {"name": "DARTS_V2", "seed": None})
+    assert list(rows_of([results])) == ["random cells like DARTS_V2", "DARTS_V2"]
+    assert rows_of([results])["DARTS_V2"][-1] == "-"  # they are not the random cells that others are compared to
+
+
+def test_searches_of_other_options_need_other_labels():
+    other = made_up() | {"search_options": {"order": "second"}}
+    with pytest.raises(UserError, match="both called 'searched'"):
+        comparison.methods_of([made_up(), other])
+
+
+def page_of(all_results, tmp_path):
+    comparison.write(all_results, tmp_path / "report.html")
+    return (tmp_path / "report.html").read_text()
+
+
+def test_results_of_other_conditions_are_not_compared(tmp_path):
+    all_results = [made_up("a"), made_up("b", chance=[], epochs=600)]
+    page = page_of(all_results, tmp_path)
+    columns = page.split('<section class="run">')[1:]
+    assert len(columns) == 2
+    assert "less random cells" in columns[0]
+    assert "+0.00" not in columns[1]
+    assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
+    for name in ("tables.md", "figure.svg"):
+        with pytest.raises(UserError, match="different conditions"):
+            comparison.write(all_results, tmp_path / name)
+
+
+def test_options_that_were_added_to_the_program_make_no_other_conditions(tmp_path):
+    """A results.json from before has no value for them, and had what are their defaults."""
+    defaults = AugmentConfig(["--genotype", "DARTS_V2"]).as_dict()
+    before, after = made_up("a"), made_up("b", chance=[], lr_decay=defaults["lr_decay"], execution="fused")
+    after["search_options"]["early_stop"] = False
+    assert page_of([before, after], tmp_path).count('<section class="run">') == 1
+    assert "searched" in rows_of([before | {"label": "searched"}, after | {"label": "searched"}])
+    after["training_options"]["execution"] = "plain"
+    assert page_of([before, after], tmp_path).count('<section class="run">') == 2
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot")
+def test_a_page_shows_every_cell_and_every_command(tmp_path):
+    page = page_of([made_up("a <b>"), made_up("c", chance=[])], tmp_path)
+    assert page.count('alt="normal cell: ') == page.count('alt="reduce cell: ') == 2 * len(SEARCHED) + len(CHANCE)
+    assert "python protocol.py --label &#x27;a &lt;b&gt;&#x27;" in page
+    assert "a <b>" not in page
+    assert "settled: for 9 epochs" in page
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        made_up(searched=[], chance=[]),
+        made_up(searched=[]),
+        made_up(chance=[]),
+        made_up(searched=[0.9], chance=[]),
+        made_up(searched=[], chance=[0.9]),
+        made_up(searched=[0.9] * 3, chance=[0.9] * 3),
+    ],
+    ids=["nothing", "no searches", "no chance", "one search", "one random cell", "all equal"],
+)
+def test_any_number_of_members_makes_a_page(results, tmp_path):
+    assert "Every member" in page_of([results], tmp_path)
+    comparison.write([results], tmp_path / "tables.md")
+    comparison.write([results], tmp_path / "figure.svg")
+
+
+def test_members_that_are_not_over_make_a_page(tmp_path):
+    results = made_up()
+    results["members"] = [
+        {"name": "search-1", "kind": "search", "seed": 1, "genotype": None},
+        {"name": "search-2", "kind": "search", "seed": 2, "genotype": None},
+        {**member("search", 3, 0.5, DARTS_V1), "final": []},
+        {"name": "random-1", "kind": "random", "seed": 1, "genotype": str(DARTS_V2), "skip_connections": {"normal": 2}}
+        | {"final": []},
+    ]
+    assert rows_of([results])["searched"][0] == 1
+    assert "search-2" in page_of([results], tmp_path)
+
+
+def test_the_figure_has_a_point_for_every_member():
+    methods = comparison.methods_of([made_up("a"), made_up("b", searched=[0.5], chance=[])])
+    held_out, test = figures.members(methods, comparison.CHANCE).axes
+    points = [line.get_xdata().tolist() for line in held_out.lines if line.get_marker() == "o"]
+    assert points == [[100 * top1 for top1 in sample] for sample in (SEARCHED, CHANCE, [0.5])]
+    assert [label.get_text() for label in held_out.get_yticklabels()] == ["a", "random cells", "b"]
+    assert not test.lines
+
+
+def test_tables_in_markdown(tmp_path):
+    comparison.write([made_up()], tmp_path / "tables.md")
+    lines = (tmp_path / "tables.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in table} == {9}
+    assert table[2].startswith("| searched | 5 | 92.00 |")
+
+
+@pytest.mark.process
+def test_visualize_writes_several_results_side_by_side(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "results.json", made_up(name))
+    process = run_script("visualize.py", "a/results.json", "b/results.json", cwd=tmp_path)
+    assert process.stdout == "report.html\n", process.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>a, b</h1>" in page
+    assert run_script("visualize.py", "a/results.json", cwd=tmp_path).stdout == "a/report.html\n"
+    write_json(tmp_path / "b/results.json", {"members": [{}]})
+    assert_one_line_error(run_script("visualize.py", "b/results.json", cwd=tmp_path), "no results.json of protocol.py")
+
+
+@pytest.mark.process
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_shows_the_report_without_errors_and_without_overflow(tmp_path, width):
+    page = page_of([made_up("a way of searching with a long name"), made_up("another", chance=[])], tmp_path)
+    measure = "<script>document.title = document.documentElement.scrollWidth - innerWidth</script></body>"
+    (tmp_path / "report.html").write_text(page.replace("</body>", measure))
+    flags = [*BROWSER_FLAGS, f"--user-data-dir={tmp_path}/profile", f"--window-size={width},1000"]
+    shown = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", (tmp_path / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in shown.stderr
+    overflow = int(re.search(r"<title>(-?\d+)</title>", shown.stdout).group(1))
+    assert overflow <= 0  # tables scroll within themselves

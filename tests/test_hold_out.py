@@ -1,0 +1,106 @@
+"""--hold-out F of augment.py: accuracy on a part of the training images, without the test images."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from conftest import run_script
+
+from running.data_sets import DATASETS, hold_out_of_training
+from running.errors import UserError
+from running.evaluation import evaluate
+from utils import get_data
+
+AUGMENT = ("--genotype", "DARTS_V2", "--layers", 3, "--init-channels", 2, "--epochs", 1, "--workers", 0)
+
+
+class Named(list):
+    """Images of these names; the image itself is its name."""
+
+    @property
+    def names(self):
+        return list(self)
+
+    def part(self, indices):
+        return Named(self[i] for i in indices)
+
+
+def split(names, labels, fraction):
+    source, _, held_out, held_out_labels = hold_out_of_training(Named(names), labels, fraction)
+    return set(source), dict(zip(held_out, held_out_labels))
+
+
+def names_of(counts):
+    """(names, labels) of so many images of each class."""
+    pairs = [(f"{label}/{i:04d}.png", label) for label, count in enumerate(counts) for i in range(count)]
+    return [name for name, _ in pairs], [label for _, label in pairs]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.99])
+def test_of_each_class_the_same_fraction_is_held_out(fraction):
+    counts = [2, 10, 101, 400]
+    names, labels = names_of(counts)
+    kept, held_out = split(names, labels, fraction)
+    assert not kept & set(held_out)
+    assert kept | set(held_out) == set(names)
+    for label, n in Counter(held_out.values()).items():
+        assert n == min(max(round(fraction * counts[label]), 1), counts[label] - 1)
+    assert len(set(held_out.values())) == len(counts)
+
+
+def test_which_images_are_held_out_depends_on_their_names_alone():
+    names, labels = names_of([40, 60])
+    _, held_out = split(names, labels, 0.2)
+    order = random.Random(0).sample(range(100), 100)
+    assert split([names[i] for i in order], [labels[i] for i in order], 0.2)[1] == held_out
+
+
+def test_an_image_that_is_added_moves_at_most_one_other():
+    names, labels = names_of([40, 60])
+    _, before = split(names, labels, 0.2)
+    for i in range(30):
+        _, after = split([*names, f"0/added{i}.png"], [*labels, 0], 0.2)
+        assert len(set(before) - set(after)) <= 1
+        assert len(set(after) - set(before)) <= 1
+
+
+def test_a_class_with_a_single_image_is_refused():
+    with pytest.raises(UserError, match="two training images"):
+        split(["a", "b", "c"], [0, 0, 1], 0.1)
+
+
+def test_held_out_images_are_training_images_without_augmentation():
+    _, _, _, training = get_data("digits", "data", 0, validation=False)
+    _, _, n_classes, rest, held_out = get_data("digits", "data", 4, validation=True, hold_out=0.1)
+    assert len(rest) + len(held_out) == len(training)
+    assert n_classes == 10
+    pixels = {training.source[i][0].tobytes() for i in range(len(training))}
+    assert {held_out.source[i][0].tobytes() for i in range(len(held_out))} <= pixels
+    assert held_out.transform is rest.plain_transform
+    assert DATASETS["digits"].mean_std is None
+    assert rest.normalisation() != training.normalisation()  # computed without the held-out images
+
+
+@pytest.mark.process
+def test_test_images_are_not_opened(image_folder, tmp_path):
+    root = image_folder()
+    words = ("--dataset", "folder", "--data-path", root, "--image-size", 12, *AUGMENT)
+    process = run_script("augment.py", "--name", "before", "--hold-out", 0.25, *words, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for file in (root / "val").rglob("*.png"):
+        file.write_bytes(b"poison")
+    process = run_script("augment.py", "--name", "after", "--hold-out", 0.25, *words, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    before, after = (
+        json.loads((tmp_path / f"runs/augment/{name}/summary.json").read_text()) for name in ("before", "after")
+    )
+    assert before["held_out_top1"] == after["held_out_top1"]
+    assert "test_top1" not in before
+    process = run_script("augment.py", "--name", "test", *words, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "cannot read the image" in process.stderr  # where the test images are measured, the poison is met
+
+    evaluation = evaluate(tmp_path / "runs/augment/before", root)  # of the same images as in training
+    assert (evaluation.part, len(evaluation.labels)) == ("held-out", 6)
+    assert evaluation.top1 == pytest.approx(before["held_out_top1"], abs=1e-6)
