@@ -15,7 +15,7 @@ from models.fast.modules import geometry, separate_output
 
 class Batched(Layout):
     def mixed(self, states, edges, statistics):
-        source = torch.stack(states, 1) if len(states) > 1 else states[0].contiguous().unsqueeze(1)
+        source = (torch.stack(states, 1) if len(states) > 1 else states[0].unsqueeze(1)).contiguous()
         w, terms, total = self._without_weights(source, edges.candidates, statistics)
         bases = add(total, _blended(w, terms)) if terms else total
         outputs = self._add_chains(bases, Inputs([source], edges.n, self._repeat), edges.chains, statistics)
