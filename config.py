@@ -83,6 +83,12 @@ class SearchConfig(RunOptions):
             action="store_true",
             help="compute what a cell has inside again for the backward pass, to need less memory",
         )
+        group.add_argument(
+            "--cuda-graphs",
+            default="auto",
+            choices=("auto", "off"),
+            help="auto: on one GPU, without --sync-bn, record a step's kernels once an epoch and replay them",
+        )
 
         group = parser.add_argument_group("search")
         group.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="epochs")

@@ -34,6 +34,7 @@ from models.sync_bn import synchronise
 from report.cells import HOW_TO_INSTALL, plot
 from running import ranks
 from running.costs import cost, describe, describe_latency
+from running.cuda_graphs import StepGraphs
 from running.data_sets import stratified_split
 from running.devices import seed_generators
 from running.errors import user_errors_in_one_line
@@ -85,6 +86,7 @@ def search(network, architect):
         results = run.start(state, results, network=network, architect=architect)
         genotypes, history = results["found"], results["history"]  # "last" and "best"; of each epoch
         scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done=run.epoch)
+        graphs = StepGraphs(run, net, bilevel)
         chart_edges(run, net)
         run.log(
             f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
@@ -99,7 +101,7 @@ def search(network, architect):
                 break
             net.begin_epoch(epoch, config.epochs)
             if not run.position["trained"]:
-                train(epoch, run, net, bilevel, trn_loader, val_loader, w_optim, alpha_optim, scheduler)
+                train(epoch, run, net, bilevel, trn_loader, val_loader, w_optim, alpha_optim, scheduler, graphs)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
             last = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
@@ -159,9 +161,9 @@ def build(network, config, device, channels, n_classes):
     return net, w_optim, alpha_optim
 
 
-def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler):
+def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_optim, scheduler, graphs=None):
     """One epoch of Algorithm 1: alpha descends L_V through a virtual step of w, then w descends L_T."""
-    config = run.config
+    config, graphs = run.config, graphs or StepGraphs(run, net, architect)
     xi = scheduler.get_last_lr()[0] if config.order == "second" else 0.0  # of eq. 6; w's learning rate, or first order
     weights, alphas = list(net.weights()), list(net.alphas())
     loaders = {"w": trn_loader, "alpha": val_loader}
@@ -179,21 +181,18 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
         if net.alphas_learn:
             with mixed_precision:
-                val_loss = architect.unrolled_backward(trn_X, trn_y, val_X, val_y, xi, w_optim)
+                val_loss = graphs(alphas, architect.unrolled_backward, (trn_X, trn_y, val_X, val_y), xi, w_optim)
             of_alpha = val_loss, nn.utils.get_total_norm([alpha.grad for alpha in alphas])
             undo = Undo(alpha_optim)
             alpha_optim.step()
 
         # w: a step by the gradient of L_T(w, alpha), at the new alpha
         w_optim.zero_grad()
-        with mixed_precision:
-            logits = net(trn_X)
-            loss = net.criterion(logits, trn_y)
-        ranks.row_weighted(loss, trn_y).backward(inputs=weights)
-        trn_loss = ranks.average_step(loss.detach(), net, weights, trn_y, config.sync_bn)
+        logits, loss = graphs(weights, w_gradient, (trn_X, trn_y), net, weights, mixed_precision)
+        trn_loss = ranks.average_step(loss, net, weights, trn_y, config.sync_bn)
         w_norm = nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
         # all that the step has computed is read here, since reading waits for the device
-        w_norm, *of_alpha = meters.update(trn_loss, logits.detach(), trn_y, n, others=(w_norm, *of_alpha))
+        w_norm, *of_alpha = meters.update(trn_loss, logits, trn_y, n, others=(w_norm, *of_alpha))
         if net.alphas_learn:
             check_finite(run, "alpha", *of_alpha, alpha_optim, loaders, undo)
         check_finite(run, "w", meters.loss.val, w_norm, w_optim, loaders, undo)
@@ -211,12 +210,22 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
             run.save_if_due()
             run.stop_if_asked()
 
+    graphs.forget()
     meters.finish("train", f"w_lr {w_optim.param_groups[0]['lr']:.5f}  ")
     run.scalar("epoch", epoch)
     run.scalar("speed/steps_per_second", 1 / meters.seconds_per_step())
     run.note_position(meters)
     run.save_if_due()
     run.stop_if_asked()
+
+
+def w_gradient(X, y, net, weights, mixed_precision):
+    """Set the weights' gradients of L_T(w, alpha) at a batch, on several ranks row-weighted. Returns (logits, loss)."""
+    with mixed_precision:
+        logits = net(X)
+        loss = net.criterion(logits, y)
+    ranks.row_weighted(loss, y).backward(inputs=weights)
+    return logits.detach(), loss.detach()
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py tf32       # the error of eq. 7 in float32, with TF32 and without, against float64
     python benchmarks/gpu.py profile    # one step: launches, the share of time that the GPU works, the dearest kernels
-    python benchmarks/gpu.py graphs     # alpha's gradient as a CUDA graph: times faster, and whether bits are the same
+    python benchmarks/gpu.py graphs     # a step's gradients with --cuda-graphs auto and off: seconds, and their bits
     python benchmarks/gpu.py layouts    # depthwise convolutions and products, as they are and in another layout
 
 Prints text, and adds a line of JSON to the file that --json names. With --device cpu it runs without a GPU, to show
@@ -26,8 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import architect
 from architect import Architect
 from benchmarks.paired import machine
+from config import SearchConfig
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
+from running.cuda_graphs import EAGER_STEPS, StepGraphs
+from running.devices import use_deterministic_algorithms
+from search import w_gradient
 
 
 def main():
@@ -51,7 +55,7 @@ def main():
 
 
 def network(args, dtype=torch.float32):
-    """The network, two batches and a function that sets alpha's gradient."""
+    """The network, its architect and w's optimizer, and two batches."""
     torch.manual_seed(0)
     net = SearchCNN(3, args.init_channels, 10, args.layers, nn.CrossEntropyLoss())
     batches = [
@@ -60,8 +64,7 @@ def network(args, dtype=torch.float32):
     net = net.to(args.device, dtype, memory_format=torch.channels_last).train()
     trn, val = ((X.to(args.device, dtype, memory_format=torch.channels_last), y.to(args.device)) for X, y in batches)
     w_optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
-    bilevel = Architect(net, 0.9, 3e-4)
-    return net, trn, w_optim, lambda: bilevel.unrolled_backward(*trn, *val, 0.025, w_optim)
+    return net, Architect(net, 0.9, 3e-4), w_optim, trn, val
 
 
 def synchronise(args):
@@ -85,11 +88,11 @@ def tf32(args):
     """Relative errors of H, eq. 7."""
     hessians, d = {}, None
     for name in ("float64", "float32", "float32 with TF32"):
-        net, trn, _, _ = network(args, torch.float64 if name == "float64" else torch.float32)
+        net, bilevel, _, trn, _ = network(args, torch.float64 if name == "float64" else torch.float32)
         d = d or torch.autograd.grad(net.loss(*trn), list(net.weights()))  # in float64
         d_rounded = [g.to(w) for g, w in zip(d, net.weights())]
         with allowing_tf32() if "TF32" in name else contextlib.nullcontext():
-            hessian = Architect(net, 0.9, 3e-4).compute_hessian(d_rounded, *trn)
+            hessian = bilevel.compute_hessian(d_rounded, *trn)
         hessians[name] = torch.cat([h.flatten().double() for h in hessian])
     exact = hessians.pop("float64")
     errors = {name: ((hessian - exact).norm() / exact.norm()).item() for name, hessian in hessians.items()}
@@ -112,12 +115,12 @@ def allowing_tf32():
 
 def profile(args):
     """One step, as search.py takes it."""
-    net, trn, w_optim, alpha_gradient = network(args)
+    net, bilevel, w_optim, trn, val = network(args)
     weights = list(net.weights())
     alpha_optim = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
     def step():
-        alpha_gradient()
+        bilevel.unrolled_backward(*trn, *val, 0.025, w_optim)
         alpha_optim.step()
         w_optim.zero_grad()
         net.loss(*trn).backward(inputs=weights)
@@ -145,31 +148,41 @@ def profile(args):
 
 
 def graphs(args):
-    """Alpha's gradient, captured once with the batches where they are, and replayed."""
+    """The gradients of alpha and w as search.py computes them, with --cuda-graphs off and auto, and --deterministic."""
     if args.device == "cpu":
         print("graphs: needs CUDA")
         return {}
-    net, _, _, alpha_gradient = network(args)
-    alphas = list(net.alphas())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            alpha_gradient()
-    torch.cuda.current_stream().wait_stream(stream)
-    expected = [alpha.grad.clone() for alpha in alphas]
-    eager = seconds(alpha_gradient, args)
-    again = all(torch.equal(alpha.grad, grad) for alpha, grad in zip(alphas, expected))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        alpha_gradient()
-    captured = [alpha.grad for alpha in alphas]
-    replayed = seconds(graph.replay, args)
-    same = all(torch.equal(grad, other) for grad, other in zip(captured, expected))
-    print(f"alpha's gradient: eager {eager:.4f} s, as a graph {replayed:.4f} s, {eager / replayed:.2f} times faster")
-    print(f"same bits: eager twice {again}, eager and graph {same}")
-    print(f"peak of allocated memory: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
-    return {"eager": eager, "graph": replayed, "same_bits_eager": again, "same_bits": same}
+    use_deterministic_algorithms()
+    results = {choice: timed_gradients(choice, args) for choice in ("off", "auto")}
+    gradients = [result.pop("gradients") for result in results.values()]
+    same = all(map(torch.equal, *gradients))
+    for choice, result in results.items():
+        print(f"--cuda-graphs {choice}: {result['seconds']:.4f} s, peak of allocated memory {result['peak_MB']:.0f} MB")
+    print(f"{results['off']['seconds'] / results['auto']['seconds']:.2f} times faster; same bits: {same}")
+    return results | {"same_bits": same}
+
+
+def timed_gradients(choice, args):
+    """Seconds and peak memory of the gradients of a step, and the gradients."""
+    net, bilevel, w_optim, trn, val = network(args)
+    weights, alphas = list(net.weights()), list(net.alphas())
+    config = SearchConfig(["--cuda-graphs", choice])
+    step_graphs = StepGraphs(argparse.Namespace(config=config, device=torch.device("cuda"), log=print), net, bilevel)
+    context = contextlib.nullcontext()
+
+    def step():
+        step_graphs(alphas, bilevel.unrolled_backward, (*trn, *val), 0.025, w_optim)
+        w_optim.zero_grad()
+        step_graphs(weights, w_gradient, trn, net, weights, context)
+
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(EAGER_STEPS + 1):
+        step()
+    return {
+        "seconds": seconds(step, args),
+        "peak_MB": torch.cuda.max_memory_allocated() / 1e6,
+        "gradients": [parameter.grad.clone() for parameter in (*alphas, *weights)],
+    }
 
 
 def layouts(args):

@@ -71,6 +71,10 @@ class PoolBN(nn.Sequential):
             raise ValueError(f"pool_type must be 'max' or 'avg', not {pool_type!r}")
         super().__init__(pool, nn.BatchNorm2d(C, affine=affine))
 
+    def forward(self, x):
+        # On CUDA PyTorch computes wrong gradients for average pooling of channels-last images (seen with torch 2.11).
+        return super().forward(x.contiguous() if x.is_cuda else x)
+
 
 class StdConv(nn.Sequential):
     """ReLU - conv - BN."""

@@ -196,9 +196,20 @@ class UnmovedBuffers:
     def __enter__(self):
         modules = [module for module in self.net.modules() if vars(module).get("track_running_stats", True)]
         self.before = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+        copies = _copies([tensor for _, tensors in self.before for tensor in tensors.values() if tensor is not None])
         for buffers, tensors in self.before:
-            buffers.update((name, tensor if tensor is None else tensor.clone()) for name, tensor in tensors.items())
+            buffers.update((name, tensor if tensor is None else next(copies)) for name, tensor in tensors.items())
 
     def __exit__(self, *error):
         for buffers, tensors in self.before:
             buffers.update(tensors)
+
+
+@torch.no_grad()
+def _copies(tensors):
+    """An iterator of copies of tensors, made by one call for each dtype."""
+    copies = list(map(torch.empty_like, tensors))
+    for dtype in {tensor.dtype for tensor in tensors}:
+        of_type = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        torch._foreach_copy_([copies[i] for i in of_type], [tensors[i] for i in of_type])
+    return iter(copies)

@@ -75,6 +75,7 @@ def test_every_option_has_help_and_stands_in_a_named_group():
         (["--primitives", ""], "unknown operation ''"),
         (["--primitives", "x" * 5000], "x'; give"),
         (["--execution", "slow"], "plain"),
+        (["--cuda-graphs", "on"], "auto"),
         (["--eps-scale", "0"], "above 0"),
         (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),
         (["stray"], "stray"),

@@ -58,13 +58,19 @@ def test_the_fused_cells_are_the_plain_ones_on_cuda():
         assert torch.allclose(a.double(), b.double(), rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("name", OPS)
-def test_every_op_is_the_same_as_on_the_cpu(name, stride):
+def test_every_op_and_its_gradient_are_the_same_as_on_the_cpu(name, stride, memory_format):
     torch.manual_seed(0)
-    op, x = OPS[name](4, stride, True).double(), torch.randn(2, 4, 9, 9, dtype=torch.float64)
-    expected = op(x)
-    assert torch.allclose(op.cuda()(x.cuda()).cpu(), expected, rtol=1e-9, atol=1e-12)
+    op, x, found = OPS[name](4, stride, True).double(), torch.randn(2, 4, 9, 9, dtype=torch.float64), []
+    for device in ("cpu", "cuda"):
+        op, image = op.to(device), x.to(device, memory_format=memory_format).requires_grad_()
+        y = op(image)
+        (gradient,) = torch.autograd.grad((y * torch.arange(y.numel(), device=device).view_as(y)).sum(), image)
+        found.append((y.cpu(), gradient.cpu()))
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
 
 
 def test_drop_path_keeps_the_expected_share_on_cuda():
@@ -140,7 +146,7 @@ def test_eq_7_in_float32_is_within_2_percent_of_float64(allowed, request):
 
 
 @pytest.mark.parametrize("stage", ["search", "augment"])
-@pytest.mark.parametrize("words", ["", "--amp", "--sync-bn"])
+@pytest.mark.parametrize("words", ["", "--amp", "--sync-bn", "--cuda-graphs off"])
 def test_a_step_waits_for_the_gpu_once(stage, words, monkeypatch):
     reads = []
 
@@ -153,11 +159,12 @@ def test_a_step_waits_for_the_gpu_once(stage, words, monkeypatch):
             torch.cuda.set_sync_debug_mode("error")
 
     monkeypatch.setattr(torch.Tensor, "tolist", read)
-    batches = Batches(digits_batch(seed) for seed in range(3))
+    batches = Batches(digits_batch(seed) for seed in range(4))
     if stage == "search":
         epoch = search_epoch(SearchConfig([*words.split(), "--device", "cuda"]), small_default_net(), batches)
     else:
         net = AugmentCNN(8, 1, 4, 10, 3, True, DARTS_V2).cuda().train()
+        words = words.replace("--cuda-graphs off", "")
         epoch = augment_epoch(
             AugmentConfig(["--genotype", "DARTS_V2", *words.split(), "--device", "cuda"]), net, batches
         )
@@ -169,21 +176,23 @@ def test_a_step_waits_for_the_gpu_once(stage, words, monkeypatch):
     assert len(reads) == len(batches)
 
 
-def test_the_gradient_of_alpha_can_be_captured_as_a_cuda_graph_and_has_the_same_bits():
-    net, trn, val = small_default_net(), digits_batch(1), digits_batch(2)
-    architect, optim = Architect(net, 0.9, 3e-4), torch.optim.SGD(net.weights(), 0.1, momentum=0.9)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            architect.unrolled_backward(*trn, *val, 0.1, optim)
-    torch.cuda.current_stream().wait_stream(stream)
-    expected = [alpha.grad.clone() for alpha in net.alphas()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        architect.unrolled_backward(*trn, *val, 0.1, optim)
-    graph.replay()
-    assert all(torch.equal(alpha.grad, grad) for alpha, grad in zip(net.alphas(), expected))
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("", "--order first", "--amp", "--recompute", "--amp --recompute"),
+        *("--variant beta-darts", "--variant pc-darts --pc-warm-up 1"),
+    ],
+)
+def test_cuda_graphs_give_the_bits_of_eager_steps(words, tmp_path):
+    words = (*TINY, "--batch-size", 96, *words.split(), "--deterministic", "--runs-path", tmp_path)
+    for graphs in ("auto", "off"):
+        process = run_script("search.py", *words, "--cuda-graphs", graphs, "--name", graphs, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        assert ("no CUDA graphs" in process.stdout) == (graphs == "off")
+    states = [load_checkpoint(tmp_path / "search" / name / "checkpoint.pt")["keeps"] for name in ("auto", "off")]
+    for a, b in zip(*map(torch.utils._pytree.tree_leaves, states), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("changes", [{"recompute": True}, {"sync_bn": True}], ids=["--recompute", "--sync-bn"])

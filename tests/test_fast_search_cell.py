@@ -276,7 +276,7 @@ def test_a_search_on_digits_finds_the_same_genotype():
     assert (fused_alphas - plain_alphas).abs().max() < 1e-6  # of moves by 0.03 a step
 
 
-def test_the_path_of_cuda_launches_a_fifth_of_the_plain_operations(monkeypatch):
+def test_the_path_of_cuda_launches_a_quarter_of_the_plain_operations(monkeypatch):
     monkeypatch.setattr(search_cell, "layout_for", lambda x: search_cell.BATCHED)
     counts = {}
     for execution in EXECUTIONS:
@@ -284,7 +284,7 @@ def test_the_path_of_cuda_launches_a_fifth_of_the_plain_operations(monkeypatch):
         with Launches() as counter:
             net.loss(*batch(dtype=torch.float32)).backward()
         counts[execution] = counter.count
-    assert counts["fused"] <= counts["plain"] / 5
+    assert counts["fused"] <= counts["plain"] / 4
 
 
 @pytest.fixture

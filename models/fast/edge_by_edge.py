@@ -98,8 +98,8 @@ class EdgeByEdge(Layout):
         """factor x + shift for each edge, (E, N, C, H, W); factor, shift: (E, C)."""
         return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
 
-    def _separately(self, ops, x):
-        return torch.stack([separate_output(op, x) for op in ops])
+    def _separately(self, ops, x, weights):
+        return torch.stack([separate_output(op, x) for op in ops]) * weights[:, None, None, None, None]
 
     def _batch_norm(self, x, bns, statistics):
         """PyTorch's BN of x with the batch's statistics."""

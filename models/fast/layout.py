@@ -77,17 +77,14 @@ class Layout:
 
     folded_activations = ()  # those that `_depthwise` does itself
 
-    def prepared(self, operations, weights, N):
+    def prepared(self, operations, weights):
         """The cell's `Edges`, all weights of chains stacked by one step.
 
         operations: of each group of edges that run together, operations[s][t]: the candidates from source s to target
-        t; weights: of each, (S * n, candidates); N: images.
+        t; weights: of each, (S * n, candidates).
         """
         candidates = list(map(candidates_of, operations, weights))
-        chains = _pending(
-            [[candidate for candidate in group if candidate.kind == "chain"] for group in candidates],
-            lambda kernels: self._kernels(kernels, N),
-        )
+        chains = _pending([[candidate for candidate in group if candidate.kind == "chain"] for group in candidates])
         return [Edges(len(ops[0]), *group) for ops, *group in zip(operations, candidates, chains)]
 
     def _without_weights(self, x, candidates, statistics):
@@ -111,8 +108,7 @@ class Layout:
                 else:  # the recorded ones need not be
                     total = add(total, self._scaled(pooled, *recorded_scale(bns, candidate.weights)))
             elif candidate.kind == "separate" or only_zeros:
-                outputs = self._separately(candidate.ops, x)
-                total = add(total, outputs * candidate.weights[:, None, None, None, None])
+                total = add(total, self._separately(candidate.ops, x, candidate.weights))
         return torch.stack(columns, 1) if terms else None, terms, total
 
     def _add_chains(self, bases, inputs, chains, statistics):
@@ -141,10 +137,6 @@ class Layout:
                 chain.images = outputs
             chains = unfinished
         return self._add_mixture(bases, last, statistics)
-
-    def _kernels(self, kernels, N):
-        """Depthwise kernels (E, C, 1, k, k) as `_depthwise` takes them, in parts of them, for N images."""
-        return kernels
 
     def _activation(self, link):
         """What is still to be done before a link's `_depthwise`."""
@@ -243,14 +235,11 @@ def _is_without_weight(bn):
     return is_standard_bn(bn) and bn.weight is None
 
 
-def _pending(groups, prepare):
-    """The `PendingChain`s of some groups of candidates, a list for each.
-
-    prepare: a function of kernels (E, C, 1, k, k), see `Layout._kernels`.
-    """
+def _pending(groups):
+    """The `PendingChain`s of some groups of candidates, a list for each."""
     links = [[list(zip(*map(links_of, candidate.ops))) for candidate in group] for group in groups]
     tensors = [weights for group in links for steps in group for step in steps for weights in _weights(step)]
-    stacks = iter(_stacked(tensors, prepare) if tensors else [])
+    stacks = iter(_Stacks.apply(list(map(len, tensors)), *itertools.chain(*tensors)) if tensors else [])
 
     def ready(step):
         if step[0].depthwise is None:
@@ -274,24 +263,6 @@ def _block_diagonal(A, B):
     return torch.cat([F.pad(A, (0, B.shape[2])), F.pad(B, (A.shape[2], 0))], 1)
 
 
-def _stacked(groups, prepare):
-    """A stack of each group of tensors of one shape, by one concatenation of all; kernels as `prepare` makes them.
-
-    Kernels of one shape lie side by side, and are prepared by one call.
-    """
-    by_shape = {}
-    for i, group in enumerate(groups):
-        shape = group[0].shape
-        by_shape.setdefault(shape if shape[-1] > 1 else i, []).append(i)
-    together = [[tensor for i in indices for tensor in groups[i]] for indices in by_shape.values()]
-    stacks = [None] * len(groups)
-    for indices, stack in zip(by_shape.values(), _Stacks.apply(list(map(len, together)), *itertools.chain(*together))):
-        parts = prepare(stack).split([len(groups[i]) for i in indices]) if stack.shape[-1] > 1 else [stack]
-        for i, part in zip(indices, parts):
-            stacks[i] = part
-    return stacks
-
-
 class _Stacks(torch.autograd.Function):
     """Stacks of the first tensors, of the next ones, ...: a step and its gradient where PyTorch's would be one for each
     tensor."""
@@ -311,12 +282,12 @@ class _Stacks(torch.autograd.Function):
 
 
 def even_and_odd(x):
-    """What FactorizedReduce's two convolutions read: even and odd pixels, as channels (dimension 1) side by side."""
+    """What FactorizedReduce's two convolutions read: even and odd pixels, as channels side by side."""
     H, W = x.shape[-2:]
     odd = every_second(x, 1)
     if H % 2 or W % 2:
         odd = F.pad(odd, (0, W % 2, 0, H % 2))
-    return torch.cat([every_second(x), odd], 1)
+    return torch.cat([every_second(x), odd], -3)
 
 
 def batch_norm(images, bns, scale, statistics):

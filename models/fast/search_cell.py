@@ -64,7 +64,7 @@ def fused_nodes(dag, s0, s1, w_dag):
         )
     layout, states, sums, statistics = layout_for(s0), [s0, s1], [None] * len(dag), RunningStatistics()
     steps = list(_steps(dag, rows))
-    prepared = iter(_prepared(layout, dag, rows, [step for step in steps if step[2]], N=len(s0)))
+    prepared = iter(_prepared(layout, dag, rows, [step for step in steps if step[2]]))
     for sources, targets, standard in steps:
         outputs = {}
         if standard:
@@ -90,14 +90,14 @@ def _steps(dag, rows):
         yield sources, targets, [i for i in standard if all(_alike(dag[i][j], first) for j in sources)]
 
 
-def _prepared(layout, dag, rows, steps, N):
+def _prepared(layout, dag, rows, steps):
     """The `Edges` of steps that have some."""
     if not steps:
         return []
     together = [[(i, j) for j in sources for i in standard] for sources, _, standard in steps]
     weights = torch.stack([rows[i][j] for i, j in itertools.chain(*together)]).split(list(map(len, together)))
     operations = [[[dag[i][j]._ops for i in standard] for j in sources] for sources, _, standard in steps]
-    return layout.prepared(operations, weights, N)
+    return layout.prepared(operations, weights)
 
 
 def _mixed(layout, states, edges, weights, prepared, statistics):
