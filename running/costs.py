@@ -66,6 +66,8 @@ def latency(net, x, rounds):
     """Milliseconds of each of `rounds` forward passes, after a warm-up. If the warm-up is slow, only its time."""
     x = x.to(memory_format=torch.channels_last)
     net.eval()
+    if x.device.type == "cuda":
+        net(x)  # the first pass loads kernels, which can take a second
     milliseconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
