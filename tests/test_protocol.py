@@ -160,14 +160,14 @@ def test_a_protocol_that_is_over_starts_nothing(undisturbed):
 
 @pytest.mark.process
 def test_killed_or_stopped_at_random_instants_it_ends_with_the_same_results(undisturbed, tmp_path):
-    disturb(tmp_path, undisturbed, [kill_group, interrupt_group, kill_alone, kill_group], random.Random(0))
+    disturb(tmp_path, undisturbed, [kill_group, kill_alone], random.Random(0))
     assert_same(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_ten_random_instants_it_ends_with_the_same_results(undisturbed, tmp_path, seed):
-    disturb(tmp_path, undisturbed, [kill_group] * 5 + [kill_alone] * 5, random.Random(seed))
+    disturb(tmp_path, undisturbed, [kill_group] * 4 + [interrupt_group] * 2 + [kill_alone] * 4, random.Random(seed))
     assert_same(tmp_path, undisturbed)
 
 

@@ -658,10 +658,15 @@ def together(name):
 
 # those that are not part of another entry
 LARGEST = {name: words for name, words in WORDS.items() if not any(together(name) < together(other) for other in WORDS)}
+OF_EVERY_RUN = ("gdas", "drnas,pc-darts", "sdarts,darts-minus")  # draws in all ways; the others are slow tests
+RESUMED = [
+    pytest.param(words, id=name, marks=[] if name in OF_EVERY_RUN else [pytest.mark.slow])
+    for name, words in LARGEST.items()
+]
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("words", LARGEST.values(), ids=LARGEST)
+@pytest.mark.parametrize("words", RESUMED)
 def test_a_search_with_a_variant_that_is_stopped_and_resumed_ends_as_one_left_alone(words, tmp_path):
     alone, stopped = (tmp_path / name / "runs/search/digits" for name in ("alone", "stopped"))
     for run in (alone, stopped):
