@@ -51,7 +51,7 @@ LAYOUTS = {"plain": None, "edge by edge": search_cell.EDGE_BY_EDGE, "batched": s
 def searched(execution, sync_bn=True, variant=(), **changes):
     """State after some second-order steps, by the script's own loop. variant: the words of one."""
     trn, val = (Batches(batch(n=n, seed=seed + i) for i, n in enumerate(SIZES)) for seed in (10, 50))
-    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", *variant])
+    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", "--overwrite", *variant])
     kind, architect_kind = compose(config, SearchCNN, Architect)
     net = small_net(kind=kind, C=4, n_nodes=1, execution="plain" if execution == "plain" else "fused", **changes)
     net.begin_epoch(20, 50)
@@ -68,7 +68,7 @@ def searched(execution, sync_bn=True, variant=(), **changes):
 
 def augmented(sync_bn=True, genotype=DARTS_V2):
     """State after an epoch of augment, with drop path and the auxiliary head."""
-    config = AugmentConfig(["--genotype", "DARTS_V2", "--lr", "0.1", "--device", "cpu"])
+    config = AugmentConfig(["--genotype", "DARTS_V2", "--lr", "0.1", "--device", "cpu", "--overwrite"])
     config.sync_bn = sync_bn
     torch.manual_seed(0)
     net = AugmentCNN(8, 1, 4, 3, 3, True, genotype).double().to(memory_format=torch.channels_last).train()

@@ -53,7 +53,7 @@ def network(kind, execution, primitives=PRIMITIVES, C=4):
 def two_steps(net, architect=Architect):
     """Two steps of the search by the script's own loop; the alphas' gradients of the last."""
     trn, val = (Batches(batch(n=8, seed=seed + i) for i in range(2)) for seed in (10, 50))
-    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu"])
+    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", "--overwrite"])
     w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.9, weight_decay=3e-4)
     alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
     bilevel = architect(net, 0.9, 3e-4)

@@ -32,11 +32,12 @@ def path_of_cuda(monkeypatch):
 
 
 def search_config(options=""):
-    return SearchConfig([*options.split(), "--device", "cpu"])
+    return SearchConfig([*options.split(), "--device", "cpu", "--overwrite"])
 
 
 def augment_config(options=""):
-    return AugmentConfig(["--genotype", "DARTS_V2", *options.replace("--recompute", "").split(), "--device", "cpu"])
+    words = options.replace("--recompute", "").split()
+    return AugmentConfig(["--genotype", "DARTS_V2", *words, "--device", "cpu", "--overwrite"])
 
 
 def search_net(options="", **changes):

@@ -34,7 +34,9 @@ def sgd_by_hand(weights, grads, buffers, lr, momentum, decay, clip):
 def test_a_search_epoch_is_algorithm_1_written_out(order):
     trn, val = (Batches(batch(seed=seed + i) for i in range(3)) for seed in (10, 20))
     words = ["--order", order, "--w-lr", "0.1", "--w-grad-clip", "0.01", "--alpha-lr", "0.05", "--device", "cpu"]
-    config = SearchConfig([*words, "--w-weight-decay", "0.01", "--alpha-weight-decay", "0.1", "--w-momentum", "0.8"])
+    config = SearchConfig(
+        [*words, "--overwrite", "--w-weight-decay", "0.01", "--alpha-weight-decay", "0.1", "--w-momentum", "0.8"]
+    )
 
     def parts(net):
         w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.8, weight_decay=0.01)
@@ -78,7 +80,7 @@ class FaultyBatches(Batches):
 @pytest.mark.parametrize("phase", ["alpha", "w"])
 def test_a_step_that_is_not_finite_leaves_weights_alphas_and_optimizers_as_they_were(phase, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, net = SearchConfig(["--order", "first", "--device", "cpu"]), small_net()
+    config, net = SearchConfig(["--order", "first", "--device", "cpu", "--overwrite"]), small_net()
     w_optim, alpha_optim = sgd(net, steps=1), torch.optim.Adam(net.alphas(), 0.1)
 
     def train(trn, val):

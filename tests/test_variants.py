@@ -523,7 +523,7 @@ def test_sdarts_perturbs_the_weights_of_ws_step_within_its_radius():
 
 def test_sdarts_takes_ws_step_by_the_perturbed_loss_and_alphas_by_darts():
     trn, val = batch(n=8, seed=10), batch(n=8, seed=50)
-    config = SearchConfig(["--device", "cpu"])
+    config = SearchConfig(["--device", "cpu", "--overwrite"])
     net, architect = network("--variant", "sdarts", epoch=26), classes("--variant", "sdarts")[1]
     darts = network()
     before = {name: value.clone() for name, value in net.state_dict().items()}
