@@ -20,7 +20,7 @@ import sys
 import torch
 from torch import nn
 
-from genotypes import from_str, resolve
+from genotypes import resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from preproc import preprocessing
@@ -64,8 +64,8 @@ def augment(network):
     seed_generators(config.seed)
     net = build(network, config, run.device, size, channels, n_classes, genotype)
     if config.init_checkpoint and not ranks.on_rank_0(run.will_resume):
-        checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint))
-        if from_str(checkpoint["config"]["genotype"]) != genotype:
+        checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint, network))
+        if checkpoint["genotype"] != genotype:
             raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint, val_data.class_names(n_classes))
     costs = describe(cost(net, channels, size))
