@@ -10,6 +10,11 @@ torchrun --nproc-per-node 8 augment.py ...                               # the s
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
+from running.errors import end_silently_on_interrupt, user_errors_in_one_line
+
+if __name__ == "__main__":
+    end_silently_on_interrupt()
+
 from config import AugmentConfig
 
 if __name__ == "__main__":
@@ -27,7 +32,6 @@ from preproc import preprocessing
 from running import ranks
 from running.costs import cost, describe, describe_latency
 from running.devices import seed_generators
-from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
 from running.finite import check_finite, check_finite_mean
 from running.loading import Loader, check_unchanged

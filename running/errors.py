@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import os
 import reprlib
+import signal
 import sys
+import threading
 
 from running.output import surviving_output
 
@@ -25,6 +27,12 @@ class OtherRankError(UserError):
     """A `UserError` that another rank prints: this rank exits silently."""
 
 
+def end_silently_on_interrupt():
+    """Let Ctrl-C end the process without a traceback while torch is imported, until `user_errors_in_one_line`."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell lets background processes ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def user_errors_in_one_line(program):
     """Turn a `UserError` raised inside into one line on stderr and exit code 2.
@@ -34,6 +42,8 @@ def user_errors_in_one_line(program):
     code 1. All other exceptions are bugs and keep their traceback. Output that cannot be written is dropped, and does
     not stop the program.
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # after `end_silently_on_interrupt`
     with surviving_output(), _errors_in_one_line(program):
         yield
 

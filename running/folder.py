@@ -161,11 +161,12 @@ class RunFolder:
             return
         if self.path.exists():
             self.lock()
+            shutil.rmtree(self.path, ignore_errors=True)
         self.discard()
 
     def discard(self):
         """Delete what `create` has created, and put the old run back."""
-        if self.is_new or (self.path.exists() and self._is_unused()):
+        if self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
         if os.path.isdir(self.replaced) and not self.path.exists():
             os.rename(self.replaced, self.path)

@@ -23,6 +23,7 @@ from running.devices import device_name, pick_device, random_state, set_random_s
 from running.errors import UserError
 from running.folder import write_json
 from running.forms import misfit
+from running.loading import LoadingError
 from running.signals import StoppedError, StopSignals
 from running.tensorboard import event_writer, silent_writer
 from utils import get_logger, shell_quote
@@ -146,9 +147,11 @@ class Run:
                 self._save()
                 self.folder.check_room()
             self.folder.forget_replaced()
-        except OSError as error:
+        except (OSError, UserError) as error:
             if self.config.resume is None:
                 self.folder.discard()
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
 
     def _write_options(self):
@@ -274,11 +277,15 @@ class Run:
     def interruptible(self):
         """Inside, SIGINT, SIGTERM and SIGUSR1 stop the loop after its step, with a checkpoint; see `StopSignals`.
 
-        Then log the command that resumes the run, and exit with 128 + the signal's number.
+        Then log the command that resumes the run, and exit with 128 + the signal's number. If no more batches can be
+        loaded, the steps so far are saved too.
         """
         with self.signals:
             try:
                 yield
+            except LoadingError:
+                self.save()
+                raise
             except StoppedError:
                 saved = "not saved" if self.save_failed else "saved"
                 command = f"--resume {shell_quote(str(self.folder))}"
