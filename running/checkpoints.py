@@ -312,7 +312,7 @@ def check_classes(checkpoint, path, classes):
     for role, name in checkpoint.get("classes", {}).items():
         if name != classes.get(role):
             raise UserError(
-                f"{path} is of a run with the {role} {shown(name)}, not {classes.get(role)}; resume it with the script "
+                f"{path} is of a run with the {role} {name[:80]}, not {classes.get(role)}; resume it with the script "
                 "that started it"
             )
 
@@ -362,7 +362,7 @@ def _optimizer_misfit(saved, optim):
             found = _tensor_misfit(value, parameters[index] if shaped else torch.zeros(()))
             if not found and not shaped and not 1 <= value <= 2**53:
                 found = f"is {value.item()}"
-            if found and not (value is None and shaped):  # SGD without momentum saves None
+            if found and (value is not None or optim.param_groups[0].get("momentum") != 0):  # then SGD may save None
                 return f"state.{index}.{name} {found}"
     return None
 
@@ -380,6 +380,9 @@ def load_state(part, saved):
         index: {name: _laid_out_as(parameters[index], value) for name, value in of_parameter.items()}
         for index, of_parameter in saved["state"].items()
     }
+    if state and type(part) is torch.optim.SGD and part.param_groups[0]["momentum"] > 0:
+        for index, parameter in enumerate(parameters):  # the fused step fails if some buffers are there and some not
+            state.setdefault(index, {}).setdefault("momentum_buffer", torch.zeros_like(parameter, device="cpu"))
     groups = part.state_dict()["param_groups"]
     for group, before in zip(groups, saved["param_groups"]):
         if "initial_lr" in before:  # of the optimizers whose learning rate a scheduler changes, which needs it

@@ -179,7 +179,10 @@ def test_every_saved_value_passes_the_checks_of_the_command_line(config):
             except UserError:
                 n_refused += 1
                 continue
-            words = [] if value is None or value is False else [f"--{name}"] if value is True else [f"--{name}={value}"]
+            option = name.replace("_", "-")
+            words = (
+                [] if value is None or value is False else [f"--{option}"] if value is True else [f"--{option}={value}"]
+            )
             typed = vars(config.build_parser().parse_args(words))
             assert restored[name] == typed[name]
     assert n_refused > len(ODD_VALUES) * len(saved) / 2
