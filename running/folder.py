@@ -28,14 +28,15 @@ class RunFolder:
     path: `RUNS_PATH/search/NAME` or `RUNS_PATH/augment/NAME`.
     """
 
+    identity = None  # of the folder on disk, since `lock`
+    is_new = False  # whether `create` has been called
+
     def __init__(self, path):
         self.path = Path(path)
 
         self.config = self.path / "config.json"  # the options
         self.launcher = self.path / "launcher.txt"  # identifies the process that started the run, see `launcher`
         self.lock_file = self.path / "lock"  # the process that writes to the folder, which holds a lock on this file
-        absolute = Path(os.path.abspath(path))
-        self.replaced = absolute.parent / f".{absolute.name}.replaced"  # the run that --overwrite replaces
 
         self.checkpoint = self.path / "checkpoint.pt"  # the last
         self.previous = self.path / "previous.pt"  # the one before
@@ -50,11 +51,14 @@ class RunFolder:
         self.fault = self.path / "fault.json"  # the batches of the step whose loss or gradient was not finite
         self.report = self.path / "report.html"
 
-        self.identity = None  # of the folder on disk, since `lock`
-        self.is_new = False  # whether `create` has been called
-
     def __str__(self):
         return str(self.path)
+
+    @property
+    def replaced(self):
+        """Where the run is that --overwrite replaces, until the new one is saved."""
+        absolute = Path(os.path.abspath(self.path))
+        return absolute.parent / f".{absolute.name}.replaced"
 
     def check(self):
         """Raise UserError if the folder holds anything but folders and files, such as links, through which a run would
