@@ -5,6 +5,7 @@ python export.py runs/augment/cifar10 --output cifar10.pt2               # as to
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
@@ -37,13 +38,11 @@ def export(path, output, data_path):
     write, read = FORMATS[output.suffix]
     results = checkpoint["results"]
     net = load_network(checkpoint, torch.device("cpu"))
-    temporary = output.with_name(f"{output.stem}.tmp{output.suffix}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+        temporary = Path(folder) / output.name
         write(Classifier(net, results["mean"], results["std"]), results, temporary)
         print(check(read(temporary), net, images_of(checkpoint, data_path), measured_on(checkpoint)))
         os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

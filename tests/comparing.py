@@ -27,7 +27,8 @@ def outcome(run):
     # what each part of a run says anew, or says of its time, its machine and its name
     of_a_part = re.compile(
         r"(resumed|all \d+ epochs|device|SIG|warning|summary|name  |workers  |the network: |a forward pass"
-        r"|images of each class|cells are kept|edges that are no standard|no CUDA graphs)|^\d+ (training )?(and )?.*images"
+        r"|images of each class|cells are kept|edges that are no standard|no CUDA graphs)"
+        r"|^\d+ (training )?(and )?.*images"
     )
     values["log.txt"] = [re.sub(r"[\d.]+ s (left|a step)", "", line) for line in lines if not of_a_part.match(line)]
     return values
