@@ -27,14 +27,16 @@ def export(path, output, data_path):
     import torch  # here, since this and the modules below take seconds to import
 
     from running.evaluation import file_of, images_of, load_network, load_trained, measured_on
-    from running.exporting import FORMATS, Classifier, check
+    from running.exporting import FORMATS, Classifier, check, check_onnx_packages
 
-    checkpoint = load_trained(path)
     output = Path(output or file_of(path).with_suffix(".onnx"))
     if output.suffix not in FORMATS:
         raise UserError(f"--output must end in {' or '.join(FORMATS)}, not {output.name!r}")
     if not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}")
+    if output.suffix == ".onnx":
+        check_onnx_packages()
+    checkpoint = load_trained(path)
     write, read = FORMATS[output.suffix]
     results = checkpoint["results"]
     net = load_network(checkpoint, torch.device("cpu"))

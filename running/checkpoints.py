@@ -59,7 +59,7 @@ RESULTS = {
         "classes": [str],
         "mean": [lambda value: type(value) is float and math.isfinite(value)],
         "std": [lambda value: type(value) is float and 0 < value < math.inf],
-        Optional("data"): {"training": FINGERPRINT, "test": FINGERPRINT},
+        Optional("data"): {"training": FINGERPRINT, Optional("test"): FINGERPRINT, Optional("held-out"): FINGERPRINT},
         str: lambda value: True,
     },
 }

@@ -29,6 +29,7 @@ class RunFolder:
     """
 
     identity = None  # of the folder on disk, since `lock`
+    locked = None  # the open file on which `lock` holds the lock
     is_new = False  # whether `create` has been called
 
     def __init__(self, path):
@@ -103,17 +104,17 @@ class RunFolder:
         return all(path.suffix == ".tmp" or path in (self.launcher, self.lock_file) for path in self.path.iterdir())
 
     def lock(self):
-        """Let this process alone write to the folder, until it ends. Raises UserError if another does.
+        """Let this process alone write to the folder, until `unlock`. Raises UserError if another does.
 
         The lock is the system's, on a file that names the process. It ends with the process, however that ends, and
         processes that load images do not inherit it.
         """
+        self.unlock()
         self.identity = _identity(self.path)
         if fcntl is None:
             return
-        descriptor = os.open(
-            self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644
-        )  # open till the process ends
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        self.locked = os.fdopen(descriptor, "r+b", buffering=0)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -124,6 +125,12 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk: the text is for other people only
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def unlock(self):
+        """Let other processes write to the folder. No effect if there is no lock."""
+        if self.locked is not None:
+            self.locked.close()
+            self.locked = None
 
     def check_unmoved(self):
         """Raise UserError if this is no longer the folder that was locked: it has been renamed, deleted or replaced."""

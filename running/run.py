@@ -168,8 +168,14 @@ class Run:
         return f"resumed after {within if self.position['batches'] else f'epoch {self.epoch}'}"
 
     def finish(self, **results):
-        """Write summary.json, and log the same values in one line: `summary name=value name=value ...`."""
-        ranks.on_rank_0(lambda: self._finish(results))
+        """Write summary.json, and log the same values in one line: `summary name=value name=value ...`.
+
+        The folder is no longer locked then.
+        """
+        try:
+            ranks.on_rank_0(lambda: self._finish(results))
+        finally:
+            self.folder.unlock()
 
     def _finish(self, results):
         options = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
@@ -283,9 +289,11 @@ class Run:
         Then log the command that resumes the run, and exit with 128 + the signal's number. If no more batches can be
         loaded, the steps so far are saved too.
         """
-        with self.signals:
+        with self.signals, contextlib.ExitStack() as on_error:
+            on_error.callback(self.folder.unlock)
             try:
                 yield
+                on_error.pop_all()  # the folder stays locked until `finish`
             except LoadingError:
                 self.save()
                 raise
