@@ -4,6 +4,7 @@ The files of real runs are spoilt in many ways; what is not refused must be harm
 """
 
 import copy
+import dataclasses
 import json
 import os
 import pkgutil
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import islice
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from models.search_cnn import SearchCNN
 from report.story import read
 from running import ranks
 from running.checkpoints import check_fits, load_checkpoint, save_checkpoint
+from running.data_sets import DATASETS
 from running.errors import UserError, user_errors_in_one_line
 from running.folder import RunFolder, write_temporary
 from running.forms import Optional, misfit, whole
@@ -35,13 +38,29 @@ from running.loading import Images, Loader, LoadingError
 from running.run import Run
 
 SMALL = [
-    *("--layers", "1", "--init-channels", "2", "--batch-size", "512", "--workers", "0", "--epochs", "2"),
+    *("--layers", "1", "--init-channels", "2", "--batch-size", "64", "--workers", "0", "--epochs", "2"),
     *("--device", "cpu", "--runs-path", "{}"),
 ]
 STAGES = {
     "search": (search.main, [*SMALL, "--nodes", "1", "--eigenvalue-images", "1"]),
-    "augment": (augment.main, [*SMALL, "--genotype", "DARTS_V1"]),
+    "augment": (augment.main, [*SMALL, "--genotype", "DARTS_V1", "--aux-weight", "0"]),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_runs():
+    """Runs in this process learn from a part of the digits, and do not measure how fast their cells are."""
+    digits = DATASETS["digits"]
+
+    def load(*args, **options):
+        source, labels, n_classes = digits.load(*args, **options)
+        return list(islice(source, 200)), labels[:200], n_classes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "digits", dataclasses.replace(digits, load=load))
+        patch.setattr("search.show_cost", lambda *args: None)
+        patch.setattr("augment.describe_latency", lambda *args: "no time")
+        yield
 
 
 def command(main, words):
@@ -413,41 +432,38 @@ def test_forms_say_where_a_value_differs():
 # Two at once, and what is left behind
 
 
-def begin(words, cwd):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "search.py", *map(str, words)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.mark.process
+def test_a_run_that_is_running_is_not_touched_by_another_command(tmp_path, capsys):
+    words = [word.format(tmp_path) for word in STAGES["search"][1]] + ["--epochs", "1000000", "--workers", "1"]
+    first = subprocess.Popen([sys.executable, ROOT / "search.py", *words], stdout=subprocess.DEVNULL)
+    folder = RunFolder(tmp_path / "search/digits")
+    while not folder.checkpoint.exists():
+        assert first.poll() is None
+    for more in (["--overwrite"], ["--auto-resume"], ["--resume", folder]):
+        refused(
+            capsys,
+            search.main,
+            more if "--resume" in more else [*words, *more],
+            f"in use by 'process {first.pid} on ",
+        )
+    first.kill()  # whereupon the lock is gone, whatever becomes of the process that loads images
+    first.wait()
+    folder.lock()
+    assert folder.lock_file.read_text().startswith(f"process {os.getpid()} on ")
 
 
 @pytest.mark.process
-def test_a_run_that_is_running_is_not_touched_by_another_command(finished, tmp_path):
-    words = [word.format("runs") for word in STAGES["search"][1]] + ["--epochs", "1000000", "--workers", "1"]
-    first = begin(words, tmp_path)
-    run = tmp_path / "runs/search/digits"
-    while not (run / "checkpoint.pt").exists():
-        assert first.poll() is None
-    for more in (["--overwrite"], ["--auto-resume"], ["--resume", run]):
-        second = begin(more if "--resume" in more else [*words, *more], tmp_path)
-        _, err = second.communicate(timeout=60)
-        assert second.returncode == 2
-        assert f"in use by 'process {first.pid} on " in err
-        assert len(err.splitlines()) == 1
-    first.kill()  # whereupon the lock is gone, whatever becomes of the process that loads images
-    first.communicate()
-    assert first.returncode < 0
-    again = begin([*words, "--overwrite"], tmp_path)
-    while f"{again.pid} " not in (run / "lock").read_text():
-        assert again.poll() is None
-    again.kill()
-    again.communicate()
-
-
-def of_the_new_run(path):
-    return json.loads((path / "config.json").read_text())["seed"] == 7
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_a_folder_is_unlocked_when_a_run_leaves_it(end, tmp_path, monkeypatch):
+    words = [word.format(tmp_path) for word in STAGES["search"][1]]
+    if end == "failed":
+        monkeypatch.setattr("search.train", None)
+        with pytest.raises(TypeError):
+            command(search.main, words)
+    else:
+        assert command(search.main, words) == 0
+    code = f"from running.folder import RunFolder; RunFolder({str(tmp_path / 'search/digits')!r}).lock()"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.fixture
@@ -507,7 +523,6 @@ def test_a_kill_while_a_run_is_replaced_leaves_a_run_that_both_commands_go_on_wi
     assert command(search.main, words if command_after == "--overwrite" else ["--resume", path]) == 0
     assert os.listdir(path.parent) == ["digits"]
     assert (path / "summary.json").is_file()
-    assert command(search.main, ["--resume", path]) == 0
 
 
 @pytest.mark.parametrize("what", ["renamed", "deleted", "replaced"])
@@ -570,7 +585,7 @@ def test_too_many_open_files_says_what_to_raise(monkeypatch):
 
 
 def test_the_steps_before_a_failing_loading_process_are_saved(tmp_path, monkeypatch, capsys):
-    words = [word.format(tmp_path) for word in STAGES["augment"][1]] + ["--batch-size", "256"]
+    words = [word.format(tmp_path) for word in STAGES["augment"][1]]
     assert command(augment.main, [*words, "--name", "alone"]) == 0
     epoch_of = Loader.epoch
 
