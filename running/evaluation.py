@@ -151,7 +151,7 @@ def images_of(checkpoint, data_path=None):
         images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
     else:
         images = get_test_data(**options)
-    check_unchanged({config.measured_on: images}, results)
+    check_unchanged({measured_on(checkpoint): images}, results)
     classes = results["classes"]  # an older run has no fingerprint, so only these are compared
     if images.class_names(len(classes)) != classes:
         raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(classes)}")
