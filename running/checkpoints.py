@@ -239,8 +239,10 @@ def _random_misfit(random_state):
 def _count_misfit(checkpoint):
     """Which numbers of a checkpoint contradict each other, or None."""
     epoch, step, within, results = (checkpoint[name] for name in ("epoch", "step", "within", "results"))
-    steps_before = step - within["batches"]  # in the epochs that are done, all of the same number of steps
-    if steps_before < epoch or steps_before % max(epoch, 1) or (epoch == 0 and steps_before):
+    steps_before = step - within["batches"]  # in the epochs that are done
+    # all of the same number of steps; of a run without fingerprints of its images they may have changed
+    is_uneven = "data" in results and steps_before % max(epoch, 1) > 0
+    if steps_before < epoch or is_uneven or (epoch == 0 and steps_before):
         return f"step is {step}, after {epoch} epochs and {within['batches']} batches"
     if len(within["meters"]) not in ((3,) if within["batches"] else (0, 3)):
         return f"within.meters has {len(within['meters'])} entries"
