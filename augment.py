@@ -11,6 +11,11 @@ torchrun --nproc-per-node 8 augment.py ...                               # the s
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
+from running.errors import end_silently_on_interrupt, user_errors_in_one_line
+
+if __name__ == "__main__":
+    end_silently_on_interrupt()
+
 from config import AugmentConfig
 
 if __name__ == "__main__":
@@ -21,14 +26,13 @@ import sys
 import torch
 from torch import nn
 
-from genotypes import from_str, resolve
+from genotypes import resolve
 from models.augment_cnn import AugmentCNN
 from models.sync_bn import synchronise
 from preproc import preprocessing
 from running import ranks
 from running.costs import cost, describe, describe_latency
 from running.devices import seed_generators
-from running.errors import user_errors_in_one_line
 from running.evaluation import evaluate, load_trained, start_from
 from running.finite import check_finite, check_finite_mean
 from running.loading import Loader, check_unchanged
@@ -65,8 +69,8 @@ def augment(network):
     seed_generators(config.seed)
     net = build(network, config, run.device, size, channels, n_classes, genotype)
     if config.init_checkpoint and not ranks.on_rank_0(run.will_resume):
-        checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint))
-        if from_str(checkpoint["config"]["genotype"]) != genotype:
+        checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint, network))
+        if checkpoint["genotype"] != genotype:
             raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint, val_data.class_names(n_classes))
     costs = cost(net, channels, size)

@@ -5,6 +5,7 @@ python export.py runs/augment/cifar10 --output cifar10.pt2               # as to
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
@@ -26,24 +27,24 @@ def export(path, output, data_path):
     import torch  # here, since this and the modules below take seconds to import
 
     from running.evaluation import file_of, images_of, load_network, load_trained, measured_on
-    from running.exporting import FORMATS, Classifier, check
+    from running.exporting import FORMATS, Classifier, check, check_onnx_packages
 
-    checkpoint = load_trained(path)
     output = Path(output or file_of(path).with_suffix(".onnx"))
     if output.suffix not in FORMATS:
         raise UserError(f"--output must end in {' or '.join(FORMATS)}, not {output.name!r}")
     if not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}")
+    if output.suffix == ".onnx":
+        check_onnx_packages()
+    checkpoint = load_trained(path)
     write, read = FORMATS[output.suffix]
     results = checkpoint["results"]
     net = load_network(checkpoint, torch.device("cpu"))
-    temporary = output.with_name(f"{output.stem}.tmp{output.suffix}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+        temporary = Path(folder) / output.name
         write(Classifier(net, results["mean"], results["std"]), results, temporary)
         print(check(read(temporary), net, images_of(checkpoint, data_path), measured_on(checkpoint)))
         os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -10,6 +10,11 @@ torchrun --nproc-per-node 8 search.py                                    # the s
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run
 """
 
+from running.errors import end_silently_on_interrupt, user_errors_in_one_line
+
+if __name__ == "__main__":
+    end_silently_on_interrupt()
+
 from config import AugmentConfig, SearchConfig
 
 if __name__ == "__main__":
@@ -37,7 +42,6 @@ from running.costs import cost, describe, describe_latency
 from running.cuda_graphs import StepGraphs
 from running.data_sets import stratified_split
 from running.devices import seed_generators
-from running.errors import user_errors_in_one_line
 from running.finite import Undo, check_finite, check_finite_mean
 from running.folder import write_json
 from running.loading import Loader, check_unchanged, mix

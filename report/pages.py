@@ -166,8 +166,8 @@ def augment_sections(story):
     trained, options = checkpoint["results"], checkpoint["config"]
     costs = network_cost(
         load_network(checkpoint, pick_device("auto")),
-        options["layers"],
-        options["init_channels"],
+        options.layers,
+        options.init_channels,
         trained["input_channels"],
         trained["input_size"],
     )

@@ -3,6 +3,7 @@
 Values are read from TensorBoard's files, the cells of a search from history.json.
 """
 
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 
 from config import AugmentConfig, SearchConfig
 from genotypes import from_str
-from running.errors import UserError
+from running.checkpoints import HISTORY, PLAIN, check_genotypes
+from running.errors import UserError, shown
 from running.folder import RunFolder, read_json
+from running.forms import misfit
 from running.tensorboard import alpha_tag
 from utils import shell_quote
 
@@ -78,12 +81,22 @@ class Story:
 def read(path):
     """Read the `Story` of a run's folder. Raises UserError if it is not one, or no epoch is completed."""
     folder = RunFolder(path)
+    folder.check()
     options = read_json(folder.config)
     if options is None:
         raise UserError(f"{folder} is no run's folder: there is no {folder.config.name} in it")
-    stage = "search" if "order" in options else "augment"
+    stage = "search" if isinstance(options, dict) and "order" in options else "augment"
     config = {"search": SearchConfig, "augment": AugmentConfig}[stage](["--resume", str(folder)])
-    summary, history = read_json(folder.summary) or {}, read_json(folder.history) or []
+    summary, history = read_json(folder.summary), read_json(folder.history)
+    summary, history = {} if summary is None else summary, [] if history is None else history
+    for file, content, form in ((folder.summary, summary, {str: PLAIN}), (folder.history, history, HISTORY)):
+        found = misfit(content, form, file.stem)
+        if found:
+            raise UserError(f"{file} is not a file that this program wrote: {found}")
+    if stage == "search":
+        check_genotypes(history, config, folder.history)
+    if [epoch["epoch"] for epoch in history] != list(range(1, len(history) + 1)):
+        raise UserError(f"{folder.history} is not of the epochs 1, 2, ... of a search")
     story = Story(folder.path, stage, config, summary, _read_scalars(folder.tensorboard), history)
     if not story.steps or (stage == "search" and not history):
         raise UserError(f"{folder}: no epoch is over yet, so there is nothing to show")
@@ -94,8 +107,16 @@ def _read_scalars(folder):
     """TensorBoard's scalars: tag -> {step: the last value that was written for this step}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # here, since it takes a second
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    if not folder.is_dir():
+        return {}
+    try:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    except Exception as error:  # of damaged files TensorBoard's reader says so in many types
+        raise UserError(f"{folder} cannot be read: {shown(str(error))}") from None
+    if not all(map(math.isfinite, scalars.get("epoch", {}).values())):
+        raise UserError(f"{folder} has epochs that are no numbers")
+    return scalars
 
 
 def commands(story):

@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import os
+import reprlib
+import signal
 import sys
+import threading
 
 from running.output import surviving_output
 
@@ -13,12 +16,21 @@ LESS_MEMORY = {
 }
 
 
+MAX_MESSAGE = 1500  # characters of a message that is printed
+
+
 class UserError(ValueError):
     """An error in the input: an option, a file, a genotype. Scripts print it in one line and exit with code 2."""
 
 
 class OtherRankError(UserError):
     """A `UserError` that another rank prints: this rank exits silently."""
+
+
+def end_silently_on_interrupt():
+    """Let Ctrl-C end the process without a traceback while torch is imported, until `user_errors_in_one_line`."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell lets background processes ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -30,6 +42,8 @@ def user_errors_in_one_line(program):
     code 1. All other exceptions are bugs and keep their traceback. Output that cannot be written is dropped, and does
     not stop the program.
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # after `end_silently_on_interrupt`
     with surviving_output(), _errors_in_one_line(program):
         yield
 
@@ -70,11 +84,29 @@ def _is_of_communication(error):
 def warn(text):
     """Print a warning to stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+def one_line(message):
+    """The message as one line that a terminal can show. A long one, as of a stranger's file, lacks its middle."""
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+
+
+def shown(value):
+    """A value for a message: numbers and strings, shortened; of anything else the type."""
+    is_short = value is None or isinstance(value, (str, float, bool)) or (type(value) is int and abs(value) < 10**20)
+    return _SHORT.repr(value) if is_short else type(value).__name__
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 
 
 def _exit(program, message, code=2):
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -82,4 +114,4 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser that prints errors in one line, without the usage. The exit code is 2, as in argparse."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")

@@ -11,12 +11,12 @@ from config import AugmentConfig
 from genotypes import from_str
 from models.augment_cnn import AugmentCNN
 from running import ranks
-from running.checkpoints import load_checkpoint
+from running.checkpoints import check_contents, check_size, load_checkpoint, state_misfit
 from running.devices import pick_device
 from running.errors import UserError
 from running.folder import RunFolder
 from running.loading import Images, Loader, check_unchanged
-from utils import get_data, get_test_data
+from utils import get_data, get_test_data, image_shape
 
 
 @dataclass
@@ -61,8 +61,12 @@ def file_of(path):
     return RunFolder(path).best if Path(path).is_dir() else Path(path)
 
 
-def load_trained(path):
-    """Load the checkpoint of an augment run. path: see `file_of`. Raises UserError if it is not such a checkpoint."""
+def load_trained(path, network=AugmentCNN):
+    """Load the checkpoint of an augment run: a dict, with the options as attributes of "config", and a "genotype".
+
+    path: see `file_of`; network: the class that the tensors must be of. All that the checkpoint holds is checked.
+    Raises UserError if it is no such checkpoint.
+    """
     path = file_of(path)
     try:
         checkpoint = load_checkpoint(path)
@@ -70,25 +74,42 @@ def load_trained(path):
         raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
         raise UserError(f"{path} is not a checkpoint of augment.py")
+    check_contents(checkpoint, path, "augment")
     if "preprocessing" not in checkpoint["results"]:
         raise UserError(f"{path} was written by a version of augment.py that did not yet save how images are prepared")
+    checkpoint["config"] = config = AugmentConfig.restored(checkpoint["config"], path)
+    checkpoint["genotype"] = genotype = from_str(config.genotype)
+    check_size(checkpoint, config, sum(map(len, (*genotype.normal, *genotype.reduce))), path)
+    with torch.device("meta"):  # shapes without values
+        found = state_misfit(checkpoint["keeps"].get("net", {}), network_of(checkpoint, network))
+    size, channels = image_shape(config.dataset, config.image_size, config.image_channels)
+    results = checkpoint["results"]
+    if (results["input_size"], results["input_channels"]) != (size, channels):
+        found = found or f"its images are not of {channels} x {size} x {size}"
+    if found:
+        raise UserError(f"{path} is not a checkpoint that this program wrote: {found}")
     return checkpoint
+
+
+def network_of(checkpoint, network=AugmentCNN):
+    """The network that a checkpoint of `load_trained` is of, with new weights. network: its class."""
+    config, results = checkpoint["config"], checkpoint["results"]
+    return network(
+        results["input_size"],
+        results["input_channels"],
+        config.init_channels,
+        len(results["classes"]),
+        config.layers,
+        config.aux_weight > 0,
+        checkpoint["genotype"],
+        stem=config.stem,
+    )
 
 
 def load_network(checkpoint, device):
     """The trained network of a checkpoint, an `AugmentCNN` in eval mode."""
-    config, state, results = checkpoint["config"], checkpoint["keeps"]["net"], checkpoint["results"]
-    net = AugmentCNN(
-        results["input_size"],
-        results["input_channels"],
-        config["init_channels"],
-        len(state["linear.bias"]),
-        config["layers"],
-        config["aux_weight"] > 0,
-        from_str(config["genotype"]),
-        stem=config.get("stem", "cifar"),
-    )
-    net.load_state_dict(state)
+    net = network_of(checkpoint)
+    net.load_state_dict(checkpoint["keeps"]["net"])
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -115,9 +136,7 @@ def images_of(checkpoint, data_path=None):
 
     data_path: their folder, if it is no longer that of the training. Raises UserError if they are not the same images.
     """
-    results, saved = checkpoint["results"], checkpoint["config"]
-    config = AugmentConfig(["--genotype", saved["genotype"]])
-    vars(config).update(saved)
+    results, config = checkpoint["results"], checkpoint["config"]
     options = {
         "dataset": config.dataset,
         "data_path": data_path or config.data_path,
@@ -132,7 +151,7 @@ def images_of(checkpoint, data_path=None):
         images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
     else:
         images = get_test_data(**options)
-    check_unchanged({config.measured_on: images}, results)
+    check_unchanged({measured_on(checkpoint): images}, results)
     classes = results["classes"]  # an older run has no fingerprint, so only these are compared
     if images.class_names(len(classes)) != classes:
         raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(classes)}")
@@ -141,7 +160,7 @@ def images_of(checkpoint, data_path=None):
 
 def measured_on(checkpoint):
     """The images that the accuracy of a trained network is measured on: `test`, or with --hold-out `held-out`."""
-    return "held-out" if checkpoint["config"].get("hold_out") else "test"
+    return "held-out" if checkpoint["config"].hold_out else "test"
 
 
 @torch.no_grad()

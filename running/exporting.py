@@ -84,8 +84,7 @@ def check_onnx_packages():
 
 
 def write_onnx(classifier, results, path):
-    """Write the classifier and its metadata as ONNX."""
-    check_onnx_packages()
+    """Write the classifier and its metadata as ONNX. To be called after `check_onnx_packages`."""
     names = {"input_names": ["images"], "output_names": ["logits"]}
     try:
         program = torch.onnx.export(trace(classifier, results), dynamo=True, verbose=False, **names)

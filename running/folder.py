@@ -1,15 +1,25 @@
 """The folder of a run: the names of its files, and the operations on the folder as a whole.
 
-This module does not import torch, so that command lines are read without it.
+A folder may come from a stranger, so `RunFolder.check` comes before anything in it is read or written. This module does
+not import torch, so that command lines are read without it.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import socket
 from pathlib import Path
 
-from running.errors import UserError
+from running.errors import UserError, shown, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MAX_JSON = 10**8  # bytes of a JSON file that is read
 
 
 class RunFolder:
@@ -18,11 +28,16 @@ class RunFolder:
     path: `RUNS_PATH/search/NAME` or `RUNS_PATH/augment/NAME`.
     """
 
+    identity = None  # of the folder on disk, since `lock`
+    locked = None  # the open file on which `lock` holds the lock
+    is_new = False  # whether `create` has been called
+
     def __init__(self, path):
         self.path = Path(path)
 
         self.config = self.path / "config.json"  # the options
         self.launcher = self.path / "launcher.txt"  # identifies the process that started the run, see `launcher`
+        self.lock_file = self.path / "lock"  # the process that writes to the folder, which holds a lock on this file
 
         self.checkpoint = self.path / "checkpoint.pt"  # the last
         self.previous = self.path / "previous.pt"  # the one before
@@ -40,14 +55,40 @@ class RunFolder:
     def __str__(self):
         return str(self.path)
 
+    @property
+    def replaced(self):
+        """Where the run is that --overwrite replaces, until the new one is saved."""
+        absolute = Path(os.path.abspath(self.path))
+        return absolute.parent / f".{absolute.name}.replaced"
+
+    def check(self):
+        """Raise UserError if the folder holds anything but folders and files, such as links, through which a run would
+        write elsewhere, or pipes, which would stop it. No effect if there is no folder.
+
+        A file may have a second name elsewhere (a hard link) only if the run replaces it and never writes into it.
+        """
+        folders = [self.path] if self.path.is_dir() else []
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif not entry.is_file(follow_symlinks=False):
+                        kind = "a link" if entry.is_symlink() else "no regular file"
+                        raise UserError(f"{entry.path} is {kind}; a run's folder may hold files and folders only")
+                    elif entry.stat().st_nlink > 1 and not entry.name.endswith((".pt", ".tmp")):
+                        raise UserError(
+                            f"{entry.path} is a hard link, so that a run would write elsewhere too; copy it"
+                        )
+
     def check_free(self, overwrite):
         """Raise UserError unless a new run may use this folder: it is free, or holds a run that may be overwritten."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise UserError(f"{self} is a file; choose another --name")
-        if all(path.suffix == ".tmp" or path == self.launcher for path in self.path.iterdir()):
-            return  # left by a run that was killed before it wrote config.json
+        if self._is_unused():
+            return self.check()
         if not self.config.is_file():
             raise UserError(f"{self} holds files that are no run's; choose another --name")
         if not overwrite:
@@ -55,26 +96,105 @@ class RunFolder:
             raise UserError(
                 f"{self} already holds a run; {resume}replace it with --overwrite, or choose another --name"
             )
+        if self.path.is_symlink():
+            raise UserError(f"{self} is a link to a folder, which --overwrite does not replace; delete it yourself")
+
+    def _is_unused(self):
+        """Whether the folder holds nothing, or what is left by a run that was killed before it wrote config.json."""
+        return all(path.suffix == ".tmp" or path in (self.launcher, self.lock_file) for path in self.path.iterdir())
+
+    def lock(self):
+        """Let this process alone write to the folder, until `unlock`. Raises UserError if another does.
+
+        The lock is the system's, on a file that names the process. It ends with the process, however that ends, and
+        processes that load images do not inherit it.
+        """
+        self.unlock()
+        self.identity = _identity(self.path)
+        if fcntl is None:
+            return
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        self.locked = os.fdopen(descriptor, "r+b", buffering=0)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return warn(f"{self} cannot be locked on this file system ({error}); let no other command write to it")
+            holder = " ".join(os.read(descriptor, 200).decode(errors="replace").split())
+            raise UserError(f"{self} is in use by {shown(holder)}; end that, or choose another --name") from None
+        with contextlib.suppress(OSError):  # a full disk: the text is for other people only
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def unlock(self):
+        """Let other processes write to the folder. No effect if there is no lock."""
+        if self.locked is not None:
+            self.locked.close()
+            self.locked = None
+
+    def check_unmoved(self):
+        """Raise UserError if this is no longer the folder that was locked: it has been renamed, deleted or replaced."""
+        if _identity(self.path) != self.identity:
+            raise UserError(
+                f"{self} was renamed, deleted or replaced while the run was writing to it; the run has ended"
+            )
 
     def create(self, options, overwrite):
-        """Create the folder if necessary, and write config.json. With `overwrite`, delete the old contents first."""
-        if overwrite and self.path.is_dir():
-            self.delete()
-        self.plots.mkdir(parents=True, exist_ok=True)
-        self.launcher.write_text(launcher())
-        write_json(self.config, options)
+        """Create the folder of a new run, and write config.json. With `overwrite`, set the old run aside.
 
-    def delete(self):
-        shutil.rmtree(self.path, ignore_errors=True)
+        To be followed by `forget_replaced` once the run is saved, or by `discard`.
+        """
+        if overwrite:
+            self._set_aside()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self.check_free(overwrite=False)  # again: another command may have begun a run since
+        self.is_new = True
+        self.update(options)
+
+    def update(self, options):
+        """Write config.json and which process has started the run, and create the folder of pictures."""
+        os.replace(write_temporary(self.launcher, launcher().encode()), self.launcher)
+        write_json(self.config, options)
+        self.plots.mkdir(exist_ok=True)
+
+    def _set_aside(self):
+        """Move the run to `replaced`, so that it is there until the new one is saved."""
+        if os.path.isdir(self.replaced) and not self.checkpoint.exists():  # what is in the folder was never saved
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif self.path.exists():
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            os.rename(self.path, self.replaced)
+
+    def recover(self):
+        """Put the run back that --overwrite had set aside when it was killed, unless the new run has begun."""
+        if not os.path.isdir(self.replaced) or (self.path.exists() and not self._is_unused()):
+            return
+        if self.path.exists():
+            self.lock()
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.discard()
+
+    def discard(self):
+        """Delete what `create` has created, and put the old run back."""
+        if self.is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.isdir(self.replaced) and not self.path.exists():
+            os.rename(self.replaced, self.path)
+
+    def forget_replaced(self):
+        """Delete the run that was set aside, if any."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
     def check_room(self):
         """Raise OSError unless the disk has room for three checkpoints and for a fourth while it is written.
 
         To be called after the first checkpoint is saved. Later ones are assumed to be twice as large, since they
-        contain the optimizers' buffers.
+        contain the optimizers' buffers. What a replaced run takes counts as free.
         """
         needed = 4 * 2 * self.checkpoint.stat().st_size
-        free = shutil.disk_usage(self.path).free
+        replaced = sum(path.lstat().st_size for path in self.replaced.rglob("*"))
+        free = shutil.disk_usage(self.path).free + replaced
         if free < needed:
             raise OSError(f"its checkpoints need {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
 
@@ -95,14 +215,24 @@ class RunFolder:
                 os.truncate(path, size)
 
 
+def _identity(path):
+    """What tells a folder from another that has its name later; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def write_temporary(path, data):
-    """Write bytes to a temporary file in the folder of `path`, and flush it to disk. Returns its path, to be renamed.
+    """Write bytes to a new temporary file in the folder of `path`, and flush it to disk. Returns its path.
 
     If it cannot be written, deletes it and raises OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # x: O_EXCL, so it is never written through a link
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -112,20 +242,27 @@ def write_temporary(path, data):
     return temporary
 
 
+def read_json(path):
+    """The content of a JSON file; None if there is no such file. Raises UserError if it cannot be read."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    if not path.is_file() or path.stat().st_size > MAX_JSON:
+        raise UserError(
+            f"{path} is not a file that this program wrote: it is {'too large' * path.is_file() or 'no file'}"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {shown(str(error))}") from None
+
+
 def write_json(path, content):
     """Write a JSON file atomically: at any time, `path` is the old or the new file, even if the process is killed.
 
     Raises OSError if it cannot be written; then the old file remains.
     """
     os.replace(write_temporary(path, (json.dumps(content, indent=2) + "\n").encode()), path)
-
-
-def read_json(path):
-    """The contents of a JSON file; None if it does not exist or cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def launcher():

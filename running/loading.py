@@ -17,6 +17,27 @@ from running.errors import UserError
 from running.image_folder import listed
 from running.signals import STOP_SIGNALS
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+# What messages of PyTorch and Python about processes that load images contain, and what helps. Tried in this order.
+REMEDIES = {
+    "Too many open files": "raise the limit, as by ulimit -n 4096, or lower --workers (0: none)",
+    "ancdata": "too many open files: raise the limit, as by ulimit -n 4096, or lower --workers (0: none)",
+    "shared memory": "give /dev/shm more room (Docker: --shm-size 8g), or lower --workers (0: none) or --batch-size",
+    "Bus error": "give /dev/shm more room (Docker: --shm-size 8g), or lower --workers (0: none) or --batch-size",
+    "DataLoader worker": "it was killed, as when memory runs out: lower --workers (0: none) or --batch-size",
+    "Cannot allocate memory": "memory has run out: lower --workers (0: none) or --batch-size",
+}
+FILES_OF_A_WORKER = 8  # that are open in the main process, at most: its pipes, and the tensors that are on their way
+
+
+class LoadingError(UserError):
+    """A batch that could not be loaded: an image or a process that loads images has failed."""
+
 
 class Images(Dataset):
     """Labelled images with their transforms. The random numbers of a transform depend only on (seed, epoch, sample).
@@ -181,6 +202,8 @@ class Loader:
         """
         self.batches.epoch, self.batches.first = epoch, first
         try:
+            if self.loader._iterator is None:
+                _check_open_files(self.loader.num_workers)
             for i, (X, y) in enumerate(self.loader, first):
                 yield (
                     X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
@@ -188,7 +211,29 @@ class Loader:
                     self.batches.size(i),
                 )
         except UserError as error:  # from a worker: its text is a traceback, with the message in the last line
-            raise UserError(str(error).splitlines()[-1].removeprefix("running.errors.UserError: ")) from None
+            raise LoadingError(str(error).splitlines()[-1].removeprefix("running.errors.UserError: ")) from None
+        except (OSError, RuntimeError) as error:
+            text = str(error).strip()
+            remedy = next((words for part, words in REMEDIES.items() if part in text), None)
+            if remedy is None:
+                raise
+            last = text.splitlines()[-1]
+            raise LoadingError(f"a process that loads images has failed: {remedy} ({last[:200]})") from None
+
+
+def _check_open_files(workers):
+    """Raise OSError if the limit on open files is too low for these processes, which would fail in endless tracebacks.
+
+    A limit that this process may raise is raised.
+    """
+    if workers == 0 or resource is None or not os.path.isdir("/proc/self/fd"):
+        return
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + FILES_OF_A_WORKER * workers + 16
+    if limit < needed and (highest == resource.RLIM_INFINITY or highest >= needed):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
+    elif limit < needed:
+        raise OSError(f"Too many open files: {workers} processes need {needed}, and {limit} are allowed")
 
 
 def _leave_signals_to_the_main_process(worker):

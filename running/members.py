@@ -57,7 +57,9 @@ class Task:
         saved = read_json(self.folder.config)
         if not summary or not saved:
             return None
-        saved = self.config.completed(saved, self.folder.config)
+        if not isinstance(summary, dict) or not isinstance(saved, dict):
+            raise UserError(f"{self.folder} holds files that are no run's")
+        saved = vars(self.config.restored(saved, self.folder.config))
         for name, value in self.config.as_dict().items():
             if name not in FREE and saved[name] != value:
                 raise UserError(f"{self.folder} is of a run with --{option_name(name)} {saved[name]}, not {value}")

@@ -4,15 +4,14 @@ config.py says which options there are.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
 import sys
 from pathlib import Path
 
-from running.errors import OneLineParser, UserError
-from running.folder import RunFolder, launcher
+from running.errors import OneLineParser, UserError, shown
+from running.folder import RunFolder, launcher, read_json
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
@@ -101,42 +100,59 @@ class RunOptions:
             if name not in (*MAY_CHANGE, "gpus"):
                 allowed = ", ".join(f"--{option_name(other)}" for other in MAY_CHANGE)
                 raise UserError(f"--{option_name(name)} is fixed by the run {folder}; --resume allows only {allowed}")
-        try:
-            saved = json.loads(folder.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(
-                f"--resume {options.resume}: no {self.stage} run's {folder.config.name} in {folder}"
-            ) from None
+        folder.recover()
+        folder.check()
+        saved = read_json(folder.config) if folder.path.is_dir() else None
+        if saved is None:
+            raise UserError(f"--resume {options.resume}: no {self.stage} run's {folder.config.name} in {folder}")
         if not isinstance(saved, dict):
             raise UserError(f"--resume {options.resume}: {folder.config} is not of a {self.stage} run")
-        saved = self.completed(saved, folder.config)
-        return parser.parse_args(words_of(saved | changed | {"resume": options.resume}))
+        return argparse.Namespace(**vars(self.restored(saved, folder.config)) | changed | {"resume": options.resume})
 
     @classmethod
-    def completed(cls, saved, source):
-        """A run's saved options; options that did not exist when the run was saved get their defaults.
+    def restored(cls, saved, source):
+        """The options of a run from their saved values, which pass the checks of the command line, as a Namespace.
 
-        source: the file, for error messages. Raises UserError if there are options that this program does not know.
+        Options that did not exist when the run was saved get their defaults. source: the file, for error messages.
+        Raises UserError if an option is not known, or says what a command does rather than what the run is, or has a
+        value that the command line would refuse.
         """
+
+        def refuse(message):
+            raise UserError(f"{source}: {message}")
+
         parser = cls.build_parser()
-        cls.set_defaults(parser, words_of(saved))
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(saved) - known)
+        parser.error = refuse
+        fixed = vars(parser.parse_args([])).keys() - set(NOT_SAVED)
+        unknown = sorted(set(saved) - fixed)
         if unknown:
             raise UserError(
                 f"{source} is not of a {cls.stage} run of this program: it has options that are not known here, "
                 + ", ".join(unknown)
             )
-        defaults = vars(parser.parse_args([]))
-        return {name: value for name, value in defaults.items() if name not in NOT_SAVED} | saved
+        for name, value in saved.items():
+            if type(value) not in (str, int, float, bool, type(None)) or not _is_possible(value):
+                refuse(f"--{option_name(name)} can't be {shown(value)}")
+        words = words_of(saved)
+        cls.set_defaults(parser, words)
+        options = parser.parse_args(words)
+        for name, value in saved.items():
+            if (value is None or value is False) and getattr(options, name) is not value:
+                refuse(f"--{option_name(name)} can't be {value}")
+        cls.check(parser, options)
+        return options
 
     def _continues(self):
         """Whether to resume a run without --resume: with --auto-resume, or if torchrun restarts the ranks."""
         folder = self.folder()
+        folder.recover()
         if not folder.config.is_file():
             return False
         restarted = "TORCHELASTIC_RUN_ID" in os.environ and folder.launcher.is_file()
-        return self.auto_resume or (restarted and folder.launcher.read_text() == launcher())
+        if not self.auto_resume and not (restarted and folder.launcher.read_bytes() == launcher().encode()):
+            return False
+        folder.check()
+        return True
 
     @staticmethod
     def _resumed_folder(resume):
@@ -194,6 +210,14 @@ class RunOptions:
 
 def option_name(name):
     return name.replace("_", "-")
+
+
+def _is_possible(value):
+    """Whether a command line could have this value: a string without NUL, in characters of the system."""
+    try:
+        return "\0" not in os.fsdecode(os.fsencode(str(value)))
+    except ValueError:
+        return False
 
 
 def words_of(options):

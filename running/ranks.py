@@ -22,10 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 
-from running.errors import OtherRankError, UserError
+from running.errors import OtherRankError, UserError, shown
 
 MIN_ROWS_PER_RANK = 2  # BN has no statistics of a single value
 TIMEOUT = timedelta(hours=1)  # for communication: a rank may be downloading data, or reading all images of a folder
+MEETING_TIMEOUT = timedelta(minutes=5)  # for the first meeting: the ranks start at the same time
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def group():
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = _meet()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=_fresh_store(store, rank, size),
@@ -51,6 +52,26 @@ def group():
     finally:
         if not cuda or sys.exc_info()[0] is None:  # after an error NCCL would wait for ranks that may have ended
             dist.destroy_process_group()
+
+
+def _meet():
+    """torchrun's key-value store, the number of this rank, and of all. Raises UserError if they are not to be had."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    numbers = {name: os.environ.get(name, "") for name in names}
+    wrong = [name for name, text in numbers.items() if not (text.isascii() and text.isdecimal() and len(text) < 10)]
+    is_local = not wrong and int(numbers["LOCAL_RANK"]) < int(numbers["LOCAL_WORLD_SIZE"])
+    if wrong or not is_local or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]) or "MASTER_ADDR" not in os.environ:
+        values = ", ".join(f"{name}={shown(text)}" for name, text in numbers.items())
+        raise UserError(
+            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but {values} are not what it sets; unset it for one process"
+        )
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
+        raise UserError(f"no connection to the first rank at {shown(address)}: {str(error)[:300]}") from None
+    store.set_timeout(TIMEOUT)
+    return store, rank, size
 
 
 def _fresh_store(store, rank, size):

@@ -9,10 +9,21 @@ import warnings
 import torch
 
 from running import ranks
-from running.checkpoints import EPOCH_START, FORMAT, check_fits, find_checkpoint, save_checkpoint
+from running.checkpoints import (
+    EPOCH_START,
+    FORMAT,
+    check_classes,
+    check_fits,
+    find_checkpoint,
+    load_state,
+    save_checkpoint,
+    state_misfit,
+)
 from running.devices import device_name, pick_device, random_state, set_random_state, use_deterministic_algorithms
 from running.errors import UserError
 from running.folder import write_json
+from running.forms import misfit
+from running.loading import LoadingError
 from running.signals import StoppedError, StopSignals
 from running.tensorboard import event_writer, silent_writer
 from running.version import program_version
@@ -46,10 +57,17 @@ class Run:
         self.save_failed = False
         self.log = lambda line: None
         self.tensorboard = silent_writer()
-        if config.resume is None:
-            ranks.on_rank_0(lambda: self.folder.check_free(config.overwrite))
+        ranks.on_rank_0(self._enter)
 
     # Start and end
+
+    def _enter(self):
+        """Check that the run may use its folder, and if there is one, that no other run does."""
+        self.folder.recover()
+        if self.config.resume is None:
+            self.folder.check_free(self.config.overwrite)
+        if self.folder.path.is_dir():
+            self.folder.lock()
 
     def start(self, state, results, **classes):
         """Create the folder, open log and TensorBoard, and save a checkpoint; or load the one of the run to resume.
@@ -63,6 +81,7 @@ class Run:
         self.classes = {role: kind.__name__ for role, kind in classes.items()}
         checkpoint, warning = ranks.on_rank_0(self._find_checkpoint)
         if checkpoint:
+            ranks.on_rank_0(lambda: check_classes(checkpoint, self.folder, self.classes))
             self._restore(checkpoint)
         ranks.on_rank_0(lambda: self._open(checkpoint))
         if warning:
@@ -79,15 +98,11 @@ class Run:
         return self.config.resume is not None and any(path.is_file() for path in files)
 
     def saved_results(self):
-        """The results in the checkpoint of the run to resume, on every rank; None for a new run."""
-        return ranks.on_rank_0(self._saved_results)
+        """The results in the checkpoint of the run to resume, on every rank; None for a new run.
 
-    def _saved_results(self):
-        if self.config.resume is None:
-            return None
-        checkpoint, _, _ = find_checkpoint(self.folder, preferred=self.config.resume)
-        results = checkpoint.get("results") if isinstance(checkpoint, dict) else None
-        return results if isinstance(results, dict) else None
+        Raises UserError if the checkpoint cannot be one of this run, so it comes before anything is built.
+        """
+        return ranks.on_rank_0(lambda: (self._find_checkpoint()[0] or {}).get("results"))
 
     def _find_checkpoint(self):
         """(checkpoint to resume or None, warning or None). There is a warning if a later checkpoint is damaged."""
@@ -95,18 +110,22 @@ class Run:
             return None, None
         checkpoint, path, warning = find_checkpoint(self.folder, preferred=self.config.resume)
         if path is not None:
-            check_fits(checkpoint, path, self.config, self.classes)
+            check_fits(checkpoint, path, self.config)
         return checkpoint, warning
 
     def _restore(self, checkpoint):
-        """Restore the state from a checkpoint of `_save`."""
+        """Restore the state from a checkpoint of `_save`. All of it is checked before anything is changed."""
+        found = misfit(checkpoint["keeps"], dict.fromkeys(self.state, lambda state: True), "keeps")
+        for name, part in self.state.items():
+            found = found or state_misfit(checkpoint["keeps"][name], part)
+        if found:
+            raise ranks.user_error(f"the checkpoint in {self.folder} is of another network: {found}")
+        for name, part in self.state.items():
+            load_state(part, checkpoint["keeps"][name])
         try:
-            for name, part in self.state.items():
-                part.load_state_dict(checkpoint["keeps"][name])
             set_random_state(checkpoint["random"], self.device)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ranks.user_error(f"the checkpoint in {self.folder} is of another network: {reason}") from None
+        except RuntimeError as error:  # of CUDA, which alone can check its generator's state
+            raise ranks.user_error(f"the checkpoint in {self.folder} has no state of the generators: {error}") from None
         self.epoch, self.step, self.seconds_before = (checkpoint[name] for name in ("epoch", "step", "seconds"))
         self.position, self.results = checkpoint["within"], checkpoint["results"]
         if self.position["trained"]:  # the optimizer's steps were in an earlier process, so PyTorch warns wrongly
@@ -115,7 +134,10 @@ class Run:
     def _open(self, checkpoint):
         """Create the folder; when resuming, truncate its files to the checkpoint and append to them."""
         try:
-            self.folder.create(self.config.as_dict(), self.config.overwrite)
+            if self.config.resume is None:
+                self.folder.create(self.config.as_dict(), self.config.overwrite)
+            else:
+                self.folder.update(self.config.as_dict())
             self.folder.cut_off(self.position["log"], checkpoint["events"] if checkpoint else {})
             self.log = get_logger(self.folder.log).info
             # purge_step: TensorBoard discards the events after the checkpoint
@@ -125,9 +147,12 @@ class Run:
                 self.position["log"] = self.folder.log_size()
                 self._save()
                 self.folder.check_room()
-        except OSError as error:
+            self.folder.forget_replaced()
+        except (OSError, UserError) as error:
             if self.config.resume is None:
-                self.folder.delete()
+                self.folder.discard()
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
 
     def _write_options(self):
@@ -143,8 +168,14 @@ class Run:
         return f"resumed after {within if self.position['batches'] else f'epoch {self.epoch}'}"
 
     def finish(self, **results):
-        """Write summary.json, and log the same values in one line: `summary name=value name=value ...`."""
-        ranks.on_rank_0(lambda: self._finish(results))
+        """Write summary.json, and log the same values in one line: `summary name=value name=value ...`.
+
+        The folder is no longer locked then.
+        """
+        try:
+            ranks.on_rank_0(lambda: self._finish(results))
+        finally:
+            self.folder.unlock()
 
     def _finish(self, results):
         options = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
@@ -178,7 +209,8 @@ class Run:
 
     @contextlib.contextmanager
     def surviving_full_disk(self, name):
-        """Inside, an OSError becomes a warning with the file's name, and the run continues."""
+        """Inside, an OSError becomes a warning with the file's name, and the run continues, if its folder is there."""
+        self.folder.check_unmoved()
         try:
             yield
         except OSError as error:
@@ -230,6 +262,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def _save(self, is_best=False):
+        self.folder.check_unmoved()
         self.tensorboard.flush()
         checkpoint = {
             "format": FORMAT,
@@ -253,11 +286,17 @@ class Run:
     def interruptible(self):
         """Inside, SIGINT, SIGTERM and SIGUSR1 stop the loop after its step, with a checkpoint; see `StopSignals`.
 
-        Then log the command that resumes the run, and exit with 128 + the signal's number.
+        Then log the command that resumes the run, and exit with 128 + the signal's number. If no more batches can be
+        loaded, the steps so far are saved too.
         """
-        with self.signals:
+        with self.signals, contextlib.ExitStack() as on_error:
+            on_error.callback(self.folder.unlock)
             try:
                 yield
+                on_error.pop_all()  # the folder stays locked until `finish`
+            except LoadingError:
+                self.save()
+                raise
             except StoppedError:
                 saved = "not saved" if self.save_failed else "saved"
                 command = f"--resume {shell_quote(str(self.folder))}"

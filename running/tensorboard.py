@@ -7,6 +7,8 @@ import time
 from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventsWriter
 
+from running.errors import UserError
+
 
 def alpha_tag(kind, node, source, op):
     """The tag of the weight of an operation on an edge. kind: the kind of cell, "normal" or "reduce"."""
@@ -23,7 +25,12 @@ def event_writer(folder, purge_step=None):
 
     purge_step: TensorBoard discards all events of this step and later that are in older files.
     """
-    writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=_unique_suffix())
+    try:
+        writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=_unique_suffix())
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"no shared memory: {error.strerror}; /dev/shm must be writable") from None  # for the queue
     writer.file_writer.event_writer.close()
     writer.file_writer.event_writer = _EventFile(folder)
     return writer

@@ -115,8 +115,8 @@ def test_an_operation_that_a_users_script_added_can_be_searched(monkeypatch):
 
 def test_saved_options_are_completed_by_the_defaults_of_their_stem():
     saved = {"genotype": "DARTS_V2", "stem": "imagenet", "layers": 2}
-    completed = AugmentConfig.completed(saved, "config.json")
-    assert (completed["layers"], completed["lr"], completed["execution"]) == (2, 0.1, "fused")
+    restored = AugmentConfig.restored(saved, "config.json")
+    assert (restored.layers, restored.lr, restored.execution) == (2, 0.1, "fused")
 
 
 def test_as_markdown_is_a_table_of_every_option():

@@ -481,5 +481,5 @@ def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkey
     assert SearchConfig(["--overwrite"]).resume is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert SearchConfig(["--overwrite"]).resume == str(run.folder)
-    monkeypatch.setattr("config.launcher", lambda: "another 1")
+    monkeypatch.setattr("running.options.launcher", lambda: "another 1")
     assert SearchConfig([]).resume is None

@@ -208,16 +208,18 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
 @pytest.mark.process
 def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypatch, capsys):
     state = load_checkpoint(saved / "checkpoint.pt")
+    net_without_stem = {name: part for name, part in state["keeps"]["net"].items() if not name.startswith("stem")}
     for changes, mentions in (
         ({"format": 99}, ["format 99", "2"]),
         ({"stage": "augment"}, ["stage 'augment'"]),
         ({"config": state["config"] | {"init_channels": 4}}, ["init_channels 4"]),
-        ({"keeps": {}}, ["net"]),
-        ({"keeps": state["keeps"] | {"net": {}}}, ["another network", "stem"]),
+        ({"keeps": {}}, ["too small"]),
+        ({"keeps": state["keeps"] | {"net": {}}}, ["too small"]),
+        ({"keeps": state["keeps"] | {"net": net_without_stem}}, ["another network", "stem"]),
         ({"random": {}}, ["cpu"]),
         ({"within": {}}, ["within"]),
         ({"config": state["config"] | {"momentum_of_alpha": 0.5}}, ["not known here", "momentum_of_alpha"]),
-        ({"classes": "SearchCNN"}, ["classes is missing or no dict"]),
+        ({"classes": "SearchCNN"}, ["classes is 'SearchCNN'"]),
         ({"classes": {"network": "GumbelCNN"}}, ["network GumbelCNN, not SearchCNN"]),
         ({"classes": {"network": "SearchCNN", "architect": "L1"}}, ["architect L1, not Architect"]),
     ):

@@ -69,6 +69,7 @@ def test_a_search_leaves_all_of_its_folder(searched):
         "genotype.json",
         "history.json",
         "launcher.txt",
+        "lock",
         "summary.json",
     }
     assert json.loads((run / "config.json").read_text())["batch_size"] == 256

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import tempfile
 from array import array
@@ -289,7 +290,7 @@ def _compiled(compiler, real):
     folder, for this process only.
     """
     command = [*compiler, *OPTIONS, f"-DREAL={real}"]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=COMPILE_SECONDS, check=False).stdout
+    version = _run([*compiler, "--version"]).stdout.encode()
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), repr(command).encode(), version, _processor()])).hexdigest()
     with contextlib.ExitStack() as stack:
         folder = _cache_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -299,9 +300,21 @@ def _compiled(compiler, real):
             compiled, library = scratch / "native.o", scratch / "native.so"
             for words in ([*command, "-c", SOURCE, "-o", compiled], [*compiler, "-shared", compiled, "-o", library]):
                 # not linked to an OpenMP library, so that it uses the one that PyTorch has loaded, with its threads
-                subprocess.run(words, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+                _run(words).check_returncode()
             os.replace(library, path)
         return ctypes.CDLL(path)
+
+
+def _run(words):
+    """Run the compiler; after `COMPILE_SECONDS` end it, with all that it has started, and raise TimeoutExpired."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True, errors="replace", start_new_session=True) as process:
+        try:
+            output = process.communicate(timeout=COMPILE_SECONDS)
+        except BaseException:  # an interrupt too
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, *output)
 
 
 def _cache_folder():
