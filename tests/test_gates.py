@@ -632,8 +632,8 @@ def test_variables_that_torchrun_did_not_set_are_one_line(changes, monkeypatch):
 
 @pytest.mark.process
 def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
-    code = (
-        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a job in the background ignores it
+    code = (  # sets the handler first, since a job in the background ignores interrupts
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import running.errors as errors; errors.end_silently_on_interrupt(); os.kill(os.getpid(), signal.SIGINT)"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
