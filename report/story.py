@@ -112,6 +112,8 @@ def _read_scalars(folder):
     try:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    except MemoryError:  # says nothing of the files
+        raise
     except Exception as error:  # of damaged files TensorBoard's reader says so in many types
         raise UserError(f"{folder} cannot be read: {shown(str(error))}") from None
     if not all(map(math.isfinite, scalars.get("epoch", {}).values())):

@@ -3,7 +3,6 @@
 Listing reads file names only, in time linear in their number. An image is read when it is indexed.
 """
 
-import contextlib
 import functools
 import os
 import warnings
@@ -181,8 +180,12 @@ def open_image(file, size, mode):
                 width, height = opened.size
                 raise ValueError(f"it has {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1")
             opened.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data: the image is not rotated
+            try:
                 ImageOps.exif_transpose(opened, in_place=True)
+            except MemoryError:  # the image would be taken as it lies, silently
+                raise
+            except Exception:  # damaged EXIF data, of which Pillow says so in many types: the image is not rotated
+                pass
             image = _eight_bits(opened, mode)
     except MemoryError:  # says nothing of the file, which must not be left out as damaged
         raise

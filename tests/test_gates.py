@@ -170,12 +170,37 @@ def test_a_temporary_file_is_never_written_through_a_link(tmp_path):
 # Options in config.json
 
 OF_THE_COMMAND = {
-    "overwrite": True, "gpus": "all", "auto_resume": True, "resume": "/", "evaluate": "x", "mirror": True, "help": True
-}  # fmt: skip
+    "overwrite": True,
+    "gpus": "all",
+    "auto_resume": True,
+    "resume": "/",
+    "evaluate": "x",
+    "mirror": True,
+    "help": True,
+}
 ODD_VALUES = [
-    None, True, False, -1, 0, 2**70, 1e400, float("nan"), 0.5, "", "x" * 10**6, "\0", "\ud800", "--overwrite", "-1", [],
-    {}, [[[1]]], {"a": {"b": 1}}, "all", "../../x",
-]  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    2**70,
+    1e400,
+    float("nan"),
+    0.5,
+    "",
+    "x" * 10**6,
+    "\0",
+    "\ud800",
+    "--overwrite",
+    "-1",
+    [],
+    {},
+    [[[1]]],
+    {"a": {"b": 1}},
+    "all",
+    "../../x",
+]
 
 
 @pytest.mark.parametrize("name", OF_THE_COMMAND)
@@ -243,9 +268,20 @@ def places_of(content):
 
 
 ODD_OBJECTS = [
-    torch.zeros(()), torch.zeros(0), torch.zeros(1), torch.zeros(3, dtype=torch.complex64), torch.zeros(1).expand(9),
-    torch.zeros(5, dtype=torch.uint8), torch.zeros(2, 3).to_sparse(), (), (1, 2), b"x", 10**5000, -1e300, 1 + 2j,
-]  # fmt: skip
+    torch.zeros(()),
+    torch.zeros(0),
+    torch.zeros(1),
+    torch.zeros(3, dtype=torch.complex64),
+    torch.zeros(1).expand(9),
+    torch.zeros(5, dtype=torch.uint8),
+    torch.zeros(2, 3).to_sparse(),
+    (),
+    (1, 2),
+    b"x",
+    10**5000,
+    -1e300,
+    1 + 2j,
+]
 
 
 def reports(folder, render):
@@ -495,10 +531,18 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("command_after", ["--overwrite", "--resume"])
 @pytest.mark.parametrize(
-    "place", ["pathlib.Path.mkdir", "running.folder.RunFolder.lock", "running.folder.write_temporary",
-              "running.folder.write_json", "running.run.save_checkpoint", "running.folder.RunFolder.check_room",
-              "running.folder.RunFolder.forget_replaced", "os.rmdir"],
-)  # fmt: skip
+    "place",
+    [
+        "pathlib.Path.mkdir",
+        "running.folder.RunFolder.lock",
+        "running.folder.write_temporary",
+        "running.folder.write_json",
+        "running.run.save_checkpoint",
+        "running.folder.RunFolder.check_room",
+        "running.folder.RunFolder.forget_replaced",
+        "os.rmdir",
+    ],
+)
 def test_a_kill_while_a_run_is_replaced_leaves_a_run_that_both_commands_go_on_with(
     command_after, place, replaceable, monkeypatch
 ):
@@ -605,19 +649,31 @@ def test_the_steps_before_a_failing_loading_process_are_saved(tmp_path, monkeypa
 
 
 TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-    "MASTER_ADDR": "localhost", "MASTER_PORT": "29999",
-}  # fmt: skip
+    "TORCHELASTIC_RUN_ID": "1",
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29999",
+}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"RANK": None}, {"RANK": "x"}, {"RANK": "2"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "1"},
-        {"MASTER_PORT": "x"}, {"MASTER_PORT": "70000"}, {"MASTER_ADDR": None},
+        {"RANK": None},
+        {"RANK": "x"},
+        {"RANK": "2"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "1"},
+        {"MASTER_PORT": "x"},
+        {"MASTER_PORT": "70000"},
+        {"MASTER_ADDR": None},
         {"RANK": "1", "MASTER_ADDR": "nowhere.invalid"},
     ],
-)  # fmt: skip
+)
 def test_variables_that_torchrun_did_not_set_are_one_line(changes, monkeypatch):
     for name, value in (TORCHRUN | changes).items():
         if value is not None:

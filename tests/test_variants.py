@@ -627,6 +627,7 @@ def test_a_variant_changes_a_users_classes_too():
 
 
 def test_the_ninth_variant_of_the_docs_passes_its_tests_there(monkeypatch):
+    # executes code of this repository's own page, as a reader would paste it
     text = (ROOT / "docs/variants.md").read_text(encoding="utf-8").partition("## Write a ninth variant")[2]
     found = re.findall(r"^   ```python\n(.*?)^   ```$", text, flags=re.MULTILINE | re.DOTALL)
     variant, line, change, option, words, tests = map(textwrap.dedent, found)
