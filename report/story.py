@@ -12,7 +12,7 @@ import numpy as np
 
 from config import AugmentConfig, SearchConfig
 from genotypes import from_str
-from running.checkpoints import HISTORY, PLAIN, check_genotypes
+from running.checkpoint_checks import HISTORY, PLAIN, check_genotypes
 from running.errors import UserError, shown
 from running.folder import RunFolder, read_json
 from running.forms import misfit

@@ -11,7 +11,8 @@ from config import AugmentConfig
 from genotypes import from_str
 from models.augment_cnn import AugmentCNN
 from running import ranks
-from running.checkpoints import check_contents, check_size, load_checkpoint, state_misfit
+from running.checkpoint_checks import check_contents, check_size, state_misfit
+from running.checkpoints import load_checkpoint
 from running.devices import pick_device
 from running.errors import UserError
 from running.folder import RunFolder

@@ -9,16 +9,8 @@ import warnings
 import torch
 
 from running import ranks
-from running.checkpoints import (
-    EPOCH_START,
-    FORMAT,
-    check_classes,
-    check_fits,
-    find_checkpoint,
-    load_state,
-    save_checkpoint,
-    state_misfit,
-)
+from running.checkpoint_checks import check_classes, check_fits, load_state, state_misfit
+from running.checkpoints import EPOCH_START, FORMAT, find_checkpoint, save_checkpoint
 from running.devices import device_name, pick_device, random_state, set_random_state, use_deterministic_algorithms
 from running.errors import UserError
 from running.folder import write_json

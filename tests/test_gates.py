@@ -29,7 +29,8 @@ from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
 from report.story import read
 from running import ranks
-from running.checkpoints import check_fits, load_checkpoint, save_checkpoint
+from running.checkpoint_checks import check_fits
+from running.checkpoints import load_checkpoint, save_checkpoint
 from running.data_sets import DATASETS
 from running.errors import UserError, user_errors_in_one_line
 from running.folder import RunFolder, write_temporary
