@@ -86,6 +86,7 @@ def replays(graphs):
 REPLAYED = STEPS - EAGER_STEPS - 1  # steps of an epoch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
     [
@@ -200,6 +201,7 @@ class NoiseOfNumbers(SearchCNN):
         return weights if noise is None else {kind: [noise[0] * w for w in weights[kind]] for kind in weights}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

@@ -29,6 +29,7 @@ def eigenvalues_of_the_hessian(net, X, y):
     return np.linalg.eigvalsh(torch.stack(rows).numpy())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("smooth", "execution", "n_layers"), [(True, "fused", 3), (False, "plain", 3), (True, "fused", 1)]
 )

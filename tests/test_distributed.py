@@ -274,6 +274,7 @@ def test_rows_are_each_taken_once_by_parts_of_at_least_two_or_all_by_all(monkeyp
     assert [rows.count(row) / len(rows) for row in range(n)] == pytest.approx([1 / n] * n)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", LAYOUTS)
 def test_on_one_rank_global_statistics_are_those_of_batch_norm(execution):
     assert_near(searched(execution), searched(execution, sync_bn=False))

@@ -85,6 +85,7 @@ def test_large_grey_images_of_which_few_are_there(tmp_path, image_folder):
     assert "(N, 1, 64, 64): grey" in metadata.custom_metadata_map["input"]
 
 
+@pytest.mark.long
 def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
     ops = [name for name in OPS if name != "none"]
     gene = [[(name, 0), (name, 1)] for name in ops]

@@ -230,6 +230,7 @@ def patched(edge):
     edge.forward = lambda x, weights: double(edge, x, weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [None, "BATCHED"])
 @pytest.mark.parametrize("change", [subclassed, hooked, patched])
 @pytest.mark.parametrize("places", [[(0, 0)], [(1, 2)], [(0, 1), (1, 0)], "all"])
@@ -312,6 +313,7 @@ def normalise_weights_of_reductions(net):
             nn.utils.weight_norm(conv).weight_g.data.mul_(2)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layout", [None, "BATCHED"])
@@ -446,6 +448,7 @@ def test_weights_that_do_not_fit_the_candidates_are_refused(execution):
         network(TooMany, execution)(batch()[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True])
 @both_executions
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ shapes = {
 }
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(size=st.tuples(st.integers(2, 9), st.integers(2, 9)), training=st.booleans(), **shapes)
 def test_any_cell_is_the_plain_cell(size, N, **drawn):
@@ -254,6 +255,7 @@ def test_mixed_precision_on_the_cpu_is_finite_and_near():
     assert all(p.grad.isfinite().all() for p in fused.parameters())
 
 
+@pytest.mark.long
 def test_a_search_on_digits_finds_the_same_genotype():
     _, _, n_classes, data = get_data("digits", "", 0, False, seed=0)
     loader = Loader(data, range(600), 50, torch.device("cpu"), seed=0)
@@ -295,6 +297,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("C", "size"), [(2, 8), (3, 5), (8, 8), (8, 12), (3, 12)])
 def test_float32_bits_are_the_same_in_every_run(C, size, path, two_threads):
     torch.manual_seed(0)

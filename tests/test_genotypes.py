@@ -295,6 +295,7 @@ def test_a_seed_draws_the_same_cells_and_another_seed_others():
     assert all(from_str(str(genotype)) == genotype for genotype in cells)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["DARTS_V2", "NASNET_A"])
 def test_random_cells_like_another_have_its_nodes_and_its_parameters_to_5_percent(name):
     like = PUBLISHED[name].genotype

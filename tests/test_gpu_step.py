@@ -51,6 +51,7 @@ def augment_net():
     return net
 
 
+@pytest.mark.long
 def test_a_second_order_step_of_the_default_network_launches_at_most_13_000_kernels():
     net = search_net(C_in=3, C=16, n_classes=10, n_layers=8).to(memory_format=torch.channels_last)
     batches = Batches(batch(n=4, channels=3, n_classes=10, dtype=torch.float32, seed=seed) for seed in range(2))
@@ -87,6 +88,7 @@ class Reads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["first", "second"])
 @OPTIONS
 def test_a_search_step_waits_for_the_device_once(options, order):
@@ -112,6 +114,7 @@ def reading_nothing(monkeypatch):
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [1.0] * len(self))
 
 
+@pytest.mark.long
 @OPTIONS
 @pytest.mark.parametrize("stage", ["search", "augment"])
 def test_a_step_depends_on_no_number_but_those_that_it_reads(stage, options, reading_nothing):

@@ -159,6 +159,7 @@ SPACES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("candidates", SPACES.values(), ids=SPACES)
 def test_a_report_shows_any_search_space(candidates, tmp_path, unmeasured):
     weights, genotypes = write_search(tmp_path / "run", candidates)

@@ -157,6 +157,7 @@ def test_a_search_that_stops_early_takes_the_genotype_of_five_epochs_before(grow
     assert verdict(history) in (run / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_without_the_option_a_search_goes_on_and_says_where_it_would_have_stopped(growing, tmp_path, monkeypatch):
     files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "13")
     assert files["genotype"]["last"]["epoch"] == len(files["history"]) == files["summary"]["genotype_epoch"] == 13
@@ -165,6 +166,7 @@ def test_without_the_option_a_search_goes_on_and_says_where_it_would_have_stoppe
     assert "--early-stop would have stopped at epoch 10" in log
 
 
+@pytest.mark.long
 def test_each_epochs_state_is_in_the_history_and_resumed_exactly(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for folder in (whole, halves):

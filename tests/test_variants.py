@@ -111,6 +111,7 @@ def test_every_variant_is_tested_and_named_alike():
     assert set(VARIANTS) == set(CHOICES) == {name for name in WORDS if "," not in name}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [None, "BATCHED"])
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
 def test_both_executions_of_a_variant_are_the_same(words, layout, monkeypatch):
