@@ -158,9 +158,9 @@ def status(plan, running, n_slots):
             seconds += epochs * (rate or 0.0)
     if not left:
         return "nothing is left"
-    about = f"about {timedelta(seconds=round(seconds / n_slots))}"
-    not_known = f", and {' and '.join(unknown)} runs, which no time is known of yet" if unknown else ""
-    return f"left: {', '.join(left)}; {about}{not_known}"
+    times = [f"about {timedelta(seconds=round(seconds / n_slots))}"] if seconds else []
+    times += [f"no time is known yet of {' and '.join(unknown)} runs"] if unknown else []
+    return f"left: {', '.join(left)}; {', '.join(times)}"
 
 
 def seconds_per_epoch(plan, kind, over, running):

@@ -1,0 +1,74 @@
+"""The figure and the table of docs/collapse.md: how searches that start with the same seed end.
+
+    python benchmarks/collapse.py docs/collapse/*.json --output docs/collapse.svg
+
+Each file is the `history.json` of a search's folder, renamed to say which search it is. The commands that made them are
+in docs/collapse.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evidence.search_state import early_stop, local_averages, skip_connections, verdict
+from genotypes import from_str
+from report.figures import epoch_axis, to_svg
+from running.errors import user_errors_in_one_line
+from running.folder import read_json
+
+HEADS = ("search", "epochs", "validation, %", "skips, normal cell", "eigenvalue", "state at the end")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("histories", nargs="+", type=Path, metavar="FILE", help="NAME.json")
+    parser.add_argument("--output", type=Path, required=True, help="the figure, .svg")
+    args = parser.parse_args()
+    with user_errors_in_one_line("collapse.py"):
+        histories = {path.stem: read_json(path) for path in args.histories}
+        for cells in (HEADS, ["---"] * len(HEADS), *(row(*pair) for pair in histories.items())):
+            print("| " + " | ".join(cells) + " |")
+        args.output.write_bytes(to_svg(figure(histories)))
+
+
+def normal_skips(entry):
+    return skip_connections(from_str(entry["string"]).normal)
+
+
+def row(name, history):
+    """A row of the table, under `HEADS`."""
+    last, averages = history[-1], list(local_averages(history).values())
+    eigenvalue = f"{averages[0]:.2f} to {averages[-1]:.2f}" if averages else "-"
+    skips = f"{normal_skips(last)} of {sum(map(len, from_str(last['string']).normal))}"
+    return name, str(last["epoch"]), f"{100 * last['valid_top1']:.1f}", skips, eigenvalue, verdict(history)
+
+
+def figure(histories):
+    """Validation accuracy, skip connections of the normal cell, and the eigenvalue's local average, by epoch."""
+    result = Figure(figsize=(10, 3), layout="constrained")
+    left, middle, right = result.subplots(1, 3)
+    for i, (name, history) in enumerate(histories.items()):
+        epochs, averages = [entry["epoch"] for entry in history], local_averages(history)
+        style = {"color": f"C{i}", "label": name}
+        left.plot(epochs, [100 * entry["valid_top1"] for entry in history], **style)
+        middle.plot(epochs, list(map(normal_skips, history)), drawstyle="steps-mid", **style)
+        right.plot(list(averages), list(averages.values()), **style)
+        stop = early_stop(history)
+        if stop is not None:
+            right.plot([stop], [averages[stop]], "s", color=f"C{i}")
+    left.set_title("validation accuracy, %", fontsize=10)
+    middle.set_title("skip connections of the normal cell", fontsize=10)
+    right.set_title("eigenvalue, mean of 5 epochs (square: DARTS-ES stops)", fontsize=9)
+    for axes in (left, middle, right):
+        axes.set(xlabel="epoch")
+        epoch_axis(axes)
+    left.legend(fontsize=8)
+    return result
+
+
+if __name__ == "__main__":
+    main()
