@@ -524,9 +524,7 @@ def test_what_is_left_is_estimated_from_what_was_measured(tmp_path):
     assert protocol.status(plan, [], 1) == "left: 2 of 3 selection runs, 1 of 1 final runs; about 0:00:06"
     assert protocol.status(plan, [], 2).endswith("about 0:00:03")
     unknown = Plan(options_of(), tmp_path / "unknown")
-    assert protocol.status(unknown, [], 1).endswith(
-        "about 0:00:00, and search and selection and final runs, which no time is known of yet"
-    )
+    assert protocol.status(unknown, [], 1).endswith("; no time is known yet of search and selection and final runs")
     # a run that has gone through half of its second epoch in a second
     log = unknown.search(unknown.members[0]).folder.log
     log.parent.mkdir(parents=True)
@@ -537,7 +535,7 @@ def test_what_is_left_is_estimated_from_what_was_measured(tmp_path):
     running = SimpleNamespace(task=unknown.search(unknown.members[0]), seconds_per_epoch=lambda: 2.0)
     assert protocol.seconds_per_epoch(unknown, "search", [], [running]) == 2.0
     # four searches of 50 epochs, less the two that are done, of 2 s each
-    assert "; about 0:06:36, and selection and final runs" in protocol.status(unknown, [running], 1)
+    assert "; about 0:06:36, no time is known yet of selection" in protocol.status(unknown, [running], 1)
 
 
 def test_every_option_has_help_and_stands_in_a_named_group():
