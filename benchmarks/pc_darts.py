@@ -1,9 +1,9 @@
-"""CPU time and memory of a search step by PC-DARTS, with 1/K of the channels in the mixed operations.
+"""Time and memory of a search step by PC-DARTS, with 1/K of the channels in the mixed operations.
 
     python benchmarks/pc_darts.py
 
-K = 1 without edge normalisation is DARTS. Each case runs in a process of its own, whose largest memory is that of the
-operating system's account (VmHWM, on Linux).
+K = 1 without edge normalisation is DARTS. A step of the warm-up is w's alone. Each case runs in a process of its own,
+whose largest memory is that of the operating system's account (VmHWM, on Linux).
 """
 
 import argparse
@@ -48,22 +48,29 @@ def print_case(K, batch_size, rounds):
     weights = list(net.weights())
     optim = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
     architect = architect_kind(net, 0.9, 3e-4)
-    for order, xi in (("first", 0.0), ("second", 0.025)):
-        seconds = []
+    for name, xi in (("warm-up", None), ("first order", 0.0), ("second order", 0.025)):
+        seconds, cpu_seconds = [], []
         for _ in range(rounds + 1):
-            start = time.process_time()
-            architect.unrolled_backward(*trn, *val, xi, optim)
-            optim.zero_grad()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            if xi is not None:
+                architect.unrolled_backward(*trn, *val, xi, optim)
+                optim.zero_grad()
             net.loss(*trn).backward(inputs=weights)
             optim.step()
-            seconds.append(time.process_time() - start)
+            optim.zero_grad()
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) / 1e6
         print(
-            f"K = {K}, batch {batch_size}, {order} order: {statistics.median(seconds[1:]):.2f} s "
-            f"({min(seconds[1:]):.2f} to {max(seconds[1:]):.2f}) of CPU time a step, at most {peak:.2f} GB",
+            f"K = {K}, batch {batch_size}, {name}: {spread(seconds[1:])} a step, "
+            f"{spread(cpu_seconds[1:])} of CPU time, at most {peak:.2f} GB",
             flush=True,
         )
+
+
+def spread(seconds):
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 if __name__ == "__main__":
