@@ -46,10 +46,8 @@ class StepGraphs:
 
     def forget(self):
         """Drop all recordings, at the end of an epoch: in the next, other numbers are in use."""
-        self.recordings, self.pool = (
-            {},
-            None,
-        )  # function -> `Recording`; one pool of memory, since one graph runs at a time
+        self.recordings = {}  # function -> `Recording`
+        self.pool = None  # of memory: one for all graphs, of which one runs at a time
 
     def __call__(self, parameters, function, tensors, *constants):
         """function(*tensors, *constants), which sets the gradients of the parameters and returns tensors without one.
