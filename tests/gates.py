@@ -1,0 +1,143 @@
+"""What the tests of the gates share: small runs in this process, whose files are then spoilt."""
+
+import copy
+import dataclasses
+import shutil
+from itertools import islice
+
+import pytest
+import torch
+
+import augment
+import search
+from running.data_sets import DATASETS
+from running.errors import user_errors_in_one_line
+from running.folder import RunFolder
+
+SMALL = [
+    *("--layers", "1", "--init-channels", "2", "--batch-size", "64", "--workers", "0", "--epochs", "2"),
+    *("--device", "cpu", "--runs-path", "{}"),
+]
+STAGES = {
+    "search": (search.main, [*SMALL, "--nodes", "1", "--eigenvalue-images", "1"]),
+    "augment": (augment.main, [*SMALL, "--genotype", "DARTS_V1", "--aux-weight", "0"]),
+}
+
+
+@pytest.fixture(scope="module")
+def short_runs():
+    """Runs in this process learn from a part of the digits, and do not measure how fast their cells are."""
+    digits = DATASETS["digits"]
+
+    def load(*args, **options):
+        source, labels, n_classes = digits.load(*args, **options)
+        return list(islice(source, 200)), labels[:200], n_classes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "digits", dataclasses.replace(digits, load=load))
+        patch.setattr("search.show_cost", lambda *args: None)
+        patch.setattr("augment.describe_latency", lambda *args: "no time")
+        yield
+
+
+def command(main, words):
+    """Run a script in this process: its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["script", *map(str, words)])
+        try:
+            with user_errors_in_one_line("script"):
+                main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(short_runs, tmp_path_factory):
+    """stage -> the folder of a finished run."""
+    path = str(tmp_path_factory.mktemp("finished"))
+    for main, words in STAGES.values():
+        assert command(main, [word.format(path) for word in words]) == 0
+    return {stage: RunFolder(f"{path}/{stage}/digits").path for stage in STAGES}
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """stage -> a copy of the folder, to be spoilt."""
+    return {
+        stage: shutil.copytree(path, tmp_path / stage, copy_function=shutil.copy) for stage, path in finished.items()
+    }
+
+
+def refused(capsys, main, words, *mentions):
+    """Whether a command ends with exit code 2 and one short line, which is returned."""
+    capsys.readouterr()
+    assert command(main, words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert len(lines[0]) < 2000
+    for mention in mentions:
+        assert mention in lines[0]
+
+
+ODD_VALUES = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    2**70,
+    1e400,
+    float("nan"),
+    0.5,
+    "",
+    "x" * 10**6,
+    "\0",
+    "\ud800",
+    "--overwrite",
+    "-1",
+    [],
+    {},
+    [[[1]]],
+    {"a": {"b": 1}},
+    "all",
+    "../../x",
+]
+
+ODD_OBJECTS = [
+    torch.zeros(()),
+    torch.zeros(0),
+    torch.zeros(1),
+    torch.zeros(3, dtype=torch.complex64),
+    torch.zeros(1).expand(9),
+    torch.zeros(5, dtype=torch.uint8),
+    torch.zeros(2, 3).to_sparse(),
+    (),
+    (1, 2),
+    b"x",
+    10**5000,
+    -1e300,
+    1 + 2j,
+]
+
+
+def spoilt(content, chance):
+    """A copy of nested dicts and lists in which one value, or one key, is another."""
+    content = copy.deepcopy(content)
+    places = list(places_of(content))
+    container, key = chance.choice(places)
+    how = chance.randrange(8)
+    if how == 0:
+        del container[key]
+    elif how == 1 and isinstance(container, dict):
+        container[chance.choice(["odd", 7, ""])] = container[key]
+    else:
+        container[key] = chance.choice(ODD_VALUES + ODD_OBJECTS)
+    return content
+
+
+def places_of(content):
+    for key in list(content) if isinstance(content, dict) else range(len(content)):
+        yield content, key
+        if isinstance(content[key], (dict, list)) and len(content[key]) < 1000:
+            yield from places_of(content[key])
