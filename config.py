@@ -322,7 +322,7 @@ def add_data(parser):
     group.add_argument("--data-path", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
     group.add_argument(
         "--image-size",
-        type=number(int, 8),
+        type=number(int, 8, 8192),
         default=32,
         metavar="PIXELS",
         help="of the data set `folder`: images are scaled and cropped to this height and width",

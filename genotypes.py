@@ -20,6 +20,7 @@ from pathlib import Path
 from models.choices import PRIMITIVES
 from models.genotype import Genotype, GenotypeError, check, parse, shorten, to_dag
 from running.errors import OneLineParser, user_errors_in_one_line
+from running.options import number
 
 __all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "from_str", "parse", "to_dag", "to_str"]
 
@@ -289,7 +290,10 @@ def main():
     )
     parser.add_argument("--form", choices=FORMS, default="nested", help="to write (default: %(default)s)")
     parser.add_argument(
-        "--random", type=_natural, metavar="N", help="draw N cells evenly from the search space, one a line"
+        "--random",
+        type=number(int, 0, 10**6),
+        metavar="N",
+        help="draw N cells evenly from the search space, one a line",
     )
     parser.add_argument("--seed", type=_natural, default=0, metavar="S", help="of --random (default: %(default)s)")
     parser.add_argument(

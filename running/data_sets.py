@@ -102,7 +102,7 @@ def load_folder(path, train, size, channels, skip_bad_images=False, whole=False,
     read = functools.partial(open_image, size=None if whole else size, mode={1: "L", 3: "RGB"}[channels])
     has_val = (root / "val").is_dir()
     _warn_of_other_folders(root, has_val)
-    folder = list_folder(root / ("val" if has_val and not train else "train"), read, skip_bad_images)
+    folder = list_folder(root / ("val" if has_val and not train else "train"), read, skip_bad_images, data_path=root)
     if not has_val:
         counts = np.bincount(folder.labels)
         if counts.min() < HELD_OUT:

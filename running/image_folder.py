@@ -53,24 +53,28 @@ class ImageFolder:
         return ImageFolder(self.root, self.classes, names, labels, self.read)
 
 
-def list_folder(root, read, skip_bad_images=False):
+def list_folder(root, read, skip_bad_images=False, data_path=None):
     """List the `ImageFolder` at `root`. Warns if it leaves out anything: hidden names, files that are not images.
 
-    skip_bad_images: read all images first, and leave out those that cannot be read, with a warning that counts them.
-    Raises UserError unless there are at least two classes, each with an image.
+    skip_bad_images: read all images first, and leave out those that cannot be read, and links out of `data_path`, with
+    warnings that count them. data_path: the folder within which links must stay (default: root), which may be reached
+    by a link itself. Raises UserError unless there are at least two classes, each with an image.
     """
-    root = str(root)
+    root, top = str(root), os.path.realpath(data_path or root)
     if not os.path.isdir(root):
         raise UserError(f"image folder {root} does not exist; --data-path must name a folder that holds train/CLASS/*")
+    _odd_link(root, top, skip_bad_images=None)
     left_out = defaultdict(list)  # reason: names
     classes, names, labels = [], [], []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if not entry.is_dir():
+        if entry.is_symlink() and (reason := _odd_link(entry.path, top, skip_bad_images)):
+            _leave_out(entry.name, reason, left_out)
+        elif not entry.is_dir():
             _leave_out(entry.name, "in no class's folder", left_out)
         elif is_hidden(entry.name):
             _leave_out(entry.name, "hidden", left_out)
         else:
-            images = _images_of_class(root, entry.name, left_out)
+            images = _images_of_class(root, entry.name, left_out, top, skip_bad_images)
             names += images
             labels += [len(classes)] * len(images)
             classes.append(os.fsencode(entry.name).decode("utf-8", "backslashreplace"))
@@ -85,10 +89,11 @@ def list_folder(root, read, skip_bad_images=False):
     return _readable_part(folder) if skip_bad_images else folder
 
 
-def _images_of_class(root, name, left_out):
+def _images_of_class(root, name, left_out, top, skip_bad_images):
     """The image files in root/name and its subfolders, as paths relative to root.
 
-    Symbolic links are followed, but each folder is entered only once. Names that are left out are added to `left_out`.
+    Links are followed within the folder `top`, but each folder is entered only once. Names that are left out are added
+    to `left_out`.
     """
     entered = {_identity(path) for path in (root, *Path(root).resolve().parents)}
     images = {}  # folder: files
@@ -105,6 +110,8 @@ def _images_of_class(root, name, left_out):
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if is_hidden(entry.name):
                     _leave_out(f"{folder}/{entry.name}", "hidden", left_out)
+                elif entry.is_symlink() and (reason := _odd_link(entry.path, top, skip_bad_images)):
+                    _leave_out(f"{folder}/{entry.name}", reason, left_out)
                 elif entry.is_dir():
                     folders.append(f"{folder}/{entry.name}")
                 elif not entry.name.lower().endswith(ENDINGS):
@@ -124,6 +131,22 @@ def is_hidden(name):
 def _leave_out(name, reason, left_out):
     if os.path.basename(name) not in SYSTEM_FILES:
         left_out[reason].append(name)
+
+
+def _odd_link(path, top, skip_bad_images):
+    """Why a link in an image folder is left out, or None. Raises UserError if it leads out of the folder `top`.
+
+    top: a real path; skip_bad_images: whether such a link is left out, too; None: it cannot be.
+    """
+    target = os.path.realpath(path)
+    if not os.path.exists(path):  # it leads to nothing, or to itself
+        return "that are no files"
+    if Path(target).is_relative_to(top):
+        return None
+    if skip_bad_images:
+        return "links out of the folder"
+    others = "" if skip_bad_images is None else "; --skip-bad-images goes on without it"
+    raise UserError(f"{path} is a link out of {top}, to {target}; copy what it leads to, as by cp -rL{others}")
 
 
 def _identity(path):

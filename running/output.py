@@ -51,7 +51,9 @@ class _Survivor:
     def flush(self):
         try:
             self.stream.flush()
-        except (OSError, ValueError) as error:
+        except ValueError:  # closed, so nothing is left to be written; at exit, logging flushes what it has written to
+            pass
+        except OSError as error:
             self._give_up(error)
 
     def _give_up(self, error):

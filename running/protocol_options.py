@@ -18,6 +18,8 @@ from running.options import (
     words_of,
 )
 
+up_to_1000 = number(int, 0, 1000)
+
 SET_HERE = ("name", "runs_path", "overwrite", "resume", "auto_resume", "seed", "gpus")  # of each run
 SET_HERE_TO_AUGMENT = (*SET_HERE, "genotype", "hold_out", "evaluate", "mirror", "init_checkpoint")
 
@@ -50,8 +52,10 @@ def build_parser():
         allow_abbrev=False,
     )
     group = parser.add_argument_group("members")
-    group.add_argument("--searches", type=natural, default=4, metavar="N", help="searches, of seeds S+1 to S+N")
-    group.add_argument("--random", type=natural, default=4, metavar="N", help="random cells, random:SEED of S+1 to S+N")
+    group.add_argument("--searches", type=up_to_1000, default=4, metavar="N", help="searches, of seeds S+1 to S+N")
+    group.add_argument(
+        "--random", type=up_to_1000, default=4, metavar="N", help="random cells, random:SEED of S+1 to S+N"
+    )
     group.add_argument("--like", metavar="GENOTYPE", help="of random cells: as many parameters as this cell, to 5 %%")
     group.add_argument("--cells", nargs="*", default=[], choices=PUBLISHED, metavar="CELL", help="published cells")
     group.add_argument("--seed", type=natural, default=0, metavar="S", help="the seeds are S+1, S+2, ...")
@@ -68,7 +72,7 @@ def build_parser():
         help="fraction of the training images whose accuracy selects",
     )
     group.add_argument(
-        "--final-seeds", type=natural, default=1, metavar="N", help="final trainings of a cell, of seeds S+1 to S+N"
+        "--final-seeds", type=up_to_1000, default=1, metavar="N", help="final trainings of a cell, of seeds S+1 to S+N"
     )
     group.add_argument(
         "--finals",

@@ -51,6 +51,10 @@ class Run:
         self.tensorboard = silent_writer()
         ranks.on_rank_0(self._enter)
 
+    def images_in_memory(self, n):
+        """How many images of a batch this rank keeps in the machine's memory; n: of the data set."""
+        return 0 if self.device.type == "cuda" else min(self.config.batch_size, n) // ranks.size()
+
     # Start and end
 
     def _enter(self):

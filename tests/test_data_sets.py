@@ -317,20 +317,25 @@ def test_what_is_no_class_and_no_image_is_left_out_with_a_warning_that_counts_it
     assert capsys.readouterr().err == ""  # said once
 
 
-def test_links_are_followed_but_not_around_in_circles(image_folder, tmp_path, capsys):
-    root = image_folder(splits=("train",))
-    (tmp_path / "elsewhere").mkdir()
-    (root / "train" / "left" / "000.png").rename(tmp_path / "elsewhere" / "a.png")
-    (root / "train" / "left" / "000.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+def test_links_within_the_folder_are_followed_but_not_around_in_circles(image_folder, capsys):
+    root = image_folder()
+    (root / "train" / "left" / "000.png").rename(root / "val" / "a.png")
+    (root / "train" / "left" / "000.png").symlink_to(root / "val" / "a.png")
     for i in range(3):
         (root / "train" / "left" / f"loop{i}").symlink_to("..")
         (root / "train" / "right" / f"loop{i}").symlink_to(".")
-    (root / "train" / "right" / "more").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(root)
-    folder = list_folder(root / "train", read=None)
-    assert np.bincount(folder.labels).tolist() == [12, 13]
-    assert folder.names[-1] == "right/more/a.png"
-    assert "7 links back to a folder, first left/loop0" in capsys.readouterr().err
+    (root / "train" / "right" / "more").symlink_to(root / "val")
+    (root / "val" / "back").symlink_to(root)
+    (root / "train" / "left" / "self.png").symlink_to("self.png")
+    (root / "train" / "self").symlink_to("self")
+    root.with_name("link").symlink_to(root)
+    for path in (root, root.with_name("link")):
+        folder = list_folder(path / "train", read=None, data_path=path)
+        assert np.bincount(folder.labels).tolist() == [12, 12 + 1 + 24]
+        assert folder.names[12 + 12] == "right/more/a.png"
+        said = capsys.readouterr().err
+        assert "7 links back to a folder, first left/loop0" in said
+        assert "2 that are no files, first left/self.png" in said
 
 
 @pytest.mark.parametrize(

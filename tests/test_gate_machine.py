@@ -1,5 +1,6 @@
 """Crowded machines: what fails around a run is told in one line, and the run can go on."""
 
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from running import ranks
 from running.checkpoints import load_checkpoint
 from running.errors import UserError, user_errors_in_one_line
 from running.loading import Images, Loader, LoadingError
+from running.output import _Survivor
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -120,6 +122,18 @@ def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (-2, "")
+
+
+@pytest.mark.parametrize("name", ["standard output", "standard error"])
+def test_a_stream_that_others_have_closed_is_told_when_output_is_lost_and_not_at_exit(name, capsys):
+    stream = io.StringIO()
+    survivor = _Survivor(stream, name)
+    survivor.write("all of it")
+    stream.close()
+    survivor.flush()  # as logging does at exit
+    assert capsys.readouterr().err == ""
+    survivor.write("more")
+    assert capsys.readouterr().err.count("cannot be written any more") == (name == "standard output")
 
 
 def test_a_long_message_is_cut_and_odd_characters_are_escaped(capsys):

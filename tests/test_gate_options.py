@@ -2,16 +2,21 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
 from gates import ODD_VALUES, STAGES, command, refused, spoilt
 
+import genotypes
+import protocol
 import search
 import visualize
 from config import AugmentConfig, SearchConfig
+from models.search_cnn import SearchCNN
 from report.story import read
 from running.errors import UserError
+from running.memory import check_memory, machine_memory
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -66,6 +71,71 @@ def test_odd_json_is_one_line(text, copied, capsys):
         if name == "config.json":
             refused(capsys, search.main, ["--resume", copied["search"]], "config.json")
         path.write_bytes(before)
+
+
+# Options that no machine has the memory for
+
+ABSURD = {
+    "layers": 10**9,
+    "init-channels": 10**9,
+    "nodes": 10**9,
+    "workers": 10**5,
+    "batch-size": 10**12,
+    "image-size": 10**9,
+}
+
+
+@pytest.mark.parametrize("option", ABSURD)
+@pytest.mark.parametrize("stage", STAGES)
+def test_absurd_options_are_one_line_before_anything_is_built_or_written(option, stage, copied, tmp_path, capsys):
+    if option == "nodes" and stage == "augment":
+        return
+    main, words = STAGES[stage]
+    words = [word.format(tmp_path / "new") for word in words]
+    refused(capsys, main, [*words, f"--{option}", ABSURD[option]], option)
+    assert not (tmp_path / "new").exists()
+    path = copied[stage] / "config.json"
+    (copied[stage] / "checkpoint.pt").unlink()  # which would be of another network
+    (copied[stage] / "previous.pt").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option.replace("-", "_"): ABSURD[option]}))
+    refused(capsys, main, ["--resume", copied[stage]], option)
+
+
+def test_a_batch_that_no_memory_holds_is_refused_and_a_large_one_is_not(tmp_path, monkeypatch, capsys):
+    main, words = STAGES["search"]
+    words = [word.format(tmp_path) for word in [*words, "--batch-size", "2000000000", "--epochs", "1"]]
+    assert command(main, words) == 0  # all images of the digits in a batch
+    monkeypatch.setattr("running.memory.OBJECTS", 0)
+    monkeypatch.setattr("running.memory.machine_memory", lambda: 10**5)
+    refused(capsys, main, [*words, "--overwrite"], "--batch-size")
+
+
+def test_the_least_memory_of_a_network_is_less_than_it_has(monkeypatch):
+    """By a factor that leaves room for other networks, and not by so much that absurd ones would pass."""
+    net = SearchCNN(3, 32, 10, 8, None)
+    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
+    config = SearchConfig(["--init-channels", "32", "--workers", "0"])
+    monkeypatch.setattr("running.memory.machine_memory", lambda: 0)
+    with pytest.raises(UserError, match="--init-channels") as caught:
+        check_memory(config, 14 * 8)
+    least = float(re.search(r"at least (\S+) GB", str(caught.value))[1]) * 1e9
+    assert weights / 4 < least < weights + 10e3 * 8 * 14 * 8
+
+
+def test_a_container_has_the_memory_that_it_may_use(tmp_path, monkeypatch):
+    whole = machine_memory()
+    for text, memory in (("max\n", whole), ("1000000\n", 10**6), ("odd", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr("running.memory.LIMIT", tmp_path / "memory.max")
+        assert machine_memory() == memory
+
+
+def test_absurdly_many_random_cells_are_one_line(capsys):
+    refused(capsys, genotypes.main, ["--random", "1000000000"], "--random")
+    refused(capsys, protocol.main, ["--random", "1000000000"], "--random")
+
+
+# A report
 
 
 def reports(folder, render):
