@@ -21,7 +21,7 @@ from pathlib import Path
 
 from running.children import Child, ForwardedSignals
 from running.errors import UserError, user_errors_in_one_line
-from running.folder import read_json, write_json
+from running.folder import RunFolder, read_json, write_json
 from running.members import Plan, results_of
 from running.options import option_name
 from running.protocol_options import read_options
@@ -63,6 +63,7 @@ def open_folder(plan):
     """Create the folder, or check that it is of a protocol with the same options."""
     saved = {name: value for name, value in vars(plan.options).items() if name not in NOT_SAVED}
     path = plan.folder / "config.json"
+    RunFolder(plan.folder).check()
     plan.folder.mkdir(parents=True, exist_ok=True)
     others = [one for one in plan.folder.iterdir() if one.suffix != ".tmp"]  # listed first, since others may start too
     before = read_json(path)

@@ -20,7 +20,7 @@ from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from 
     write_picture,
 )
 from running.errors import OneLineParser, user_errors_in_one_line
-from running.folder import RunFolder, read_json
+from running.folder import RunFolder, check_file, read_json
 
 
 def main():
@@ -72,6 +72,8 @@ def write_comparison(files, output):
     from report.comparison import write  # here, since it imports torch and matplotlib
 
     path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
+    if not output:
+        check_file(path)
     write([read_json(file) for file in files], path)
     print(path)
 

@@ -17,6 +17,8 @@ from report import figures
 from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
 from running.errors import UserError
+from running.forms import misfit
+from running.members import RESULTS
 
 CHANCE = "random cells"
 NONE = "-"  # in a table
@@ -58,7 +60,7 @@ def write(all_results, path):
             raise UserError(f"{path} would compare cells that were trained under different conditions; write .html")
         methods = methods_of(all_results)
         if path.suffix == ".md":
-            path.write_text("\n".join(markdown(methods, images) for images in IMAGES), encoding="utf-8")
+            path.write_text("\n".join(markdown(methods, images) for images in IMAGES), "utf-8", "backslashreplace")
         else:
             path.write_bytes(figures.to_svg(figures.members(methods, CHANCE)))
         return
@@ -79,10 +81,9 @@ def changed(options, config):
 
 def check(results):
     """Raise UserError unless this is the content of a results.json."""
-    members = results.get("members")
-    is_whole = isinstance(members, list) and all({"kind", "seed", "genotype"} <= member.keys() for member in members)
-    if results.get("format") != 1 or not is_whole:
-        raise UserError("this is no results.json of protocol.py, or one of another version")
+    found = misfit(results, RESULTS)
+    if found:
+        raise UserError(f"this is no results.json of protocol.py, or one of another version: {found}")
 
 
 def column(group):

@@ -12,10 +12,10 @@ import numpy as np
 
 from config import AugmentConfig, SearchConfig
 from genotypes import from_str
-from running.checkpoint_checks import HISTORY, PLAIN, check_genotypes
+from running.checkpoint_checks import HISTORY, check_genotypes
 from running.errors import UserError, shown
 from running.folder import RunFolder, read_json
-from running.forms import misfit
+from running.forms import PLAIN, misfit
 from running.tensorboard import alpha_tag
 from utils import shell_quote
 

@@ -9,11 +9,9 @@ import torch
 from genotypes import from_str
 from running.checkpoints import FORMAT
 from running.errors import UserError, shown
-from running.forms import Optional, misfit, whole
+from running.forms import NUMBER, PLAIN, Optional, misfit, whole
 from running.options import MAY_CHANGE
 
-NUMBER = frozenset({int, float})
-PLAIN = frozenset({str, int, float, bool, type(None)})
 FINGERPRINT = {"classes": {str: whole(0)}, "sha256": str}
 OF_AN_EPOCH = {"epoch": whole(1), "valid_top1": NUMBER, "string": str, str: lambda value: True}
 HISTORY = [

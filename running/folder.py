@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 
 from running.errors import UserError, shown, warn
@@ -64,8 +65,6 @@ class RunFolder:
     def check(self):
         """Raise UserError if the folder holds anything but folders and files, such as links, through which a run would
         write elsewhere, or pipes, which would stop it. No effect if there is no folder.
-
-        A file may have a second name elsewhere (a hard link) only if the run replaces it and never writes into it.
         """
         folders = [self.path] if self.path.is_dir() else []
         while folders:
@@ -73,13 +72,8 @@ class RunFolder:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-                    elif not entry.is_file(follow_symlinks=False):
-                        kind = "a link" if entry.is_symlink() else "no regular file"
-                        raise UserError(f"{entry.path} is {kind}; a run's folder may hold files and folders only")
-                    elif entry.stat().st_nlink > 1 and not entry.name.endswith((".pt", ".tmp")):
-                        raise UserError(
-                            f"{entry.path} is a hard link, so that a run would write elsewhere too; copy it"
-                        )
+                    else:
+                        check_file(entry.path)
 
     def check_free(self, overwrite):
         """Raise UserError unless a new run may use this folder: it is free, or holds a run that may be overwritten."""
@@ -213,6 +207,22 @@ class RunFolder:
         for path, size in sizes.items():
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
+
+
+def check_file(path):
+    """Raise UserError if a path to be written in a stranger's folder is a link or no regular file.
+
+    A file may have a second name elsewhere (a hard link) only if a run replaces it and never writes into it.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:  # a running run has deleted it since
+        return
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a link" if stat.S_ISLNK(status.st_mode) else "no regular file"
+        raise UserError(f"{path} is {kind}; a run's folder may hold files and folders only")
+    if status.st_nlink > 1 and not str(path).endswith((".pt", ".tmp")):
+        raise UserError(f"{path} is a hard link, so that a run would write elsewhere too; copy it")
 
 
 def _identity(path):

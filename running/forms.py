@@ -12,11 +12,24 @@ from running.errors import shown
 Optional = namedtuple("Optional", "key")
 
 MISSING = object()
+NUMBER = frozenset({int, float})
+PLAIN = frozenset({str, int, float, bool, type(None)})
+TEXT = frozenset({str, type(None)})
 
 
 def whole(low, high=2**53):
     """The form of an int of at least `low` and at most `high`."""
     return lambda value: type(value) is int and low <= value <= high
+
+
+def real(low=-1e15, high=1e15):
+    """The form of a finite number of at least `low` and at most `high`."""
+    return lambda value: type(value) in NUMBER and low <= value <= high
+
+
+def maybe(form):
+    """The form of a value that has a form, or is None."""
+    return lambda value: value is None or misfit(value, form) is None
 
 
 def misfit(value, form, where=""):

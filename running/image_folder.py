@@ -4,6 +4,7 @@ Listing reads file names only, in time linear in their number. An image is read 
 """
 
 import functools
+import logging
 import os
 import warnings
 from collections import defaultdict
@@ -23,6 +24,8 @@ MAX_ASPECT_RATIO = 100  # a longer image would take gigabytes when its shorter s
 LISTED = 10  # the largest number of names in a message
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about metadata, which does not affect pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice that many pixels are an error
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, it raises too
 
 warn_once = functools.cache(warn)  # a folder without val/ is listed twice, for training and for test images
 

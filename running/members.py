@@ -13,11 +13,47 @@ from config import AugmentConfig, SearchConfig
 from genotypes import from_str, random_genotypes, resolve
 from running.errors import UserError
 from running.folder import RunFolder, read_json
+from running.forms import PLAIN, TEXT, Optional, maybe, misfit, real, whole
 from running.options import MAY_CHANGE, option_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"search": SearchConfig, "augment": AugmentConfig}
 FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have others of, and be the same run
+
+# The forms of a run's summary.json and of a protocol's results.json, see running/forms.py
+FRACTION, SECONDS = real(0, 1), real(0)
+ORIGIN = {"seconds": SECONDS, Optional("version"): TEXT, Optional("machine"): TEXT}
+OF_SEARCH = {"epochs": whole(1), "valid_top1": FRACTION, "verdict": str, "eigenvalue": maybe(float)}
+OF_NETWORK = {"parameters_M": real(0), "multiply_adds_M": real(0), "held_out_top1": FRACTION}
+SUMMARIES = {
+    kind: {"epochs": whole(1), str: PLAIN} | ORIGIN | form
+    for kind, form in {
+        "search": OF_SEARCH | {"genotype": str},
+        "selection": OF_NETWORK,
+        "final": {"test_top1": FRACTION},
+    }.items()
+}
+MEMBER = {
+    "name": str,
+    "kind": lambda value: value in ("search", "random", "published"),
+    "seed": maybe(whole(0)),
+    "genotype": TEXT,
+    Optional("search"): OF_SEARCH | ORIGIN,
+    Optional("skip_connections"): {"normal": whole(0), str: whole(0)},
+    Optional("final"): [{"seed": whole(0), "test_top1": FRACTION} | ORIGIN],
+}
+TRAINED_MEMBER = MEMBER | OF_NETWORK | {"selection": ORIGIN, "final": MEMBER[Optional("final")]}
+RESULTS = {
+    "format": lambda value: value == 1,
+    "label": str,
+    "like": TEXT,
+    "command": str,
+    "search_options": maybe({str: PLAIN}),
+    "training_options": {"hold_out": FRACTION, str: PLAIN}
+    | dict.fromkeys(("dataset", "layers", "init_channels", "select_epochs", "epochs"), PLAIN),
+    "members": [lambda value: misfit(value, MEMBER) is None or misfit(value, TRAINED_MEMBER) is None],
+    str: lambda value: True,
+}
 LOG_TAIL = 4096  # bytes in which the last line of progress is looked for
 
 
@@ -57,8 +93,9 @@ class Task:
         saved = read_json(self.folder.config)
         if not summary or not saved:
             return None
-        if not isinstance(summary, dict) or not isinstance(saved, dict):
-            raise UserError(f"{self.folder} holds files that are no run's")
+        found = misfit(summary, SUMMARIES[self.kind], "summary") or misfit(saved, {str: PLAIN}, "config")
+        if found:
+            raise UserError(f"{self.folder} holds files that are no run's: {found}")
         saved = vars(self.config.restored(saved, self.folder.config))
         for name, value in self.config.as_dict().items():
             if name not in FREE and saved[name] != value:
