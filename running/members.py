@@ -21,12 +21,12 @@ CONFIGS = {"search": SearchConfig, "augment": AugmentConfig}
 FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have others of, and be the same run
 
 # The forms of a run's summary.json and of a protocol's results.json, see running/forms.py
-FRACTION, SECONDS = real(0, 1), real(0)
-ORIGIN = {"seconds": SECONDS, Optional("version"): TEXT, Optional("machine"): TEXT}
+FRACTION = real(0, 1)
+ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT}
 OF_SEARCH = {"epochs": whole(1), "valid_top1": FRACTION, "verdict": str, "eigenvalue": maybe(float)}
 OF_NETWORK = {"parameters_M": real(0), "multiply_adds_M": real(0), "held_out_top1": FRACTION}
 SUMMARIES = {
-    kind: {"epochs": whole(1), str: PLAIN} | ORIGIN | form
+    kind: {"epochs": whole(1), "seconds": real(0), str: PLAIN} | form
     for kind, form in {
         "search": OF_SEARCH | {"genotype": str},
         "selection": OF_NETWORK,

@@ -80,6 +80,20 @@ def test_a_temporary_file_is_never_written_through_a_link(tmp_path):
     assert (victim.read_text(), temporary.read_text(), temporary.is_symlink()) == ("mine", "new", False)
 
 
+def test_a_file_that_goes_away_while_a_folder_is_checked_is_no_fault(copied, monkeypatch):
+    """As checkpoint.pt.tmp of a run that is running."""
+    lstat = os.lstat
+
+    def gone(path, **options):
+        if str(path).endswith(".tmp"):
+            raise FileNotFoundError
+        return lstat(path, **options)
+
+    (copied["search"] / "checkpoint.pt.tmp").write_bytes(b"")
+    monkeypatch.setattr("os.lstat", gone)
+    RunFolder(copied["search"]).check()
+
+
 @pytest.mark.process
 def test_a_run_that_is_running_is_not_touched_by_another_command(tmp_path, capsys):
     words = [word.format(tmp_path) for word in STAGES["search"][1]] + ["--epochs", "1000000", "--workers", "1"]
