@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import torch
@@ -204,7 +205,9 @@ class Loader:
         try:
             if self.loader._iterator is None:
                 _check_open_files(self.loader.num_workers)
-            for i, (X, y) in enumerate(self.loader, first):
+            batches = iter(self.loader)
+            _leave_failures_to_the_next_batch()
+            for i, (X, y) in enumerate(batches, first):
                 yield (
                     X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
                     y.to(self.device, non_blocking=True),
@@ -234,6 +237,15 @@ def _check_open_files(workers):
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
     elif limit < needed:
         raise OSError(f"Too many open files: {workers} processes need {needed}, and {limit} are allowed")
+
+
+def _leave_failures_to_the_next_batch():
+    """Take back the handler by which PyTorch raises the end of a worker anywhere, as in the midst of a step.
+
+    Waiting for the next batch, PyTorch looks for workers that have ended every five seconds.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _leave_signals_to_the_main_process(worker):

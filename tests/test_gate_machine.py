@@ -47,6 +47,19 @@ def test_a_failing_loading_process_says_what_to_lower(end, remedy):
         list(loader.epoch(1))
 
 
+def test_a_loading_process_that_is_killed_during_a_step_ends_none_in_its_midst():
+    pixels = Pixels(range(64))
+    pixels.end = None
+    loader = Loader(Images(pixels, [0] * 64, lambda x: x, None, 0), range(64), 4, torch.device("cpu"), workers=2)
+    batches = loader.epoch(1)
+    next(batches)
+    for worker in loader.loader._iterator._workers:
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # in the loop, a step would be computed here
+    with pytest.raises(LoadingError, match="--workers"):
+        list(batches)
+
+
 def test_too_many_open_files_says_what_to_raise(monkeypatch):
     pixels = Pixels(range(8))
     pixels.end = None
