@@ -57,6 +57,7 @@ def resumes(run, checkpoint):
     return True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_spoilt_checkpoints_are_refused_or_harmless(stage, copied):
     run, chance = built(stage, copied[stage]), random.Random(0)

@@ -47,6 +47,7 @@ def test_a_failing_loading_process_says_what_to_lower(end, remedy):
         list(loader.epoch(1))
 
 
+@pytest.mark.long
 def test_a_loading_process_that_is_killed_during_a_step_ends_none_in_its_midst():
     pixels = Pixels(range(64))
     pixels.end = None
@@ -69,6 +70,7 @@ def test_too_many_open_files_says_what_to_raise(monkeypatch):
         list(loader.epoch(1))
 
 
+@pytest.mark.long
 def test_the_steps_before_a_failing_loading_process_are_saved(tmp_path, monkeypatch, capsys):
     words = [word.format(tmp_path) for word in STAGES["augment"][1]]
     assert command(augment.main, [*words, "--name", "alone"]) == 0

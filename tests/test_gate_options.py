@@ -147,6 +147,7 @@ def reports(folder, render):
     return command(visualize.main, [folder]) == 0 if render else True
 
 
+@pytest.mark.long
 def test_spoilt_histories_are_reported_or_refused(copied):
     chance, folder, n_read = random.Random(0), copied["search"], 0
     for name in ("history.json", "summary.json", "config.json"):
@@ -164,6 +165,7 @@ def test_a_run_without_tensorboards_files_has_nothing_to_show(copied, capsys):
     refused(capsys, visualize.main, [copied["search"]], "no epoch is over")
 
 
+@pytest.mark.long
 def test_damaged_files_of_tensorboard_are_reported_or_refused(copied):
     (path,) = (path for path in (copied["search"] / "tb").iterdir() if path.stat().st_size > 1000)
     data, chance, n_read = path.read_bytes(), random.Random(0), 0

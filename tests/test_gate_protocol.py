@@ -34,6 +34,7 @@ def results(n_members=3):
     return named | {"search_options": {"layers": 1}, "training_options": options, "members": members[:n_members]}
 
 
+@pytest.mark.long
 def test_spoilt_results_of_a_protocol_are_reported_or_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("report.comparison.cells_section", lambda method: "")  # which takes a second
     path, chance = tmp_path / "results.json", random.Random(0)
