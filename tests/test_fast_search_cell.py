@@ -14,7 +14,7 @@ from torch import nn
 from architect import Architect
 from models.choices import EXECUTIONS, PRIMITIVES
 from models.fast import search_cell
-from models.ops import OPS
+from models.ops import OPS, PartialMixedOp
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
 from running.loading import Loader
@@ -141,6 +141,19 @@ def test_edges_that_differ_run_by_themselves(path):
     fused.execution = "fused"
     s0, s1 = torch.randn(3, 5, 6, 6, dtype=torch.float64), torch.randn(3, 4, 6, 6, dtype=torch.float64)
     weights = [torch.rand(i + 2, 8, dtype=torch.float64) for i in range(3)]
+    assert_same(results(fused, s0, s1, weights), results(plain, s0, s1, weights))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_edges_with_different_shares_of_the_channels_are_the_plain_ones(training, path):
+    torch.manual_seed(0)
+    plain, fused = cells(2, 8, False, False, training)
+    for cell in (plain, fused):
+        for node, source, K in ((0, 0, 4), (0, 1, 4), (1, 0, 4), (1, 1, 4), (1, 2, 2)):
+            cell.dag[node][source] = PartialMixedOp(8, 1, K=K).double().train(training)
+    fused.load_state_dict(plain.state_dict())
+    s0, s1 = torch.randn(3, 5, 6, 6, dtype=torch.float64), torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    weights = [torch.rand(i + 2, 8, dtype=torch.float64) for i in range(2)]
     assert_same(results(fused, s0, s1, weights), results(plain, s0, s1, weights))
 
 

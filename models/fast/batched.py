@@ -9,54 +9,49 @@ import torch
 import torch.nn.functional as F
 
 from models.fast.depthwise import pixels_read
-from models.fast.layout import Inputs, Layout, add, alike, batch_norm, recorded_scale
+from models.fast.layout import Inputs, Layout, add, batch_norm, recorded_scale
 from models.fast.modules import geometry, separate_output
 
 
 class Batched(Layout):
+    weights_by_channel = True
+
     def mixed(self, states, edges, statistics):
         source = (torch.stack(states, 1) if len(states) > 1 else states[0].unsqueeze(1)).contiguous()
-        w, terms, total = self._without_weights(source, edges.candidates, statistics)
-        bases = add(total, _blended(w, terms)) if terms else total
-        outputs = self._add_chains(bases, Inputs([source], edges.n, self._repeat), edges.chains, statistics)
-        if len(states) > 1:
-            outputs = outputs.unflatten(1, (len(states), edges.n)).sum(1)
-        return outputs.unbind(1)
+        shared, total = self._without_weights(source, edges.candidates, statistics)
+        bases = None if total is None else total.unflatten(1, (-1, edges.n)).sum(1)
+        if shared:
+            bases = add(bases, _blended(edges.shared_weights.view(-1, edges.n).T, shared))
+        return self._add_chains(bases, Inputs([source], edges.n, self._repeat), edges, statistics).unbind(1)
 
     def _repeat(self, sources, n):
         return [source.unsqueeze(2).expand(-1, -1, n, -1, -1, -1).contiguous().flatten(1, 2) for source in sources]
 
     def _depthwise(self, jobs):
-        """The output of each job (links, kernels, images): depthwise convolutions of the images."""
+        """Of each job (links, kernels, images): their depthwise convolutions, or the images if there are no kernels."""
         outputs = []
-        for links, kernels, (x,) in jobs:
-            _, settings = pixels_read(*geometry(links[0].depthwise))
-            outputs.append(_grouped_depthwise(x, kernels.flatten(0, 1), *settings))
+        for links, kernels, images in jobs:
+            outputs.append(images)
+            if kernels is not None:
+                _, settings = pixels_read(*geometry(links[0].depthwise))
+                outputs[-1] = [_grouped_depthwise(images[0], kernels.flatten(0, 1), *settings)]
         return outputs
 
-    def _unconvolved(self, images):
-        return images[0]
+    def _activated(self, run, zs, statistics):
+        """The activation of BN(M z) for the z of each chain: a list with one tensor (N, E, C, H, W) for each."""
+        y, bns = _multiplied(run.M, zs), run.bns
+        y = self._batch_norm(y, bns, statistics) if bns[0].training else _affine(y, *recorded_scale(bns))
+        return [[run.activation(part)] for part in y.split(len(bns) // len(zs), 1)]
 
-    def _activated(self, products, statistics):
-        """The activation of BN(M z) of each product: a list with one tensor (N, E, C, H, W) for each."""
-        outputs = []
-        for zs, M, bns, _, activation in alike(products):
-            y = _multiplied(M, zs)
-            y = self._batch_norm(y, bns, statistics) if bns[0].training else _affine(y, *recorded_scale(bns))
-            outputs += [[activation(part)] for part in y.split(zs[0].shape[1], 1)]
-        return outputs
-
-    def _add_mixture(self, bases, products, statistics):
-        """bases + the sum of w BN(M z) over the products, which are the last links of their chains."""
-        for zs, M, bns, weights, _ in alike(products):
-            w, y = torch.cat(weights), _multiplied(M, zs)
-            if bns[0].training:
-                scale = w.unsqueeze(1).expand(-1, M.shape[1]).flatten()
-                y = self._batch_norm(y, bns, statistics, scale)
-            else:
-                y = _affine(y, *recorded_scale(bns, w))
-            bases = add(bases, y.unflatten(1, (len(zs), -1)).sum(1))
-        return bases
+    def _add_mixture(self, bases, run, zs, n, statistics):
+        """bases + the sum of w BN(M z) over the chains and sources: for each target, (N, n, C, h, w)."""
+        y, bns = _multiplied(run.M, zs), run.bns
+        w = run.weights[:, : y.shape[2]]
+        if bns[0].training:
+            y = self._batch_norm(y, bns, statistics, w.flatten())
+        else:
+            y = _affine(y, *recorded_scale(bns, w))
+        return add(bases, y.unflatten(1, (-1, n)).sum(1))
 
     def _apply(self, function, x):
         """Apply to x a function of images (N, C, H, W) that treats each channel separately, such as pooling."""
@@ -78,7 +73,7 @@ class Batched(Layout):
 
 def _multiplied(M, zs):
     """Pointwise convolutions of all edges of the zs, by M, (E, C, K)."""
-    z = torch.cat(zs, 1) if len(zs) > 1 else zs[0]
+    z = torch.cat([x for (x,) in zs], 1) if len(zs) > 1 else zs[0][0]
     return (M @ z.flatten(3)).unflatten(3, z.shape[3:])
 
 
@@ -87,10 +82,10 @@ def _affine(x, factor, shift):
 
 
 def _blended(weights, terms):
-    """Weighted sums of the terms. weights: (edges, terms); terms: (N, S, C, H, W) each; result: (N, edges, C, H, W)."""
-    stacked = torch.stack(terms, 2)
-    blended = weights.unflatten(0, (stacked.shape[1], -1)) @ stacked.flatten(3)
-    return blended.unflatten(3, stacked.shape[3:]).flatten(1, 2)
+    """Weighted sums of the terms. weights: (n, terms * S); terms: (N, S, C, H, W) each; result: (N, n, C, H, W)."""
+    stacked = torch.stack(terms, 1).flatten(1, 2)
+    blended = weights.expand(len(stacked), -1, -1).bmm(stacked.flatten(2))
+    return blended.unflatten(2, stacked.shape[2:])
 
 
 def _grouped_depthwise(x, kernels, stride, padding, dilation):

@@ -13,7 +13,7 @@ from torch import nn
 from models.fast import native
 from models.fast.depthwise import convolve, pixels_read
 from models.fast.folded_bn import Mixture
-from models.fast.layout import Inputs, Layout, alike, batch_norm, recorded_scale
+from models.fast.layout import Inputs, Layout, batch_norm, recorded_scale
 from models.fast.modules import geometry, is_synced, separate_output
 from models.sync_bn import refuse_second_derivatives
 
@@ -25,27 +25,29 @@ class EdgeByEdge(Layout):
         n = edges.n
         sources = [state.contiguous(memory_format=torch.channels_last) for state in states]
         bases = []
-        for i, source in enumerate(sources):
+        weights = edges.shared_weights.view(-1, len(sources), n)
+        for i, (source, w) in enumerate(zip(sources, weights.unbind(1))):
             from_source = [candidate.of_source(i, n) for candidate in edges.candidates]
-            w, terms, total = self._without_weights(source, from_source, statistics)
-            blended = _Blend.apply(w, *terms) if terms else [0] * n
-            if terms or total is not None:
+            shared, total = self._without_weights(source, from_source, statistics)
+            blended = _Blend.apply(w.T, *shared) if shared else [0] * n
+            if shared or total is not None:
                 bases += blended if total is None else map(torch.add, total.unbind(), blended)
-        outputs = self._add_chains(bases, Inputs(sources, n, self._repeat), edges.chains, statistics)
+        outputs = self._add_chains(bases, Inputs(sources, n, self._repeat), edges, statistics)
         return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
 
     def _repeat(self, sources, n):
         return [source for source in sources for _ in range(n)]
 
     def _depthwise(self, jobs):
-        """The output of each job (links, kernels (E, C, 1, k, k), E images): a list of E convolved images.
+        """Of each job (links, kernels, E images): a list of E convolved images, or the images if there are no kernels.
 
         All convolutions of images of the same size are one call of C code.
         """
         by_size = {}
-        for j, (_, _, images) in enumerate(jobs):
-            by_size.setdefault(images[0].shape, []).append(j)
-        outputs = [[] for _ in jobs]
+        for j, (_, kernels, images) in enumerate(jobs):
+            if kernels is not None:
+                by_size.setdefault(images[0].shape, []).append(j)
+        outputs = [images if kernels is None else [] for _, kernels, images in jobs]
         for indices in by_size.values():
             inputs, convolutions, job_of_output = {}, [], []  # inputs: each image once, (index, image, relu)
             for kernel_index, j in enumerate(indices):
@@ -62,33 +64,25 @@ class EdgeByEdge(Layout):
                 outputs[j].append(z)
         return outputs
 
-    def _unconvolved(self, images):
-        return images
+    def _activated(self, run, zs, statistics):
+        """The activation of BN(M z) for the z of each chain: a list of E images."""
+        images, bns = list(itertools.chain(*zs)), run.bns
+        if bns[0].training:
+            mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, run.M, *images)
+            statistics.add(bns, mean, var)
+        else:
+            ys = _scaled_products(run.M, images, *recorded_scale(bns))
+        return _rows(list(map(run.activation, ys)), len(zs[0]))
 
-    def _activated(self, products, statistics):
-        """The activation of BN(M z) of each product: a list of E images."""
-        outputs = []
-        for zs, M, bns, _, activation in alike(products):
-            images = list(itertools.chain(*zs))
-            if bns[0].training:
-                mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, M, *images)
-                statistics.add(bns, mean, var)
-            else:
-                ys = _scaled_products(M, images, *recorded_scale(bns))
-            outputs += _rows(list(map(activation, ys)), len(zs[0]))
-        return outputs
-
-    def _add_mixture(self, bases, products, statistics):
-        """bases + the sum of w BN(M z) over the products, which are the last links of their chains."""
-        for zs, M, bns, weights, _ in alike(products):
-            w = torch.cat(weights)
-            images, edges = list(itertools.chain(*zs)), len(zs[0])
-            if bns[0].training:
-                mean, var, *bases = Mixture.apply(bns[0].eps, is_synced(bns[0]), edges, w, None, M, *images, *bases)
-                statistics.add(bns, mean, var)
-            else:
-                for ys in _rows(_scaled_products(M, images, *recorded_scale(bns, w)), edges):
-                    bases = [base + y for base, y in zip(bases, ys)] if bases else ys
+    def _add_mixture(self, bases, run, zs, n, statistics):
+        """bases + the sum of w BN(M z) over the chains: for each edge, not yet for each of the n targets."""
+        images, bns, edges, w = list(itertools.chain(*zs)), run.bns, len(zs[0]), run.weights
+        if bns[0].training:
+            mean, var, *bases = Mixture.apply(bns[0].eps, is_synced(bns[0]), edges, w, None, run.M, *images, *bases)
+            statistics.add(bns, mean, var)
+        else:
+            for ys in _rows(_scaled_products(run.M, images, *recorded_scale(bns, w)), edges):
+                bases = [base + y for base, y in zip(bases, ys)] if bases else ys
         return bases
 
     def _apply(self, function, x):

@@ -17,16 +17,23 @@ from models.ops import Identity, PoolBN, Zero
 from models.sync_bn import batch_norm as synced_batch_norm
 
 
-@dataclass
+@dataclass(eq=False)  # a key of dictionaries
 class Candidate:
-    """One candidate on all edges that run together: its operation on each, and their weights of it, (edges,).
+    """One candidate on all E edges that run together: its operation on each, and their weights of it, (E,).
 
-    kind: how it runs: `skip`, `zero`, `pool`, `chain`, or `separate`, each operation by its own forward.
+    kind: how it runs: `skip`, `zero`, `pool`, `chain`, or `separate`, each operation by its own forward. Of a chain,
+    links[t]: the edges' `Link`s of step t; kernels[t]: (E, C, 1, k, k), or None without depthwise convolutions.
     """
 
     ops: list
     weights: torch.Tensor
     kind: str
+    links: list | None = None
+    kernels: list | None = None
+
+    def is_shared(self):
+        """Whether all edges from a source have the same output. BN by recorded statistics can differ."""
+        return self.kind == "skip" or (self.kind == "pool" and self.ops[0][1].training)
 
     def of_source(self, i, n):
         """The part of it on the n edges from the i-th source."""
@@ -35,113 +42,130 @@ class Candidate:
 
 
 @dataclass
-class PendingChain:
-    """A candidate's chains on E edges, as far as they have come.
+class Run:
+    """Pointwise convolutions of several chains, with BN and activations of one kind, that are one operation.
 
-    weights: (E,), the candidate's; steps: what is left to do, each the E edges' `Link`s, their kernels, (E, C, 1, k, k)
-    or None, and their pointwise matrices, (E, C, K); images: what the next step convolves, as the layout has them.
+    links: of all edges of each chain in turn; activation: what follows, None after a chain's last step; M: the links'
+    matrices, (links, C, K); weights: after a last step, the candidates', (links, 1), or (links, at least C) by channel.
     """
 
-    weights: torch.Tensor
-    steps: list
-    images: object = None
+    chains: list
+    links: list
+    activation: nn.Module | None
+    M: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
-
-@dataclass
-class Product:
-    """Pointwise convolutions on E edges, to be normalised: z, what they read, as the layout has it; M, (E, C, K)."""
-
-    z: object
-    M: torch.Tensor
-    bns: list
-    weights: torch.Tensor  # (E,), of the candidate
-    activation: nn.Module | None = None  # that follows, but for the last of a chain
+    @property
+    def bns(self):
+        return [link.bn for link in self.links]
 
 
 @dataclass
 class Edges:
-    """Edges that run together, from each of S sources to each of n targets: edge s * n + t is from s to t."""
+    """Edges that run together, from each of S sources to each of n targets: edge s * n + t is from s to t.
+
+    runs[t]: the `Run`s of step t of the chains that have another; runs[-1]: of the last steps of all chains;
+    shared_weights: of the candidates that are shared, (candidates * S * n, 1).
+    """
 
     n: int
     candidates: list
-    chains: list  # the `PendingChain`s of those candidates that are chains
+    chains: list
+    runs: list
+    shared_weights: torch.Tensor | None = None
 
 
 class Layout:
     """A way of running the edges from some sources.
 
     A subclass has `mixed(states, edges, statistics)`: the weighted sum of the candidates' outputs for each target, as a
-    list of tensors (N, C, h, w). states: the sources, (N, C, H, W); edges: an `Edges`, used up by this; statistics: a
+    list of tensors (N, C, h, w). states: the sources, (N, C, H, W); edges: an `Edges`; statistics: a
     `RunningStatistics`.
     """
 
     folded_activations = ()  # those that `_depthwise` does itself
+    weights_by_channel = False  # whether the weights of chains are repeated for each channel
 
     def prepared(self, operations, weights):
-        """The cell's `Edges`, all weights of chains stacked by one step.
+        """The cell's `Edges`; all that needs only weights is done here, by one step for the cell.
 
         operations: of each group of edges that run together, operations[s][t]: the candidates from source s to target
-        t; weights: of each, (S * n, candidates).
+        t; weights: (candidates, edges), the edges of the first group, source by source, then those of the next, ...
         """
-        candidates = list(map(candidates_of, operations, weights))
-        chains = _pending([[candidate for candidate in group if candidate.kind == "chain"] for group in candidates])
-        return [Edges(len(ops[0]), *group) for ops, *group in zip(operations, candidates, chains)]
+        sizes = [len(ops) * len(ops[0]) for ops in operations]
+        columns = weights.flatten().split(sizes * len(weights))
+        groups = [self._edges(ops, columns[g :: len(sizes)]) for g, ops in enumerate(operations)]
+        _stack_parameters(groups)
+        shared = [[candidate for candidate in edges.candidates if candidate.is_shared()] for edges in groups]
+        for edges, joined in zip(groups, _joined_weights(shared)):
+            edges.shared_weights = joined
+        runs = [run for edges in groups for run in edges.runs[-1]]
+        C = max((run.M.shape[1] for run in runs), default=1) if self.weights_by_channel else 1
+        for run, joined in zip(runs, _joined_weights([run.chains for run in runs], C)):
+            run.weights = joined
+        return groups
+
+    def _edges(self, operations, weights):
+        """The `Edges` of a group; weights: of each candidate, (edges,)."""
+        candidates = candidates_of(operations, weights)
+        chains = [candidate for candidate in candidates if candidate.kind == "chain"]
+        for chain in chains:
+            chain.links = list(zip(*map(links_of, chain.ops)))
+        steps = [[] for _ in range(max((len(chain.links) for chain in chains), default=1))]
+        for chain in chains:
+            for inner, links, (following, *_) in zip(steps, chain.links, chain.links[1:]):
+                inner.append((chain, links, self._activation(following)))
+        steps[-1] = [(chain, chain.links[-1], None) for chain in sorted(chains, key=lambda chain: len(chain.links))]
+        return Edges(len(operations[0]), candidates, chains, list(map(_runs, steps)))
 
     def _without_weights(self, x, candidates, statistics):
         """The candidates that have no weights of their own, on all edges from x.
 
-        Returns (weights, terms, total): what is still to be mixed, by weights (E, len(terms)), and what is done, edges
-        first; None for weights or total where there is nothing.
+        Returns (shared, total): the outputs of those that are shared, still to be weighted, and the weighted sum of the
+        others, edges first; None without others.
         """
-        columns, terms, total = [], [], None
+        shared, total = [], None
         only_zeros = {candidate.kind for candidate in candidates} == {"zero"}
         for candidate in candidates:
             if candidate.kind == "skip":
-                columns.append(candidate.weights)
-                terms.append(x)
+                shared.append(x)
             elif candidate.kind == "pool":
                 pooled = self._apply(candidate.ops[0][0], x)
                 bns = [op[1] for op in candidate.ops]
-                if bns[0].training:  # the statistics are the same for all edges of a source
-                    columns.append(candidate.weights)
-                    terms.append(self._batch_norm(pooled, bns, statistics))
-                else:  # the recorded ones need not be
-                    total = add(total, self._scaled(pooled, *recorded_scale(bns, candidate.weights)))
+                if candidate.is_shared():
+                    shared.append(self._batch_norm(pooled, bns, statistics))
+                else:
+                    scale = recorded_scale(bns, candidate.weights.unsqueeze(1))
+                    total = add(total, self._scaled(pooled, *scale))
             elif candidate.kind == "separate" or only_zeros:
                 total = add(total, self._separately(candidate.ops, x, candidate.weights))
-        return torch.stack(columns, 1) if terms else None, terms, total
+        return shared, total
 
-    def _add_chains(self, bases, inputs, chains, statistics):
+    def _add_chains(self, bases, inputs, edges, statistics):
         """bases plus the chains, weighted. inputs: an `Inputs`."""
-        if not chains:
-            return bases
-        for chain in chains:
-            link = chain.steps[0][0][0]
-            chain.images = inputs.read_by(link, self._activation(link))
-        last = []
-        while chains:
-            jobs = [(*chain.steps[0][:2], chain.images) for chain in chains if chain.steps[0][1] is not None]
-            convolved = iter(self._depthwise(jobs))
-            unfinished, inner = [], []
-            for chain in chains:
-                (links, kernels, M), *steps = chain.steps
-                z = self._unconvolved(chain.images) if kernels is None else next(convolved)
-                product = Product(z, M, [link.bn for link in links], chain.weights)
-                if steps:
-                    product.activation = self._activation(steps[0][0][0])
-                    unfinished.append(PendingChain(chain.weights, steps))
-                    inner.append(product)
+        images = {}
+        for chain in edges.chains:
+            link = chain.links[0][0]
+            images[chain] = inputs.read_by(link, self._activation(link))
+        for t, runs in enumerate(edges.runs):
+            chains = [chain for chain in edges.chains if chain.links[t:]]
+            jobs = [(chain.links[t], chain.kernels[t], images[chain]) for chain in chains]
+            images.update(zip(chains, self._depthwise(jobs)))
+            for run in runs:
+                zs = [images[chain] for chain in run.chains]
+                if run.activation is None:
+                    bases = self._add_mixture(bases, run, zs, edges.n, statistics)
                 else:
-                    last.append(product)
-            for chain, outputs in zip(unfinished, self._activated(inner, statistics)):
-                chain.images = outputs
-            chains = unfinished
-        return self._add_mixture(bases, last, statistics)
+                    images.update(zip(run.chains, self._activated(run, zs, statistics)))
+        return bases
 
     def _activation(self, link):
         """What is still to be done before a link's `_depthwise`."""
         is_folded = link.depthwise is not None and type(link.activation) in self.folded_activations
-        return nn.Identity() if is_folded else link.activation
+        return _IDENTITY if is_folded else link.activation
+
+
+_IDENTITY = nn.Identity()
 
 
 class Inputs:
@@ -199,9 +223,9 @@ class RunningStatistics:
 
 
 def candidates_of(operations, weights):
-    """The `Candidate`s of some edges; see `Layout.prepared`."""
+    """The `Candidate`s of some edges; see `Layout._edges`."""
     columns = zip(*itertools.chain(*operations), strict=True)
-    return [Candidate(list(ops), w, kind_of(ops)) for ops, w in zip(columns, weights.unbind(1), strict=True)]
+    return [Candidate(list(ops), w, kind_of(ops)) for ops, w in zip(columns, weights, strict=True)]
 
 
 def kind_of(ops):
@@ -235,27 +259,39 @@ def _is_without_weight(bn):
     return is_standard_bn(bn) and bn.weight is None
 
 
-def _pending(groups):
-    """The `PendingChain`s of some groups of candidates, a list for each."""
-    links = [[list(zip(*map(links_of, candidate.ops))) for candidate in group] for group in groups]
-    tensors = [weights for group in links for steps in group for step in steps for weights in _weights(step)]
+def _runs(steps):
+    """The `Run`s of steps, each a chain, its links and the activation that follows."""
+
+    def kind(step):
+        _, (link, *_), activation = step
+        shapes = [conv.weight.shape for conv in link.pointwise]
+        return shapes, signature(link.bn), activation and signature(activation)
+
+    runs = [list(zip(*run)) for _, run in itertools.groupby(steps, kind)]
+    return [Run(chains, list(itertools.chain(*links)), activation) for chains, links, (activation, *_) in runs]
+
+
+def _stack_parameters(groups):
+    """Set the kernels of all chains and the matrices of all runs, by one step."""
+    chains = [chain for edges in groups for chain in edges.chains]
+    runs = [run for edges in groups for run in itertools.chain(*edges.runs)]
+    steps = [links for chain in chains for links in chain.links if links[0].depthwise is not None]
+    tensors = [[link.depthwise.weight for link in links] for links in steps]
+    for run in runs:
+        tensors += zip(*([conv.weight for conv in link.pointwise] for link in run.links))
     stacks = iter(_Stacks.apply(list(map(len, tensors)), *itertools.chain(*tensors)) if tensors else [])
-
-    def ready(step):
-        if step[0].depthwise is None:
-            return step, None, _block_diagonal(next(stacks).flatten(2), next(stacks).flatten(2))
-        return step, next(stacks), next(stacks).flatten(2)
-
-    return [
-        [PendingChain(candidate.weights, list(map(ready, steps))) for candidate, steps in zip(*group)]
-        for group in zip(groups, links)
-    ]
+    for chain in chains:
+        chain.kernels = [None if links[0].depthwise is None else next(stacks) for links in chain.links]
+    for run in runs:
+        M, *second = [next(stacks).flatten(2) for _ in run.links[0].pointwise]
+        run.M = _block_diagonal(M, *second) if second else M
 
 
-def _weights(links):
-    """Of one step on each edge: its depthwise kernels, if any, and its pointwise convolutions' weights."""
-    pointwise = [list(weights) for weights in zip(*([conv.weight for conv in link.pointwise] for link in links))]
-    return pointwise if links[0].depthwise is None else [[link.depthwise.weight for link in links], *pointwise]
+def _joined_weights(lists, C=1):
+    """The weights of each list of candidates, repeated for C channels, by one step: (weights, C) for each list."""
+    weights = [[candidate.weights for candidate in candidates] for candidates in lists]
+    joined = torch.cat(list(itertools.chain(*weights))) if any(weights) else torch.zeros(0)
+    return joined.unsqueeze(1).expand(-1, C).contiguous().split([sum(map(len, part)) for part in weights])
 
 
 def _block_diagonal(A, B):
@@ -309,35 +345,11 @@ def batch_norm(images, bns, scale, statistics):
 
 
 def recorded_scale(bns, weights=None):
-    """BN by running statistics, times weights (BN,), as y = factor * u + shift: two tensors (BN, C)."""
+    """BN by running statistics, times weights (BN, 1 or C), as y = factor * u + shift: two tensors (BN, C)."""
     mean = torch.stack([bn.running_mean for bn in bns])
     factor = torch.stack([(bn.running_var + bn.eps).rsqrt() for bn in bns])
-    factor = factor if weights is None else factor * weights.unsqueeze(1)
+    factor = factor if weights is None else factor * weights
     return factor, -factor * mean
-
-
-def alike(products):
-    """Products in runs whose matrices have one shape, BN and activations of one kind.
-
-    Yields (zs, M, bns, list of weights, activation) of each run.
-    """
-
-    def kind(product):
-        bn, activation = product.bns[0], product.activation
-        return (
-            product.M.shape,
-            type(bn),
-            bn.eps,
-            bn.training,
-            bn.track_running_stats,
-            activation and signature(activation),
-        )
-
-    for _, group in itertools.groupby(products, kind):
-        run = list(group)
-        zs, weights = [product.z for product in run], [product.weights for product in run]
-        M, bns = torch.cat([product.M for product in run]), [bn for product in run for bn in product.bns]
-        yield zs, M, bns, weights, run[0].activation
 
 
 def add(total, term):

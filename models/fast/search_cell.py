@@ -21,7 +21,6 @@ same node that would run together with it. A candidate operation that has none o
 `forward` on each edge. So a new operation or edge class gives right results at once, but is slower than the others.
 """
 
-import itertools
 import logging
 
 import torch
@@ -94,8 +93,7 @@ def _prepared(layout, dag, rows, steps):
     """The `Edges` of steps that have some."""
     if not steps:
         return []
-    together = [[(i, j) for j in sources for i in standard] for sources, _, standard in steps]
-    weights = torch.stack([rows[i][j] for i, j in itertools.chain(*together)]).split(list(map(len, together)))
+    weights = torch.stack([rows[i][j] for sources, _, standard in steps for j in sources for i in standard], 1)
     operations = [[[dag[i][j]._ops for i in standard] for j in sources] for sources, _, standard in steps]
     return layout.prepared(operations, weights)
 
