@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evidence.search_state import early_stop, local_averages, skip_connections, verdict
 from genotypes import from_str
 from report.figures import epoch_axis, to_svg
+from report.story import KINDS
 from running.errors import user_errors_in_one_line
 from running.folder import read_json
 
-HEADS = ("search", "epochs", "validation, %", "skips, normal cell", "eigenvalue", "state at the end")
+HEADS = ("search", "epochs", "validation, %", "skips, normal", "skips, reduction", "eigenvalue", "state at the end")
 
 
 def main():
@@ -35,33 +36,36 @@ def main():
         args.output.write_bytes(to_svg(figure(histories)))
 
 
-def normal_skips(entry):
-    return skip_connections(from_str(entry["string"]).normal)
+def skips(entry, kind):
+    """The number of skip connections in a cell after an epoch."""
+    return skip_connections(getattr(from_str(entry["string"]), kind))
 
 
 def row(name, history):
     """A row of the table, under `HEADS`."""
     last, averages = history[-1], list(local_averages(history).values())
     eigenvalue = f"{averages[0]:.2f} to {averages[-1]:.2f}" if averages else "-"
-    skips = f"{normal_skips(last)} of {sum(map(len, from_str(last['string']).normal))}"
-    return name, str(last["epoch"]), f"{100 * last['valid_top1']:.1f}", skips, eigenvalue, verdict(history)
+    counts = (f"{skips(last, kind)}, at most {max(skips(entry, kind) for entry in history)}" for kind in KINDS)
+    return name, str(last["epoch"]), f"{100 * last['valid_top1']:.1f}", *counts, eigenvalue, verdict(history)
 
 
 def figure(histories):
-    """Validation accuracy, skip connections of the normal cell, and the eigenvalue's local average, by epoch."""
+    """Validation accuracy, skip connections of both cells, and the eigenvalue's local average, by epoch."""
     result = Figure(figsize=(10, 3), layout="constrained")
     left, middle, right = result.subplots(1, 3)
     for i, (name, history) in enumerate(histories.items()):
         epochs, averages = [entry["epoch"] for entry in history], local_averages(history)
         style = {"color": f"C{i}", "label": name}
         left.plot(epochs, [100 * entry["valid_top1"] for entry in history], **style)
-        middle.plot(epochs, list(map(normal_skips, history)), drawstyle="steps-mid", **style)
+        for kind, line in zip(KINDS, ("-", ":")):
+            counts = [skips(entry, kind) for entry in history]
+            middle.plot(epochs, counts, color=f"C{i}", ls=line, drawstyle="steps-mid")
         right.plot(list(averages), list(averages.values()), **style)
         stop = early_stop(history)
         if stop is not None:
             right.plot([stop], [averages[stop]], "s", color=f"C{i}")
     left.set_title("validation accuracy, %", fontsize=10)
-    middle.set_title("skip connections of the normal cell", fontsize=10)
+    middle.set_title("skip connections (dotted: reduction cell)", fontsize=10)
     right.set_title("eigenvalue, mean of 5 epochs (square: DARTS-ES stops)", fontsize=9)
     for axes in (left, middle, right):
         axes.set(xlabel="epoch")
