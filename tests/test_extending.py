@@ -61,6 +61,7 @@ def two_steps(net, architect=Architect):
     return [alpha.grad.clone() for alpha in net.alphas()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_both_executions_of_an_example_are_the_same_search(name):
     kind, architect = classes_of(name)

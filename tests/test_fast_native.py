@@ -168,6 +168,7 @@ def test_fold_is_batch_normalisation_of_products_and_its_gradient(
     near(g.double() @ A.double() + z.double() @ D.double() + shift.double()[:, None], dz)
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(
     kernels=st.lists(

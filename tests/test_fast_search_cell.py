@@ -103,6 +103,7 @@ def test_any_cell_is_the_plain_cell(size, N, **drawn):
     check_cell(size=size, N=max(4, min(N, 1500 // pixels)), **drawn)
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None)
 @given(size=st.tuples(st.integers(3, 12), st.integers(3, 12)), **shapes)
 @pytest.mark.parametrize("which", PATHS)

@@ -104,6 +104,7 @@ def buffers(state, change):
         entry["momentum_buffer"] = change(entry["momentum_buffer"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_checkpoint_that_is_not_of_the_run_is_one_line_from_every_command(spoil, copied, tmp_path, capsys):
     for stage, folder in copied.items():

@@ -155,6 +155,7 @@ class Killed(BaseException):
     """The process ends at once: nothing of the program runs any more."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command_after", ["--overwrite", "--resume"])
 @pytest.mark.parametrize(
     "place",
@@ -195,6 +196,7 @@ def test_a_kill_while_a_run_is_replaced_leaves_a_run_that_both_commands_go_on_wi
     assert (path / "summary.json").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["renamed", "deleted", "replaced"])
 def test_a_folder_that_goes_away_under_a_run_ends_it(what, tmp_path, monkeypatch, capsys):
     words = [word.format(tmp_path) for word in STAGES["search"][1]]

@@ -145,6 +145,7 @@ class Copies(TorchDispatchMode):
         return results
 
 
+@pytest.mark.long
 # Without a GPU autograd's engine refuses a backward pass on CUDA, and autocast is switched off.
 @pytest.mark.parametrize("options", ["", "--sync-bn"])
 @pytest.mark.parametrize("stage", ["search", "augment"])

@@ -141,6 +141,7 @@ def hessian_error(execution, size):
     return ((found - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["plain", "fused"])
 def test_tf32_would_spoil_eq_7_and_has_no_part_in_it(execution, monkeypatch):
     monkeypatch.setattr(search_cell, "layout_for", lambda x: search_cell.BATCHED)

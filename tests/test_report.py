@@ -239,6 +239,7 @@ def put_dot_on_path(folder, script, monkeypatch):
     monkeypatch.setenv("PATH", str(folder))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("script", "message"),
     [
