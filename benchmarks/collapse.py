@@ -2,8 +2,8 @@
 
     python benchmarks/collapse.py docs/collapse/*.json --output docs/collapse.svg
 
-Each file is the `history.json` of a search's folder, renamed to say which search it is. The commands that made them are
-in docs/collapse.md.
+Each file is the `history.json` of a search's folder, renamed to say which search it is, with numbers rounded to four
+digits. The commands that made them are in docs/collapse.md.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def figure(histories):
             right.plot([stop], [averages[stop]], "s", color=f"C{i}")
     left.set_title("validation accuracy, %", fontsize=10)
     middle.set_title("skip connections (dotted: reduction cell)", fontsize=10)
-    right.set_title("eigenvalue, mean of 5 epochs (square: DARTS-ES stops)", fontsize=9)
+    right.set_title("eigenvalue (square: DARTS-ES stops)", fontsize=10)
     for axes in (left, middle, right):
         axes.set(xlabel="epoch")
         epoch_axis(axes)
