@@ -153,6 +153,7 @@ def test_a_page_shows_every_cell_and_every_command(tmp_path):
     assert "settled: for 9 epochs" in page
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "results",
     [

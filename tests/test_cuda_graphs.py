@@ -104,6 +104,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(words, replayed):  # noqa: F
     assert_same_bits(found.state(), eager.state())
 
 
+@pytest.mark.long
 def test_an_epoch_in_which_alphas_do_not_learn_replays_w(replayed):  # noqa: F811
     words = "--variant pc-darts --pc-warm-up 1"
     replayed(False)
@@ -113,6 +114,7 @@ def test_an_epoch_in_which_alphas_do_not_learn_replays_w(replayed):  # noqa: F81
     assert replays(graphs) == [REPLAYED] * 3
 
 
+@pytest.mark.long
 def test_noise_is_drawn_anew_for_each_replayed_step(replayed):  # noqa: F811
     replayed(False)
     eager = Search(kind=GumbelCNN).epochs(2)
@@ -121,6 +123,7 @@ def test_noise_is_drawn_anew_for_each_replayed_step(replayed):  # noqa: F811
     assert replays(graphs) == [REPLAYED] * 4
 
 
+@pytest.mark.long
 def test_a_run_that_is_resumed_within_an_epoch_warms_up_and_has_the_same_bits(replayed):  # noqa: F811
     replayed(False)
     eager = Search().epochs(2)
@@ -224,6 +227,7 @@ def test_what_no_graph_can_repeat_runs_eagerly_and_a_line_in_the_log_says_why(ki
     assert reason in found.lines[0]
 
 
+@pytest.mark.long
 def test_the_stand_in_fails_where_a_tensor_that_was_recorded_is_replaced(replayed):  # noqa: F811
     replayed(True)
     for replace in (load_momentum_anew, move_a_weight):

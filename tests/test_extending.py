@@ -108,6 +108,7 @@ def test_sigmoid_weights_do_not_compete(execution):
     assert all((alpha != old).any() for alpha, old in zip(net.alphas(), before))
 
 
+@pytest.mark.long
 @both_executions
 def test_gumbel_noise_is_drawn_once_a_step_and_never_in_evaluation(execution):
     kind, _ = classes_of("gumbel")
@@ -139,6 +140,7 @@ def test_gumbel_noise_is_drawn_once_a_step_and_never_in_evaluation(execution):
     assert noisy != quiet == net.loss(X, y).item()
 
 
+@pytest.mark.long
 @both_executions
 def test_noise_drawn_in_every_pass_would_spoil_eq_7(execution):
     """The fault that `SearchCNN.noise` prevents: the difference of two draws, divided by 2 eps."""
@@ -393,6 +395,7 @@ def test_what_an_operation_counts_in_a_buffer_is_counted_once(recompute, monkeyp
     assert {op.passes.item() for op in every(net, Counting)} == {1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [None, "BATCHED"])
 @pytest.mark.parametrize(
     "change",
@@ -429,6 +432,7 @@ def test_an_operation_that_does_not_keep_the_size_is_named(layout, monkeypatch):
         network(SearchCNN, "fused", ["average", "none"])(batch()[0])
 
 
+@pytest.mark.long
 @both_executions
 def test_a_search_with_frozen_weights_leaves_them_and_moves_the_others(execution):
     net = network(SearchCNN, execution)

@@ -113,6 +113,7 @@ def test_any_cell_is_the_plain_cell_on_every_path(which, size, N, **drawn):
         check_cell(size=size, N=max(3, min(N, 700 // (size[0] * size[1]))), **drawn)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduction", [False, True])
 @pytest.mark.parametrize("name", OPS)
@@ -120,6 +121,7 @@ def test_every_operation_alone_is_the_plain_one(name, reduction, training, path)
     check_cell(2, 3, 3, (7, 6), False, reduction, training, primitives=[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 5), (3, 2), (4, 4), (13, 13), (16, 16)])
 def test_images_down_to_a_pixel(size, path):
     check_cell(2, 2, 4, size, False, False)
@@ -223,6 +225,7 @@ def second_order_step(net, memory_format=torch.contiguous_format):
     return {f"d {name}": p.grad for name, p in named.items()} | net.state_dict()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_second_order_step_is_the_plain_one(recompute, path):
     plain, fused = nets(smooth=True)
@@ -233,6 +236,7 @@ def test_a_second_order_step_is_the_plain_one(recompute, path):
         assert torch.allclose(found[name], value, rtol=1e-8, atol=1e-11), name
 
 
+@pytest.mark.long
 def test_recomputing_gives_the_same_bits_and_records_statistics_once(path):
     kept, recomputed = nets()[1], nets()[1]
     recomputed.recompute = True
@@ -292,6 +296,7 @@ def test_a_search_on_digits_finds_the_same_genotype():
     assert (fused_alphas - plain_alphas).abs().max() < 1e-6  # of moves by 0.03 a step
 
 
+@pytest.mark.long
 def test_the_path_of_cuda_launches_a_quarter_of_the_plain_operations(monkeypatch):
     monkeypatch.setattr(search_cell, "layout_for", lambda x: search_cell.BATCHED)
     counts = {}

@@ -475,6 +475,7 @@ TOKENS = [
 ]
 
 
+@pytest.mark.long
 def test_ten_thousand_mutated_genotypes_parse_or_are_refused():
     chance = random.Random(0)
     for _ in range(10_000):

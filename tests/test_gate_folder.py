@@ -26,6 +26,7 @@ ODD_ENTRIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ODD_ENTRIES)
 @pytest.mark.parametrize(
     "name",
@@ -59,6 +60,7 @@ def test_folders_that_are_links_are_refused(name, copied, tmp_path, capsys):
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "log.txt", "plots", "tb", "lock", "config.json.tmp"])
 def test_a_folder_for_a_file_and_a_file_for_a_folder_are_one_line(name, copied, capsys):
     path = copied["search"] / name
@@ -136,6 +138,7 @@ def replaceable(finished, tmp_path):
     return [*words, "--seed", "7", "--overwrite"], tmp_path / "search/digits"
 
 
+@pytest.mark.long
 def test_an_overwritten_run_is_kept_if_the_new_one_cannot_be_saved(replaceable, monkeypatch, capsys):
     words, path = replaceable
     before = outcome(path)

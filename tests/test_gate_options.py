@@ -31,6 +31,7 @@ OF_THE_COMMAND = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OF_THE_COMMAND)
 @pytest.mark.parametrize("stage", STAGES)
 def test_config_json_cannot_set_what_a_command_does(name, stage, copied, capsys):
@@ -40,6 +41,7 @@ def test_config_json_cannot_set_what_a_command_does(name, stage, copied, capsys)
     assert (copied[stage] / "checkpoint.pt").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [SearchConfig, AugmentConfig])
 def test_every_saved_value_passes_the_checks_of_the_command_line(config):
     saved = config(["--genotype", "DARTS_V2"] if config is AugmentConfig else []).as_dict()

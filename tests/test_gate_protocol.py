@@ -73,6 +73,7 @@ SPOILT_SUMMARIES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", SPOILT_SUMMARIES)
 def test_a_summary_that_is_not_of_a_protocols_run_is_refused(change, copied, tmp_path):
     task = Task("search", "digits", tuple(word for word in STAGES["search"][1][:-2]), tmp_path, 1)

@@ -304,6 +304,7 @@ def test_random_cells_like_another_have_its_nodes_and_its_parameters_to_5_percen
         assert abs(size_of(genotype) - size_of(like)) <= 0.05 * size_of(like)
 
 
+@pytest.mark.long
 def test_a_cell_that_chance_does_not_meet_is_refused(monkeypatch):
     monkeypatch.setattr(gt, "MAX_DRAWS", 5)
     large = [[("sep_conv_7x7", source) for source in range(i + 2)] for i in range(4)]

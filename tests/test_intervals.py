@@ -48,6 +48,7 @@ def test_equal_values_have_an_interval_of_no_width():
     assert (difference.low, difference.high) == (1.0, 1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_hold_the_truth_nineteen_times_in_twenty(seed):
     """Of 2,000 made-up comparisons; the share's standard error is 0.5 %, so 2 % is four of them."""

@@ -77,6 +77,7 @@ def tf32_is_off():
     return effective == ("ieee", "ieee") and now["cuDNN"] in (False, None) and now["products"] == "highest"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("xi", [0.0, 0.1], ids=["first order", "second order"])
 def test_tf32_is_off_inside_every_pass_of_the_architect_and_as_the_user_set_it_outside(choice, xi):
