@@ -28,6 +28,7 @@ from torch import nn
 
 from genotypes import resolve
 from models.augment_cnn import AugmentCNN
+from models.choices import STEM_STRIDES
 from models.sync_bn import synchronise
 from preproc import preprocessing
 from running import ranks
@@ -36,7 +37,6 @@ from running.devices import seed_generators
 from running.evaluation import evaluate, load_trained, start_from
 from running.finite import check_finite, check_finite_mean
 from running.loading import Loader, check_unchanged
-from running.memory import check_memory
 from running.progress import Meters
 from running.run import Run
 from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, one_line, param_size
@@ -58,14 +58,13 @@ def augment(network):
     config.genotype = str(genotype)  # saved as text, since the file or folder that it names may change
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
-    n_ops = sum(map(len, (*genotype.normal, *genotype.reduce))) // 2
-    ranks.on_rank_0(lambda: check_memory(config, n_ops))
     run = Run(config)
     saved = run.saved_results()
 
     size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config, saved))
     check_sizes(config, size)
-    ranks.on_rank_0(lambda: check_memory(config, n_ops, size, run.images_in_memory(len(trn_data))))
+    n_ops = sum(map(len, (*genotype.normal, *genotype.reduce))) // 2
+    run.check_memory(n_ops, size // STEM_STRIDES[config.stem], len(trn_data))
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **options)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **options)

@@ -7,7 +7,7 @@ python cost.py DARTS_V2 --stem imagenet                        # at the size for
 
 from config import IMAGENET
 from genotypes import PUBLISHED, resolve
-from models.choices import STEMS
+from models.choices import STEM_STRIDES, STEMS
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
 from running.memory import check_memory
 from running.options import natural, positive_int
@@ -39,7 +39,7 @@ def main():
         if getattr(args, name) < smallest:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} {getattr(args, name)}: the stem {args.stem} needs at least {smallest}")
-    check_memory(args, 2, args.image_size, images=1)
+    check_memory(args, 2, args.image_size // STEM_STRIDES[args.stem], images=1)
     print_table({name: resolve(name) for name in args.genotypes or PUBLISHED}, args)
 
 

@@ -13,7 +13,6 @@ import json
 import random
 import re
 import warnings
-from argparse import ArgumentTypeError
 from collections import namedtuple
 from pathlib import Path
 
@@ -295,7 +294,8 @@ def main():
         metavar="N",
         help="draw N cells evenly from the search space, one a line",
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="S", help="of --random (default: %(default)s)")
+    seed = number(int, 0, 10**10 - 1)  # as `random:SEED` takes
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of --random (default: %(default)s)")
     parser.add_argument(
         "--like",
         metavar="GENOTYPE",
@@ -311,13 +311,6 @@ def main():
     like = None if args.like is None else resolve(args.like)
     for genotype in random_genotypes(args.random, args.seed, like):
         print(to_str(genotype, args.form))
-
-
-def _natural(text):
-    """An argparse type: a whole number of at least 0."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
-        raise ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return int(text)
 
 
 def list_published():

@@ -45,7 +45,6 @@ from running.devices import seed_generators
 from running.finite import Undo, check_finite, check_finite_mean
 from running.folder import write_json
 from running.loading import Loader, check_unchanged, mix
-from running.memory import check_memory
 from running.progress import Meters
 from running.run import Run
 from running.tensorboard import alpha_tag
@@ -66,8 +65,6 @@ def search(network, architect):
     config = ranks.on_rank_0(SearchConfig)
     if config.gpus:
         ranks.launch(config.gpus, sys.argv[0])
-    n_ops = config.nodes * (config.nodes + 3) // 2 * len(config.primitives.split(","))
-    ranks.on_rank_0(lambda: check_memory(config, n_ops))
     network, architect = compose(config, network, architect)
     run = Run(config)
     saved = run.saved_results()
@@ -75,7 +72,8 @@ def search(network, architect):
     # the training set in two halves: w learns on one, alpha on the other
     size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config, saved))
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
-    ranks.on_rank_0(lambda: check_memory(config, n_ops, size, run.images_in_memory(len(w_half))))
+    n_ops = config.nodes * (config.nodes + 3) // 2 * len(config.primitives.split(","))
+    run.check_memory(n_ops, size, len(w_half))
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers}
     trn_loader = Loader(data, w_half, seed=config.seed, **options)
     val_loader = Loader(data, alpha_half, seed=mix(config.seed, 1), **options)

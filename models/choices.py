@@ -21,7 +21,8 @@ SEARCH_SPACES = {
 
 EXECUTIONS = ("fused", "plain")  # `plain` is the definition; `fused` computes the same numbers faster
 
-STEMS = ("cifar", "imagenet")
+STEM_STRIDES = {"cifar": 1, "imagenet": 8}  # stem -> by how much it divides the side of an image
+STEMS = tuple(STEM_STRIDES)
 
 # The variants of variants.py, and what each changes; two that change the same thing can't be combined.
 VARIANTS = {

@@ -17,8 +17,8 @@ def check_memory(config, n_ops, size=0, images=0):
     """Raise UserError if a run with these options certainly needs more memory than this machine has.
 
     The need is estimated from below by formulas, so no network is built. config: has `layers`, `init_channels` and
-    maybe `workers`; n_ops: operations in a cell; size: pixels a side of the images; images: how many are in a batch
-    whose activations are kept in the machine's memory.
+    maybe `workers`; n_ops: operations in a cell; size: pixels a side of what the first cell gets; images: how many are
+    in a batch whose activations are kept in the machine's memory.
     """
     C, n_ops = config.init_channels, config.layers * n_ops
     # the second and the last third of the cells have 2 and 4 times the channels; three in four operations C^2 weights

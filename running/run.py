@@ -16,6 +16,7 @@ from running.errors import UserError
 from running.folder import write_json
 from running.forms import misfit
 from running.loading import LoadingError
+from running.memory import check_memory
 from running.signals import StoppedError, StopSignals
 from running.tensorboard import event_writer, silent_writer
 from running.version import program_version
@@ -51,9 +52,14 @@ class Run:
         self.tensorboard = silent_writer()
         ranks.on_rank_0(self._enter)
 
-    def images_in_memory(self, n):
-        """How many images of a batch this rank keeps in the machine's memory; n: of the data set."""
-        return 0 if self.device.type == "cuda" else min(self.config.batch_size, n) // ranks.size()
+    def check_memory(self, n_ops, size, n):
+        """Raise UserError if the network or a step certainly needs more memory than the machine has.
+
+        n_ops: operations in a cell; size: pixels a side of what the first cell gets; n: images of the data set.
+        """
+        is_kept = self.device.type == "cpu" and not getattr(self.config, "recompute", False)
+        images = min(self.config.batch_size, n) // ranks.size() if is_kept else 0
+        ranks.on_rank_0(lambda: check_memory(self.config, n_ops, size, images))
 
     # Start and end
 

@@ -4,15 +4,20 @@ import json
 import random
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from gates import ODD_VALUES, STAGES, command, refused, spoilt
+from torch import nn
 
 import genotypes
 import protocol
 import search
 import visualize
 from config import AugmentConfig, SearchConfig
+from genotypes import DARTS_V2
+from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
 from report.story import read
 from running.errors import UserError
@@ -122,6 +127,37 @@ def test_the_least_memory_of_a_network_is_less_than_it_has(monkeypatch):
         check_memory(config, 14 * 8)
     least = float(re.search(r"at least (\S+) GB", str(caught.value))[1]) * 1e9
     assert weights / 4 < least < weights + 10e3 * 8 * 14 * 8
+
+
+NETWORKS = {  # what makes a network, operations in a cell, pixels a side, and what the stem leaves of them
+    "search": (lambda: SearchCNN(3, 8, 10, 5, nn.CrossEntropyLoss()), 14 * 8, 16, 16),
+    "augment": (lambda: AugmentCNN(32, 3, 12, 10, 6, False, DARTS_V2), 8, 32, 32),
+    "augment, imagenet": (lambda: AugmentCNN(128, 3, 12, 10, 6, False, DARTS_V2, stem="imagenet"), 8, 128, 16),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_least_memory_of_a_step_is_less_than_what_a_backward_pass_needs(name, monkeypatch):
+    build, n_ops, pixels, size = NETWORKS[name]
+    torch.manual_seed(0)
+    net, images, saved = build().train(), torch.randn(4, 3, pixels, pixels), {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = net(images.to(memory_format=torch.channels_last))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
+    layers, C = (5, 8) if name == "search" else (6, 12)
+    monkeypatch.setattr("running.memory.OBJECTS", 0)
+    monkeypatch.setattr("running.memory.machine_memory", lambda: 0)
+    config = SimpleNamespace(layers=layers, init_channels=C)
+    with pytest.raises(UserError, match="--batch-size") as caught:
+        check_memory(config, n_ops, size, images=10**6)
+    least = float(re.search(r"at least (\S+) GB", str(caught.value))[1]) * 1e9 / 10**6 * len(images)
+    assert output is not None
+    assert 0 < least < sum(saved.values()) - weights
 
 
 def test_a_container_has_the_memory_that_it_may_use(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Each variant against its paper's formula in a few lines, and DARTS itself where its strength is zero."""
 
+import importlib
 import json
 import math
 import re
@@ -20,9 +21,7 @@ from test_faults import wait_for_step
 from torch import nn
 from torch.distributions import Dirichlet
 
-import config
 import search
-import variants
 from architect import Architect
 from config import SearchConfig
 from evidence.curvature import dominant_eigenvalue
@@ -627,30 +626,32 @@ def test_a_variant_changes_a_users_classes_too():
     assert MixedOp in PartialMixedOp.__mro__
 
 
-def test_the_ninth_variant_of_the_docs_passes_its_tests_there(monkeypatch):
-    # executes code of this repository's own page, as a reader would paste it
+def test_the_ninth_variant_of_the_docs_passes_its_tests_there(tmp_path, monkeypatch):
     text = (ROOT / "docs/variants.md").read_text(encoding="utf-8").partition("## Write a ninth variant")[2]
     found = re.findall(r"^   ```python\n(.*?)^   ```$", text, flags=re.MULTILINE | re.DOTALL)
     variant, line, change, option, words, tests = map(textwrap.dedent, found)
-    add_options, module = SearchConfig.add_options, dict(vars(variants))
+    names = "from config import *\nfrom variants import *\nfrom test_variants import *"
+    add_option = f"def add_option(group):\n{textwrap.indent(option, '    ')}"
+    tables = f"VARIANTS_LINE = {{{line}}}\nCHOICES_LINE = {{{change}}}\nWORDS_LINE = {{{words}}}"
+    (tmp_path / "ninth.py").write_text("\n\n\n".join((names, variant, tables, add_option, tests)), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    ninth, add_options = importlib.import_module("ninth"), SearchConfig.add_options
 
     def with_the_option(parser):
         add_options(parser)
-        exec(option, vars(config) | {"group": parser})
+        ninth.add_option(parser)
 
-    exec(variant, module)
     monkeypatch.setattr(SearchConfig, "add_options", staticmethod(with_the_option))
-    for names, entry in ((VARIANTS, line), (CHOICES, change), (WORDS, words)):
-        monkeypatch.setitem(names, "hardening", eval(f"{{{entry}}}", module)["hardening"])
-    module = dict(globals())
-    exec(tests, module)
-    run = [test for name, test in module.items() if name.startswith("test_hardening")]
+    for table, addition in (
+        (VARIANTS, ninth.VARIANTS_LINE),
+        (CHOICES, ninth.CHOICES_LINE),
+        (WORDS, ninth.WORDS_LINE),
+    ):
+        monkeypatch.setitem(table, "hardening", addition["hardening"])
+    run = [test for name, test in vars(ninth).items() if name.startswith("test_hardening")]
     assert len(run) == 2
     for test in run:
         test()
-
-
-TINY = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--workers", 0, "--epochs", 2, "--eigenvalue-images", 2]
 
 
 def together(name):
