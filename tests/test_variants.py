@@ -654,6 +654,9 @@ def test_the_ninth_variant_of_the_docs_passes_its_tests_there(tmp_path, monkeypa
         test()
 
 
+TINY = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--workers", 0, "--epochs", 2, "--eigenvalue-images", 2]
+
+
 def together(name):
     """The variants of an entry of `WORDS`."""
     return set(name.split(","))
