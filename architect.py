@@ -13,7 +13,8 @@ class Architect:
     """Computes the alphas' gradient of L_V(w'(alpha), alpha), w' being w after one virtual step on L_T.
 
     net: a module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of the optimizer of
-    its weights, so that the virtual step is the step it would take; eps_scale: the length of eq. 7's shift of w.
+    its weights, so that the virtual step is the one it would take if gradients were not clipped; eps_scale: the length
+    of eq. 7's shift of w.
 
     On several ranks each method is given the rank's rows, and gives all ranks what the global batch does: a sum over
     ranks for w', one for d with the alphas' gradient at w', and one for H.

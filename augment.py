@@ -21,7 +21,6 @@ from config import AugmentConfig
 if __name__ == "__main__":
     AugmentConfig.answer_help()  # at once: `import torch` takes seconds
 
-import sys
 
 import torch
 from torch import nn
@@ -57,7 +56,7 @@ def augment(network):
     genotype = ranks.on_rank_0(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # saved as text, since the file or folder that it names may change
     if config.gpus:
-        ranks.launch(config.gpus, sys.argv[0])
+        ranks.launch(config.gpus)
     run = Run(config)
     saved = run.saved_results()
 

@@ -39,6 +39,8 @@ def _primitives(text):
 def _variants(text):
     """An argparse type: names of variants, with commas, that change different things."""
     names, changed_by = text.split(","), {}
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"names a variant twice: {text!r}")
     for name in names:
         if name not in VARIANTS:
             raise argparse.ArgumentTypeError(
@@ -96,24 +98,41 @@ class SearchConfig(RunOptions):
             "--batch-size", type=positive_int, default=64, metavar="N", help="images a step and half, over all ranks"
         )
         group.add_argument(
-            "--order", default="second", choices=("first", "second"), help="of the alphas' gradient: eq. 6, or xi = 0"
+            "--order",
+            default="second",
+            choices=("first", "second"),
+            help="second: alpha's gradient through a virtual step of w (eq. 6); first: at w itself (xi = 0), faster",
         )
         group.add_argument(
             "--eps-scale",
             type=positive,
             default=0.01,
             metavar="E",
-            help="of the second order: eq. 7 shifts w by E in the direction of d, eps = E / ||d||",
+            help="second order: eq. 7 shifts w by a distance of E along d, eps = E / ||d||",
         )
         group.add_argument("--w-lr", type=positive, default=0.025, metavar="LR", help="weights: learning rate")
         group.add_argument(
-            "--w-lr-min", type=nonnegative, default=0.001, metavar="LR", help="weights: after the cosine"
+            "--w-lr-min",
+            type=nonnegative,
+            default=0.001,
+            metavar="LR",
+            help="weights: learning rate at the end of the cosine",
         )
         group.add_argument("--w-momentum", type=probability, default=0.9, metavar="M", help="weights: SGD's momentum")
-        group.add_argument("--w-weight-decay", type=nonnegative, default=3e-4, metavar="D", help="weights: decay")
-        group.add_argument("--w-grad-clip", type=positive, default=5.0, metavar="NORM", help="weights: gradient norm")
+        group.add_argument(
+            "--w-weight-decay", type=nonnegative, default=3e-4, metavar="D", help="weights: SGD's weight decay"
+        )
+        group.add_argument(
+            "--w-grad-clip",
+            type=positive,
+            default=5.0,
+            metavar="NORM",
+            help="weights: gradients are clipped to this norm",
+        )
         group.add_argument("--alpha-lr", type=positive, default=3e-4, metavar="LR", help="alphas: Adam's learning rate")
-        group.add_argument("--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: decay")
+        group.add_argument(
+            "--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: Adam's weight decay"
+        )
         group.add_argument(
             "--early-stop",
             action="store_true",
@@ -145,7 +164,11 @@ class SearchConfig(RunOptions):
             "--pc-warm-up", type=natural, default=15, metavar="N", help="pc-darts: epochs before alphas learn"
         )
         group.add_argument(
-            "--beta-strength", type=nonnegative, default=50.0, metavar="L", help="beta-darts: the penalty in the end"
+            "--beta-strength",
+            type=nonnegative,
+            default=50.0,
+            metavar="L",
+            help="beta-darts: factor that the penalty grows to",
         )
         group.add_argument(
             "--minus-strength",
@@ -189,7 +212,7 @@ class SearchConfig(RunOptions):
             type=nonnegative,
             default=0.3,
             metavar="E",
-            help="sdarts: within which weights are perturbed in the end, growing from 0.03",
+            help="sdarts: radius within which weights are perturbed; it grows from 0.03 to this",
         )
         _add_data_and_run(parser, "search")
 
@@ -290,7 +313,7 @@ class AugmentConfig(RunOptions):
             "--label-smoothing", type=probability, default=0.0, metavar="P", help="spread evenly over all classes"
         )
         group.add_argument("--momentum", type=probability, default=0.9, metavar="M", help="SGD's momentum")
-        group.add_argument("--weight-decay", type=nonnegative, default=3e-4, metavar="D", help="decay")
+        group.add_argument("--weight-decay", type=nonnegative, default=3e-4, metavar="D", help="SGD's weight decay")
         group.add_argument("--grad-clip", type=positive, default=5.0, metavar="NORM", help="gradient norm")
         group.add_argument(
             "--aux-weight", type=nonnegative, default=0.4, metavar="W", help="auxiliary loss; 0: no head"
@@ -302,7 +325,9 @@ class AugmentConfig(RunOptions):
             metavar="PIXELS",
             help="side of the square cut out; at most half the image's",
         )
-        group.add_argument("--drop-path-prob", type=probability, default=0.2, metavar="P", help="at the last epoch")
+        group.add_argument(
+            "--drop-path-prob", type=probability, default=0.2, metavar="P", help="approached linearly, from 0"
+        )
         _add_data_and_run(parser, "augment")
 
 

@@ -10,7 +10,7 @@ from genotypes import PUBLISHED, resolve
 from models.choices import STEM_STRIDES, STEMS
 from running.errors import OneLineParser, UserError, user_errors_in_one_line
 from running.memory import check_memory
-from running.options import natural, positive_int
+from running.options import natural, option_name, positive_int
 
 DEFAULTS = {
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},
@@ -37,8 +37,9 @@ def main():
         setattr(args, name, getattr(args, name) or default)
     for name, smallest in SMALLEST[args.stem].items():
         if getattr(args, name) < smallest:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} {getattr(args, name)}: the stem {args.stem} needs at least {smallest}")
+            raise UserError(
+                f"--{option_name(name)} {getattr(args, name)}: the stem {args.stem} needs at least {smallest}"
+            )
     check_memory(args, 2, args.image_size // STEM_STRIDES[args.stem], images=1)
     print_table({name: resolve(name) for name in args.genotypes or PUBLISHED}, args)
 

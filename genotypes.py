@@ -9,11 +9,12 @@ models/genotype.py and offered here too. Nothing here imports torch, which takes
 """
 
 import ast
+import itertools
 import json
 import random
 import re
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 from models.choices import PRIMITIVES
@@ -163,14 +164,17 @@ def random_genotypes(n, seed, like=None):
     generator = random.Random(seed)
     if like is None:
         return [_random_genotype(generator, 4) for _ in range(n)]
-    wanted, genotypes = _parameters(like), []
+    n_nodes, wanted, of_edges, genotypes = len(like.normal), _parameters(like), _parameters_of_edges(), []
+    any_cell = _random_genotype(random.Random(0), n_nodes)
+    of_all_else = _parameters(any_cell) - of_edges(any_cell)
     for _ in range(n):
-        draws = (_random_genotype(generator, len(like.normal)) for _ in range(MAX_DRAWS))
-        alike = (one for one in draws if abs(_parameters(one) - wanted) <= SIZE_TOLERANCE * wanted)
+        draws = (_random_genotype(generator, n_nodes) for _ in range(MAX_DRAWS))
+        alike = (one for one in draws if abs(of_all_else + of_edges(one) - wanted) <= SIZE_TOLERANCE * wanted)
         genotypes.append(next(alike, None))
         if genotypes[-1] is None:
             raise GenotypeError(
-                f"genotype: none of {MAX_DRAWS} random cells has {wanted:.3f} M parameters to {SIZE_TOLERANCE:.0%}"
+                f"genotype: none of {MAX_DRAWS} random cells has {wanted / 1e6:.3f} M parameters to "
+                f"{SIZE_TOLERANCE:.0%}"
             )
     return genotypes
 
@@ -189,23 +193,48 @@ def _random_genotype(generator, n_nodes):
 
 
 def _parameters(genotype):
-    """Millions of parameters, without the auxiliary head's, of augment.py's default network for CIFAR-10."""
+    """Parameters, without the auxiliary head's, of augment.py's default network for CIFAR-10."""
     import torch
 
     from config import AugmentConfig
     from models.augment_cnn import AugmentCNN
 
-    default = AugmentConfig(["--genotype", str(genotype)])
+    default = AugmentConfig.defaults()
     with torch.device("meta"):  # shapes without values
         net = AugmentCNN(32, 3, default.init_channels, 10, default.layers, False, genotype)
-        return sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _parameters_of_edges():
+    """A function of a genotype of DARTS's operations: those of `_parameters` that its edges have, in all cells."""
+    import torch
+
+    from config import AugmentConfig
+    from models.ops import OPS
+    from models.search_cnn import reduction_cells
+
+    default = AugmentConfig.defaults()
+    C, numbers = default.init_channels, Counter()  # (kind of cell, operation, whether of an input) -> parameters
+    for layer in range(default.layers):
+        kind = "reduce" if layer in reduction_cells(default.layers) else "normal"
+        C = 2 * C if kind == "reduce" else C
+        for op, of_input in itertools.product(PRIMITIVES, (True, False)):
+            with torch.device("meta"):
+                module = OPS[op](C, 2 if of_input and kind == "reduce" else 1, affine=True)
+            numbers[kind, op, of_input] += sum(parameter.numel() for parameter in module.parameters())
+
+    def of_edges(genotype):
+        cells = {"normal": genotype.normal, "reduce": genotype.reduce}
+        return sum(numbers[kind, op, s < 2] for kind, gene in cells.items() for node in gene for op, s in node)
+
+    return of_edges
 
 
 def resolve(text):
     """Read a genotype from a text that `from_str` reads, from a file with such a text, or from the folder of a search.
 
-    From a search the genotype of the last epoch is taken, not that of the best. `random:SEED` is the first cell that
-    `random_genotypes` draws with this seed. Raises GenotypeError.
+    From a search the genotype of the last epoch is taken, or the one that --early-stop chose, not that of the best.
+    `random:SEED` is the first cell that `random_genotypes` draws with this seed. Raises GenotypeError.
     """
     name, _, seed = text.partition(":")
     if name == "random":

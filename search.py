@@ -15,30 +15,26 @@ from running.errors import end_silently_on_interrupt, user_errors_in_one_line
 if __name__ == "__main__":
     end_silently_on_interrupt()
 
-from config import AugmentConfig, SearchConfig
+from config import SearchConfig
 
 if __name__ == "__main__":
     SearchConfig.answer_help()  # at once: `import torch` takes seconds
 
 import shutil
-import statistics
-import sys
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from architect import Architect
 from evidence import search_state
 from evidence.curvature import dominant_eigenvalue, images_within
 from genotypes import as_lists, from_str
-from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
-from report.cells import HOW_TO_INSTALL, plot
+from report import search_log
+from report.cells import HOW_TO_INSTALL
 from running import ranks
-from running.costs import cost, describe, describe_latency
 from running.cuda_graphs import StepGraphs
 from running.data_sets import stratified_split
 from running.devices import seed_generators
@@ -47,7 +43,6 @@ from running.folder import write_json
 from running.loading import Loader, check_unchanged, mix
 from running.progress import Meters
 from running.run import Run
-from running.tensorboard import alpha_tag
 from utils import cosine_lr, garbage_collection_of_new_objects, get_data, one_line, param_size, shell_quote
 from variants import compose
 
@@ -64,7 +59,7 @@ def main(network=SearchCNN, architect=Architect):
 def search(network, architect):
     config = ranks.on_rank_0(SearchConfig)
     if config.gpus:
-        ranks.launch(config.gpus, sys.argv[0])
+        ranks.launch(config.gpus)
     network, architect = compose(config, network, architect)
     run = Run(config)
     saved = run.saved_results()
@@ -90,10 +85,10 @@ def search(network, architect):
     with run.interruptible(), garbage_collection_of_new_objects():
         results = {"found": {}, "history": [], "data": {"training": data.fingerprint()}}
         results = run.start(state, results, network=network, architect=architect)
-        genotypes, history = results["found"], results["history"]  # "last" and "best"; of each epoch
+        genotypes, history = results["found"], results["history"]
         scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done=run.epoch)
         graphs = StepGraphs(run, net, bilevel)
-        chart_edges(run, net)
+        search_log.chart_edges(run, net)
         run.log(
             f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
             f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
@@ -110,12 +105,14 @@ def search(network, architect):
                 train(epoch, run, net, bilevel, trn_loader, val_loader, w_optim, alpha_optim, scheduler, graphs)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
-            last = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
-            history.append(last | state_of(net, data.without_augmentation(), curvature_images, run.device))
+            now = {"epoch": epoch, "valid_top1": top1, "string": str(net.genotype())}
+            history.append(now | state_of(net, data.without_augmentation(), curvature_images, run.device))
             is_best = "best" not in genotypes or top1 > genotypes["best"]["valid_top1"]
-            genotypes = {"last": chosen(config, history), "best": last if is_best else genotypes["best"]}
+            chosen = search_state.chosen(history, config.early_stop)
+            genotypes = {"last": {name: chosen[name] for name in now}, "best": now if is_best else genotypes["best"]}
             if ranks.rank() == 0:
-                show(epoch, run, net, genotypes, history)
+                search_log.show(epoch, run, net, history)
+                save_genotypes(run, genotypes, history)
             run.end_epoch(is_best, results | {"found": genotypes, "history": history})
             run.stop_if_asked()
 
@@ -273,91 +270,17 @@ def state_of(net, images, samples, device):
     return {"eigenvalue": ranks.on_rank_0(eigenvalue), "margins": margins}
 
 
-def chosen(config, history):
-    """The epoch of the history whose genotype is the search's result: the last, or the one that DARTS-ES returns."""
-    stop = search_state.early_stop(history) if config.early_stop else None
-    entry = next(entry for entry in history if entry["epoch"] == stop - search_state.WINDOW) if stop else history[-1]
-    return {name: entry[name] for name in ("epoch", "valid_top1", "string")}
-
-
-def chart_edges(run, net):
-    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
-    charts = {}
-    for kind, nodes in net.edge_weights().items():
-        edges = [(node, source) for node, weights in enumerate(nodes) for source in range(len(weights))]
-        charts[f"alpha_{kind}"] = {
-            f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in net.primitives]]
-            for node, source in edges
-        }
-    run.tensorboard.add_custom_scalars(charts)
-
-
-@torch.no_grad()
-def show(epoch, run, net, genotypes, history):
-    """The state of the search: edge weights and genotype in the log, TensorBoard, pictures, genotype.json, history."""
-    genotype = net.genotype()
-    for kind, weights in net.edge_weights().items():
-        gene = getattr(genotype, kind)
-        show_edges(run, kind, net.primitives, weights)
-        for line in cell_in_words(kind, gene, net.primitives, weights):
-            run.log(line)
-        with run.surviving_full_disk("a picture"):
-            path = plot(gene, run.folder.plots / f"epoch{epoch:03d}-{kind}", f"{kind} cell, epoch {epoch}")
-            if path.suffix == ".png":
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-                run.tensorboard.add_image(f"cell/{kind}", pixels, run.step, dataformats="HWC")
-    run.log(f"genotype = {genotype}")
-    show_state(run, genotype, history)
-    with run.surviving_full_disk(run.folder.genotype.name):
+def save_genotypes(run, genotypes, history):
+    """Write history.json, and genotype.json with each genotype as a string and as lists."""
+    with run.surviving_full_disk(run.folder.history.name):
         write_json(run.folder.history, history)
+    with run.surviving_full_disk(run.folder.genotype.name):
         forms = {which: entry | as_lists(from_str(entry["string"])) for which, entry in genotypes.items()}
         write_json(run.folder.genotype, forms)
 
 
-def show_state(run, genotype, history):
-    """The state of the search in a sentence, in the log; its numbers in TensorBoard."""
-    eigenvalue = history[-1]["eigenvalue"]
-    numbers = {"stable_epochs": search_state.stable_epochs(history)}
-    if eigenvalue is not None:
-        run.log(f"dominant eigenvalue of the Hessian of L_val in alpha: {eigenvalue:.4g}")
-        numbers["eigenvalue"] = eigenvalue
-    for kind, margins in history[-1]["margins"].items():
-        numbers[f"skip_connections_{kind}"] = search_state.skip_connections(getattr(genotype, kind))
-        numbers[f"margin_{kind}"] = statistics.median(margins)
-    for name, number in numbers.items():
-        run.scalar(f"state/{name}", number)
-    run.log(search_state.verdict(history))
-    stop = search_state.early_stop(history)
-    if stop is not None:
-        done = "stopped" if run.config.early_stop else "--early-stop would have stopped"
-        run.log(f"{done} at epoch {stop}, with the genotype of epoch {stop - search_state.WINDOW}")
-
-
-def show_edges(run, kind, primitives, weights):
-    """The candidates' weights on every edge, in the log in percent, and in TensorBoard."""
-    run.log(f"weights of alpha_{kind}, %:  " + "  ".join(primitives))
-    for node, edges in enumerate(weights):
-        for source, row in enumerate(edges.tolist()):
-            columns = (f"{100 * weight:{len(op)}.2f}" for op, weight in zip(primitives, row))
-            run.log(f"node {node} from {source}".rjust(25) + ":  " + "  ".join(columns))
-            for op, weight in zip(primitives, row):
-                run.scalar(alpha_tag(kind, node, source, op), weight)
-
-
-def cell_in_words(kind, gene, primitives, weights):
-    """A line for each node of a cell: the operations chosen, their sources and weights."""
-    inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
-    for i, (edges, node_weights) in enumerate(zip(gene, weights)):
-        terms = []
-        for op, source in edges:
-            percent = 100 * node_weights[source, primitives.index(op)]
-            terms.append(f"{op:>12} of {inputs.get(source, f'node {source - 2}')} ({percent:.2f} %)")
-        yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
-
-
 def finish(run, genotypes, history, size, channels, n_classes):
-    """Write the summary, the command that trains the last cell, and what its network costs."""
+    """Write the summary, the command that trains the cell, and what its network costs."""
     last, best, stop = genotypes["last"], genotypes["best"], search_state.early_stop(history)
     genotype = from_str(last["string"])
     run.finish(
@@ -376,21 +299,9 @@ def finish(run, genotypes, history, size, channels, n_classes):
     )
     if ranks.rank() == 0:
         command = f"python augment.py {run.config.data_options()} --genotype {shell_quote(last['string'])}"
-        run.log("train the cell:")
-        print(command, flush=True)  # before the timing, which takes a while, and as the last line
-        show_cost(run, genotype, size, channels, n_classes)
-        print(command)
-
-
-def show_cost(run, genotype, size, channels, n_classes):
-    """What the network costs that augment.py makes of a genotype, in the log."""
-    default = AugmentConfig(["--genotype", str(genotype)])
-    with run.device:
-        net = AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
-    run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
-    net = net.to(memory_format=torch.channels_last)
-    run.log("timing a forward pass of it; the search is done, and may be interrupted")
-    run.log(f"a forward pass takes {describe_latency(net, channels, size)}")
+        run.log(f"train the cell: {command}")
+        search_log.show_cost(run, genotype, size, channels, n_classes)
+        print(command)  # again, as the last line
 
 
 if __name__ == "__main__":

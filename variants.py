@@ -17,7 +17,8 @@ from torch.distributions import Dirichlet, kl_divergence
 
 from models.choices import VARIANTS as CHANGES
 from models.ops import MixedOp, PartialMixedOp
-from running.errors import UserError
+from models.search_cnn import SearchCNN
+from running.errors import UserError, warn
 
 KINDS = ("normal", "reduce")
 
@@ -75,6 +76,8 @@ class PCDarts:
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
         self.alphas_learn = epoch > self.options.pc_warm_up
+        if epoch == 1 and self.options.pc_warm_up >= epochs:
+            warn(f"alphas learn after --pc-warm-up {self.options.pc_warm_up} epochs, and so never in {epochs}")
 
 
 class BetaDarts:
@@ -128,9 +131,9 @@ class FairDarts:
     def edge_weights(self, noise=None):
         return by_node(self, torch.sigmoid)
 
-    def genotype(self, k=2):
+    def genotype(self, *args, **kwargs):
         """Of DARTS's k edges those whose operation reaches the threshold; the strongest where none does."""
-        genotype, weights = super().genotype(k), self.edge_weights()
+        genotype, weights = super().genotype(*args, **kwargs), self.edge_weights()
         cells = {kind: list(map(self._certain, getattr(genotype, kind), weights[kind])) for kind in KINDS}
         return genotype._replace(**cells)
 
@@ -306,11 +309,21 @@ VARIANTS = {
     "sdarts": (SDarts, SDartsArchitect),
 }
 
+# Variants replace these, and extend all else, so that a class that overrides them can't be combined with the variant.
+REPLACED = {"how alphas become weights": "edge_weights", "the operation on an edge": "mixed_op"}
+
 
 def compose(options, network, architect):
-    """The classes of the network and the architect for a run with these options: those given, with its variants."""
+    """The classes of the network and the architect for a run with these options: those given, with its variants.
+
+    Raises UserError where a variant would replace what a class of the user's has changed, in a script as in `examples`.
+    """
     if options.variant is None:
         return network, architect
+    for name in options.variant.split(","):
+        for attribute in sorted(map(REPLACED.get, CHANGES[name] & REPLACED.keys())):
+            if getattr(network, attribute) is not getattr(SearchCNN, attribute):
+                raise UserError(f"--variant {name} replaces {attribute}, which {network.__name__} has overridden")
     # a variant that has its own way from alphas to weights stands behind those that change its weights
     names = sorted(options.variant.split(","), key=lambda name: "how alphas become weights" in CHANGES[name])
     changed = []

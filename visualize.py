@@ -53,7 +53,7 @@ def is_run(path):
 
 def is_results(path):
     """Whether a path is the results.json of a protocol, by its content."""
-    content = read_json(path) if path.endswith(".json") else None
+    content = read_json(path) if path.endswith(".json") and not is_run(path) else None
     return isinstance(content, dict) and "members" in content
 
 
@@ -69,12 +69,15 @@ def write_report(folders, output):
 
 def write_comparison(files, output):
     """Write the report of protocols, by default beside the file of a single one, and print its path."""
-    from report.comparison import write  # here, since it imports torch and matplotlib
+    from report.comparison import check, write  # here, since it imports torch and matplotlib
 
+    contents = {file: read_json(file) for file in files}
+    for file, content in contents.items():
+        check(content, file)
     path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
     if not output:
         check_file(path)
-    write([read_json(file) for file in files], path)
+    write(list(contents.values()), path)
     print(path)
 
 

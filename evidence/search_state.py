@@ -86,6 +86,12 @@ def early_stop(history):
     return None
 
 
+def chosen(history, with_early_stop):
+    """The epoch of the history whose genotype is the search's result: the last, or the one that DARTS-ES returns."""
+    stop = early_stop(history) if with_early_stop else None
+    return next(entry for entry in history if entry["epoch"] == stop - WINDOW) if stop else history[-1]
+
+
 def growth(history):
     """By how much the average eigenvalue has grown in the last `WINDOW` epochs whose averages are known, or None."""
     averages = local_averages(history)

@@ -18,9 +18,8 @@ from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
 from running.errors import UserError
 from running.forms import misfit
-from running.members import RESULTS
+from running.members import CHANCE, RESULTS
 
-CHANCE = "random cells"
 NONE = "-"  # in a table
 IMAGES = {"held-out": "held-out training images", "test": "test images"}
 
@@ -50,11 +49,9 @@ def write(all_results, path):
     path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results of
     other training conditions stand beside each other without being compared; .md and .svg refuse them with UserError.
     """
-    for results in all_results:
-        check(results)
     groups = defaultdict(list)  # training conditions -> results
     for results in all_results:
-        groups[changed(results["training_options"], AugmentConfig(["--genotype", "DARTS_V2"]))].append(results)
+        groups[changed(results["training_options"], AugmentConfig)].append(results)
     if path.suffix in (".md", ".svg"):
         if len(groups) > 1:
             raise UserError(f"{path} would compare cells that were trained under different conditions; write .html")
@@ -74,16 +71,16 @@ def write(all_results, path):
 
 
 def changed(options, config):
-    """The options other than the defaults, as text, which options that the program gets later do not change."""
-    defaults = config.as_dict()
+    """The options other than the defaults of `config`, as text, which options of later versions do not change."""
+    defaults = vars(config.defaults())
     return json.dumps({name: value for name, value in options.items() if value != defaults.get(name)}, sort_keys=True)
 
 
-def check(results):
-    """Raise UserError unless this is the content of a results.json."""
+def check(results, path):
+    """Raise UserError, which names the file, unless this is the content of a results.json."""
     found = misfit(results, RESULTS)
     if found:
-        raise UserError(f"this is no results.json of protocol.py, or one of another version: {found}")
+        raise UserError(f"{path} is no results.json of protocol.py, or one of another version: {found}")
 
 
 def column(group):
@@ -119,7 +116,7 @@ def methods_of(group):
     """
     methods, searches = defaultdict(dict), {}  # label -> (seed, genotype) -> member; label -> options
     for results in group:
-        options = results["search_options"] and changed(results["search_options"], SearchConfig([]))
+        options = results["search_options"] and changed(results["search_options"], SearchConfig)
         if options is not None and searches.setdefault(results["label"], options) != options:
             raise UserError(f"searches with different options are both called {results['label']!r}: change a label")
         for member in results["members"]:

@@ -12,7 +12,8 @@ from string import Template
 import torch
 
 from config import AugmentConfig
-from evidence.search_state import cell, changes, verdict
+from evidence.search_state import cell, changes, chosen, verdict
+from genotypes import from_str
 from models.augment_cnn import AugmentCNN
 from report import figures
 from report.cells import NotDrawnError, draw, render
@@ -22,6 +23,7 @@ from running.data_sets import DATASETS
 from running.devices import pick_device
 from running.errors import UserError
 from running.evaluation import evaluate, load_network, load_trained
+from running.options import option_name
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -41,7 +43,7 @@ def write(folders, path):
 
 def column(story):
     """The HTML of one run, a column of the page."""
-    options = [(name.replace("_", "-"), value) for name, value in sorted(story.config.as_dict().items())]
+    options = [(option_name(name), value) for name, value in sorted(story.config.as_dict().items())]
     return "\n".join(
         [
             f"<h1>{html.escape(str(story.folder))}</h1>",
@@ -76,11 +78,12 @@ def search_sections(story):
         "margins of the choice, skip connections and dominant eigenvalue by epoch",
     )
     state = html.escape(verdict(story.history))
+    result = from_str(chosen(story.history, story.config.early_stop)["string"])
     return [
         section("The cell, epoch by epoch", film(story, genotypes)),
         *(edge_section(kind, weights[kind], candidates) for kind in KINDS),
         section("How settled the choice is", f"<p><b>{state}</b></p><p>{stability(genotypes)}</p>{settling}"),
-        section("What the cell costs", default_cost(genotypes[-1], story.config)),
+        section("What the cell costs", default_cost(result, story.config)),
     ]
 
 
@@ -138,7 +141,7 @@ def stability(genotypes):
 
 def default_cost(genotype, config):
     """The cost of the network that augment.py builds by default, for images of the search's data set; 10 classes."""
-    default, data_set = AugmentConfig(["--genotype", str(genotype)]), DATASETS[config.dataset]
+    default, data_set = AugmentConfig.defaults(), DATASETS[config.dataset]
     size, channels = data_set.size, data_set.channels
     if config.dataset == "folder":
         size, channels = config.image_size, config.image_channels

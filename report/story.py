@@ -16,6 +16,7 @@ from running.checkpoint_checks import HISTORY, check_genotypes
 from running.errors import UserError, shown
 from running.folder import RunFolder, read_json
 from running.forms import PLAIN, misfit
+from running.options import option_name
 from running.tensorboard import alpha_tag
 from utils import shell_quote
 
@@ -129,7 +130,7 @@ def commands(story):
     words = []
     for name, value in story.config.as_dict().items():
         if value != defaults[name] and name != "name":
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shell_quote(str(value))}"))
+            words.append(f"--{option_name(name)}" + ("" if value is True else f" {shell_quote(str(value))}"))
     lines = [f"python {story.stage}.py {' '.join(words)}".strip()]
     if story.stage == "search":
         lines.append(f"python augment.py {story.config.data_options()} --genotype {shlex.quote(str(story.folder))}")

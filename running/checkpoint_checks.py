@@ -9,16 +9,16 @@ import torch
 from genotypes import from_str
 from running.checkpoints import FORMAT
 from running.errors import UserError, shown
-from running.forms import NUMBER, PLAIN, Optional, misfit, whole
+from running.forms import PLAIN, Optional, any_number, flat, maybe, misfit, real, whole
 from running.options import MAY_CHANGE
 
 FINGERPRINT = {"classes": {str: whole(0)}, "sha256": str}
-OF_AN_EPOCH = {"epoch": whole(1), "valid_top1": NUMBER, "string": str, str: lambda value: True}
+OF_AN_EPOCH = {"epoch": whole(1), "valid_top1": real(), "string": str, str: flat}
 HISTORY = [
     OF_AN_EPOCH
     | {
-        Optional("eigenvalue"): frozenset({*NUMBER, type(None)}),
-        Optional("margins"): {"normal": [NUMBER], "reduce": [NUMBER]},
+        Optional("eigenvalue"): maybe(any_number),
+        Optional("margins"): {"normal": [any_number], "reduce": [any_number]},
     }
 ]
 
@@ -32,15 +32,15 @@ RESULTS = {
         str: lambda value: True,
     },
     "augment": {
-        "top1": NUMBER,
-        "best_top1": NUMBER,
+        "top1": real(),
+        "best_top1": real(),
         "genotype": str,
         "input_size": whole(1),
         "input_channels": whole(1),
         Optional("preprocessing"): str,
         "classes": [str],
-        "mean": [lambda value: type(value) is float and math.isfinite(value)],
-        "std": [lambda value: type(value) is float and 0 < value < math.inf],
+        "mean": [real()],
+        "std": [real(1e-30)],
         Optional("data"): {"training": FINGERPRINT, Optional("test"): FINGERPRINT, Optional("held-out"): FINGERPRINT},
         str: lambda value: True,
     },
@@ -66,7 +66,7 @@ CONTENTS = {
     "within": {  # the position in the epoch after those, see EPOCH_START
         "batches": whole(0),
         "trained": bool,
-        "meters": [{"val": NUMBER, "avg": NUMBER, "sum": NUMBER, "count": whole(1)}],
+        "meters": [{"val": any_number, "avg": any_number, "sum": any_number, "count": whole(1)}],
         "log": whole(0),
     },
     "seconds": lambda value: type(value) is float and 0 <= value < math.inf,  # the running time so far
@@ -94,7 +94,7 @@ def check_contents(checkpoint, path, stage):
             found = shown(content[name]) if name in content else None
             raise UserError(f"{path} is of {name} {found}; this program reads {name} {value!r}")
     found = misfit(checkpoint, CONTENTS | {"results": RESULTS[stage]})
-    found = found or _random_misfit(checkpoint["random"]) or _count_misfit(checkpoint)
+    found = found or _random_misfit(checkpoint["random"]) or _position_misfit(checkpoint) or _result_misfit(checkpoint)
     if found:
         raise UserError(f"{path} is not a checkpoint that this program wrote: {found}")
 
@@ -114,16 +114,27 @@ def _random_misfit(random_state):
     return None if is_inside and ends_well else "random is no state of the generators"
 
 
-def _count_misfit(checkpoint):
-    """Which numbers of a checkpoint contradict each other, or None."""
-    epoch, step, within, results = (checkpoint[name] for name in ("epoch", "step", "within", "results"))
-    steps_before = step - within["batches"]  # in the epochs that are done
+def _position_misfit(checkpoint):
+    """Which numbers of a checkpoint's position contradict each other, or None."""
+    epoch, step, within = (checkpoint[name] for name in ("epoch", "step", "within"))
+    batches = within["batches"]
+    steps_before = step - batches  # in the epochs that are done
     # all of the same number of steps; of a run without fingerprints of its images they may have changed
-    is_uneven = "data" in results and steps_before % max(epoch, 1) > 0
-    if steps_before < epoch or is_uneven or (epoch == 0 and steps_before):
-        return f"step is {step}, after {epoch} epochs and {within['batches']} batches"
-    if len(within["meters"]) not in ((3,) if within["batches"] else (0, 3)):
+    of_an_epoch = steps_before / epoch if epoch and "data" in checkpoint["results"] else None
+    if steps_before < epoch or (epoch == 0 and steps_before) or (of_an_epoch and of_an_epoch % 1):
+        return f"step is {step}, after {epoch} epochs and {batches} batches"
+    if of_an_epoch and (batches > of_an_epoch or within["trained"] != (batches == of_an_epoch)):
+        return f"within.batches is {batches} of {of_an_epoch:.0f}, and within.trained is {within['trained']}"
+    if within["trained"] and not batches:
+        return "within.trained is True without batches"
+    if len(within["meters"]) not in ((3,) if batches else (0, 3)):
         return f"within.meters has {len(within['meters'])} entries"
+    return None
+
+
+def _result_misfit(checkpoint):
+    """Which results of a checkpoint contradict each other or its position, or None."""
+    epoch, results = checkpoint["epoch"], checkpoint["results"]
     if checkpoint["stage"] == "search":
         if [entry["epoch"] for entry in results["history"]] != list(range(1, epoch + 1)):
             return f"results.history is not of the {epoch} epochs that are done"

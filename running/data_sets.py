@@ -4,6 +4,7 @@ To add a data set, add an entry to `DATASETS`; tests run on every entry. torch i
 loaded, so that command lines are read without it.
 """
 
+import collections
 import functools
 import hashlib
 import math
@@ -156,9 +157,11 @@ def hold_out_of_training(source, labels, fraction):
     names = getattr(source, "names", None) or map(str, range(len(labels)))
     # other hashes than `held_out_by_name` has: the training images that it leaves have its larger ones
     hashes = [hashlib.sha256(b"hold out\0" + os.fsencode(name)).digest() for name in names]
-    held_out = []
-    for label in sorted(set(labels)):
-        of_class = sorted((i for i in range(len(labels)) if labels[i] == label), key=hashes.__getitem__)
+    members, held_out = collections.defaultdict(list), []
+    for i, label in enumerate(labels):
+        members[label].append(i)
+    for label in sorted(members):
+        of_class = sorted(members[label], key=hashes.__getitem__)
         if len(of_class) < 2:
             raise UserError(f"--hold-out needs two training images of each class; class number {label} has one")
         held_out += of_class[: min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)]

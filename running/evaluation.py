@@ -179,9 +179,12 @@ def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirr
     for X, _, _ in loader.epoch(0):
         views = [X, X.flip(3)] if mirror else [X]
         probabilities.append(torch.stack([net(view)[0].float().softmax(1) for view in views]).mean(0).cpu())
+    probabilities = torch.cat(probabilities)
+    if not probabilities.isfinite().all():
+        raise UserError(f"{file_of(path)}: the outputs of its network are not finite")
     return Evaluation(
         labels=np.asarray(images.labels),
-        probabilities=torch.cat(probabilities).numpy(),
+        probabilities=probabilities.numpy(),
         names=checkpoint["results"]["classes"],
         images=images,
         checkpoint=str(file_of(path)),

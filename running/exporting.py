@@ -121,6 +121,8 @@ def check(exported, net, images, part="test"):
     pixels = Images(images.source, images.labels, raw, raw, seed=0)
     chosen = np.linspace(0, len(images) - 1, min(N_CHECKED, len(images))).astype(int).tolist()
     expected = torch.cat([net(images[i][0][None])[0] for i in chosen]).numpy()
+    if not np.isfinite(expected).all():
+        raise UserError("the outputs of the network are not finite; the exported one is not kept")
     outputs = []
     for n in BATCH_SIZES:
         batches = (chosen[i : i + n] for i in range(0, len(chosen), n))

@@ -47,7 +47,7 @@ class RunFolder:
         self.log = self.path / "log.txt"
         self.tensorboard = self.path / "tb"  # a folder of event files
         self.plots = self.path / "plots"  # a folder of pictures of cells
-        self.genotype = self.path / "genotype.json"  # search only: the genotypes of the last and of the best epoch
+        self.genotype = self.path / "genotype.json"  # search only: the genotype that it gives, and the best epoch's
         self.history = self.path / "history.json"  # search only: genotype and validation accuracy of each epoch
         self.summary = self.path / "summary.json"  # the results, written at the end of the run
         self.fault = self.path / "fault.json"  # the batches of the step whose loss or gradient was not finite

@@ -12,9 +12,18 @@ from running.errors import shown
 Optional = namedtuple("Optional", "key")
 
 MISSING = object()
-NUMBER = frozenset({int, float})
 PLAIN = frozenset({str, int, float, bool, type(None)})
 TEXT = frozenset({str, type(None)})
+
+
+def any_number(value):
+    """The form of a float, NaN and infinity included, and of an int that is exact as one."""
+    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
+
+
+def flat(value):
+    """The form of a plain value, of a list or a dict of some, and of a dict of lists: what JSON can hold."""
+    return any(misfit(value, form) is None for form in (PLAIN, [PLAIN], {str: PLAIN}, {str: [PLAIN]}))
 
 
 def whole(low, high=2**53):
@@ -24,7 +33,7 @@ def whole(low, high=2**53):
 
 def real(low=-1e15, high=1e15):
     """The form of a finite number of at least `low` and at most `high`."""
-    return lambda value: type(value) in NUMBER and low <= value <= high
+    return lambda value: type(value) in (int, float) and low <= value <= high
 
 
 def maybe(form):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import AugmentConfig, SearchConfig
-from genotypes import from_str, random_genotypes, resolve
+from evidence.search_state import skip_connections
+from genotypes import PUBLISHED, from_str, random_genotypes, resolve
 from running.errors import UserError
 from running.folder import RunFolder, read_json
 from running.forms import PLAIN, TEXT, Optional, maybe, misfit, real, whole
@@ -45,7 +46,7 @@ MEMBER = {
 TRAINED_MEMBER = MEMBER | OF_NETWORK | {"selection": ORIGIN, "final": MEMBER[Optional("final")]}
 RESULTS = {
     "format": lambda value: value == 1,
-    "label": str,
+    "label": lambda value: type(value) is str and is_label(value),
     "like": TEXT,
     "command": str,
     "search_options": maybe({str: PLAIN}),
@@ -54,7 +55,13 @@ RESULTS = {
     "members": [lambda value: misfit(value, MEMBER) is None or misfit(value, TRAINED_MEMBER) is None],
     str: lambda value: True,
 }
+CHANCE = "random cells"  # the label of random cells in tables
 LOG_TAIL = 4096  # bytes in which the last line of progress is looked for
+
+
+def is_label(text):
+    """Whether searches may be called so in tables, where random and published cells have rows of their own."""
+    return text.isprintable() and "|" not in text and not text.startswith(CHANCE) and text not in PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -299,8 +306,7 @@ def _result_of(plan, member):
         result["search"] = {name: found[name] for name in names} | _origin(found)
     if genotype:
         result["skip_connections"] = {
-            kind: sum(op == "skip_connect" for node in getattr(from_str(genotype), kind) for op, _ in node)
-            for kind in ("normal", "reduce")
+            kind: skip_connections(getattr(from_str(genotype), kind)) for kind in ("normal", "reduce")
         }
         selection = plan.summary(plan.selection(member))
         if selection:

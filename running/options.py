@@ -6,6 +6,7 @@ config.py says which options there are.
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from running.errors import OneLineParser, UserError, shown
 from running.folder import RunFolder, launcher, read_json
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
+LONGEST_NAME = 240  # bytes; file systems allow 255, of which `RunFolder.replaced` adds some
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
 NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # not written to config.json
 
@@ -31,7 +33,7 @@ def number(kind, low, high=math.inf, low_open=False, high_open=False):
         except ValueError:
             number = math.nan
         inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
-        if not inside or not number <= MAX_NUMBER:
+        if not inside or (high == math.inf and not number <= MAX_NUMBER):
             limit = f" and at most {MAX_NUMBER}" if number > MAX_NUMBER and high == math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}{limit}, not {text!r}")
         return number
@@ -48,8 +50,14 @@ probability = number(float, 0, 1, high_open=True)  # below 1: drop path divides 
 
 def folder_name(text):
     """An argparse type: a folder name. Not a path, since --overwrite deletes the folder."""
-    if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 255:
+    if text in ("", ".", "..") or Path(text).name != text:
         raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text[:50]!r}")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"has characters that no name may have: {text[:50]!r}")
+    if len(text.encode()) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"is longer than {LONGEST_NAME} bytes: {text[:50]!r}...")
+    if text.startswith(".") and text.endswith(".replaced"):  # see RunFolder.replaced
+        raise argparse.ArgumentTypeError(f"is kept for runs that are being replaced: {text!r}")
     return text
 
 
@@ -123,7 +131,7 @@ class RunOptions:
 
         parser = cls.build_parser()
         parser.error = refuse
-        fixed = vars(parser.parse_args([])).keys() - set(NOT_SAVED)
+        fixed = vars(cls.defaults()).keys() - set(NOT_SAVED)
         unknown = sorted(set(saved) - fixed)
         if unknown:
             raise UserError(
@@ -144,12 +152,14 @@ class RunOptions:
 
     def _continues(self):
         """Whether to resume a run without --resume: with --auto-resume, or if torchrun restarts the ranks."""
-        folder = self.folder()
+        folder, is_torchrun = self.folder(), "TORCHELASTIC_RUN_ID" in os.environ
+        if not self.auto_resume and not is_torchrun:
+            return False
         folder.recover()
         if not folder.config.is_file():
             return False
-        restarted = "TORCHELASTIC_RUN_ID" in os.environ and folder.launcher.is_file()
-        if not self.auto_resume and not (restarted and folder.launcher.read_bytes() == launcher().encode()):
+        restarted = is_torchrun and folder.launcher.is_file() and folder.launcher.read_bytes() == launcher().encode()
+        if not self.auto_resume and not restarted:
             return False
         folder.check()
         return True
@@ -183,6 +193,11 @@ class RunOptions:
         return parser
 
     @classmethod
+    def defaults(cls):
+        """The options that an empty command line gives, as a Namespace."""
+        return cls.build_parser().parse_args([])
+
+    @classmethod
     def answer_help(cls):
         """Print the help and exit, if the command line asks for it."""
         if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
@@ -193,8 +208,8 @@ class RunOptions:
     def data_options(self):
         """The options that select the same data, as a command line."""
         names = ("data_path", "image_size", "image_channels")
-        defaults = self.build_parser()
-        changed = [name for name in names if getattr(self, name) != defaults.get_default(name)]
+        defaults = self.defaults()
+        changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
         words = [word for name in ["dataset", *changed] for word in (f"--{option_name(name)}", str(vars(self)[name]))]
         return shlex.join([*words, *["--skip-bad-images"] * self.skip_bad_images])
 
@@ -233,7 +248,5 @@ def words_of(options):
 
 def hyphenate(word):
     """Accept `--batch_size` for `--batch-size`: replace underscores in the option's name, not in its value."""
-    if not word.startswith("--"):
-        return word
     option, equals, value = word.partition("=")
-    return "--" + option_name(option[2:]) + equals + value
+    return option_name(option) + equals + value if re.fullmatch(r"--\w[\w-]*", option) else word

@@ -5,7 +5,8 @@ import shlex
 
 from config import AugmentConfig, SearchConfig, add_data
 from genotypes import PUBLISHED
-from running.errors import OneLineParser, UserError
+from running.errors import OneLineParser, UserError, shown
+from running.members import CHANCE, is_label
 from running.options import (
     HelpWithDefaults,
     folder_name,
@@ -42,6 +43,10 @@ def read_options(argv):
     options.augment = quoted(AugmentConfig, options.augment, SET_HERE_TO_AUGMENT, [*shared, "device"], "--augment")
     options.command = shlex.join(["python", "protocol.py", *without_place(joined(argv))])
     options.label = options.label or options.name or options.dataset
+    if not is_label(options.label):
+        parser.error(
+            f"--label {shown(options.label)}: must be one line without |, and none of {CHANCE}, {', '.join(PUBLISHED)}"
+        )
     return options
 
 

@@ -248,17 +248,22 @@ def _tensors_in(state):
     return [tensor for part in state for tensor in _tensors_in(part)]
 
 
-def launch(gpus, script):
+def launch(gpus):
     """Run this command again with a rank for each of several GPUs, as torchrun does, and exit with its exit code.
 
-    gpus: `all`, or numbers of CUDA devices, as 0,1,2; script: the Python file to run. Raises UserError if there are no
-    such devices.
+    gpus: `all`, or numbers of CUDA devices, as 0,1,2. Raises UserError if there are no such devices.
     """
     if dist.is_torchelastic_launched():
         raise user_error("--gpus starts the ranks itself; with torchrun leave it out")
     chosen = visible_gpus(gpus)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-    sys.exit(run_ranks(len(chosen), [script, *_without_gpus(sys.argv[1:])]))
+    sys.exit(run_ranks(len(chosen), [*_this_program(), *_without_gpus(sys.argv[1:])]))
+
+
+def _this_program():
+    """The command-line words by which Python was started: a script's path, or -m and the name of a module."""
+    spec = sys.modules["__main__"].__spec__
+    return [sys.argv[0]] if spec is None else ["-m", spec.name]
 
 
 def visible_gpus(gpus):

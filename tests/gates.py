@@ -35,7 +35,7 @@ def short_runs():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "digits", dataclasses.replace(digits, load=load))
-        patch.setattr("search.show_cost", lambda *args: None)
+        patch.setattr("report.search_log.show_cost", lambda *args: None)
         patch.setattr("augment.describe_latency", lambda *args: "no time")
         yield
 

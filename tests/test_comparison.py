@@ -213,7 +213,9 @@ def test_visualize_writes_several_results_side_by_side(tmp_path):
     assert "<h1>a, b</h1>" in page
     assert run_script("visualize.py", "a/results.json", cwd=tmp_path).stdout == "a/report.html\n"
     write_json(tmp_path / "b/results.json", {"members": [{}]})
-    assert_one_line_error(run_script("visualize.py", "b/results.json", cwd=tmp_path), "no results.json of protocol.py")
+    assert_one_line_error(
+        run_script("visualize.py", "b/results.json", cwd=tmp_path), "b/results.json is no results.json"
+    )
 
 
 @pytest.mark.process

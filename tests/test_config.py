@@ -5,6 +5,7 @@ import pytest
 from config import AugmentConfig, SearchConfig
 from models.choices import PRIMITIVES, SEARCH_SPACES
 from models.ops import OPS
+from running.options import hyphenate
 
 
 def test_search_defaults_are_the_papers():
@@ -21,6 +22,11 @@ def test_augment_defaults_are_the_papers():
     assert (config.epochs, config.batch_size, config.layers, config.init_channels) == (600, 96, 20, 36)
     assert (config.lr, config.momentum, config.weight_decay, config.grad_clip) == (0.025, 0.9, 3e-4, 5.0)
     assert (config.aux_weight, config.cutout_length, config.drop_path_prob, config.seed) == (0.4, 16, 0.2, 2)
+
+
+def test_a_value_in_quotes_that_begins_as_an_option_is_left_alone():
+    words = ["--layers 2 --primitives skip_connect,sep_conv_3x3", "--a_b", "--a_b=c_d", "-a_b", "a_b", "--"]
+    assert list(map(hyphenate, words)) == [words[0], "--a-b", "--a-b=c_d", "-a_b", "a_b", "--"]
 
 
 def test_options_are_accepted_with_underscores_and_values_are_left_alone():
@@ -66,6 +72,9 @@ def test_every_option_has_help_and_stands_in_a_named_group():
         (["--workers", "-1"], "of at least 0"),
         (["--seed", "9" * 400], "whole number"),
         (["--name", "../precious"], "without slashes"),
+        (["--name", "a\nb"], "characters"),
+        (["--name", "x" * 241], "240 bytes"),
+        (["--name", ".digits.replaced"], "being replaced"),
         (["--batch", "3"], "--batch"),
         (["--no-such-option"], "no-such-option"),
         (["--primitives", "none"], "at least one other than none"),
@@ -117,6 +126,19 @@ def test_saved_options_are_completed_by_the_defaults_of_their_stem():
     saved = {"genotype": "DARTS_V2", "stem": "imagenet", "layers": 2}
     restored = AugmentConfig.restored(saved, "config.json")
     assert (restored.layers, restored.lr, restored.execution) == (2, 0.1, "fused")
+
+
+def test_reading_a_command_line_changes_nothing_on_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/augment/.digits.replaced").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    AugmentConfig(["--genotype", "DARTS_V2"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_defaults_are_those_of_an_empty_command_line():
+    assert vars(SearchConfig.defaults()).items() == vars(SearchConfig([])).items()
+    assert AugmentConfig.defaults().layers == 20
 
 
 def test_as_markdown_is_a_table_of_every_option():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -448,8 +449,13 @@ def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
     assert_one_line_error(start(*TINY), "already holds a run")
 
 
-def test_gpus_starts_the_script_that_was_run_which_may_be_a_users(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "program"), [(None, ["my_search.py"]), ("examples.sigmoid", ["-m", "examples.sigmoid"])]
+)
+def test_gpus_starts_what_was_run_which_may_be_a_users_script_or_module(module, program, monkeypatch):
     started = []
+    main = SimpleNamespace(__spec__=module and SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(ranks, "run_ranks", lambda n, command: started.append((n, command)) or 3)
@@ -457,7 +463,7 @@ def test_gpus_starts_the_script_that_was_run_which_may_be_a_users(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         search.main(network=SearchCNN)
     assert stop.value.code == 3
-    assert started == [(1, ["my_search.py", "--epochs", "2"])]
+    assert started == [(1, [*program, "--epochs", "2"])]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 

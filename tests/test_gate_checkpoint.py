@@ -86,8 +86,18 @@ SPOILS = {
     "a weight that is no tensor": lambda state: state["keeps"]["net"].update({"stem.0.weight": "x"}),
     "a weight too many": lambda state: state["keeps"]["net"].update(odd=torch.zeros(1)),
     "a number": lambda state: 7,
+    "an epoch without its steps": lambda state: state["within"].update(trained=True),
+    "more steps than an epoch has": lambda state: state.update(
+        within={**state["within"], "batches": 50, "meters": [METER] * 3}, step=state["step"] + 50
+    ),
+    "an average too large for a float": lambda state: state.update(
+        within={**state["within"], "batches": 1, "meters": [METER | {"sum": 10**400}] * 3}, step=state["step"] + 1
+    ),
     "references to references": lambda state: state["results"].update(data=nested()),
 }
+
+
+METER = {"val": 1.0, "avg": 1.0, "sum": 1.0, "count": 1}
 
 
 def nested():
@@ -121,6 +131,26 @@ def test_a_checkpoint_that_is_not_of_the_run_is_one_line_from_every_command(spoi
     refused(capsys, export.main, [folder, "--output", tmp_path / "x.pt2"])
     assert command(visualize.main, [folder]) == 0
     assert "Not shown: " in (folder / "report.html").read_text()
+
+
+def test_what_an_epoch_of_the_history_holds_besides_must_fit_json(copied, capsys):
+    state = load_checkpoint(copied["search"] / "checkpoint.pt")
+    state["results"]["history"][0]["note"] = torch.zeros(1)
+    save_checkpoint(state, copied["search"])
+    refused(capsys, search.main, ["--resume", copied["search"]], "note")
+
+
+@pytest.mark.parametrize("spoil", ["weights", "std"])
+def test_a_network_whose_outputs_are_not_finite_is_not_said_to_be_right_or_wrong(spoil, copied, tmp_path, capsys):
+    state = load_checkpoint(copied["augment"] / "best.pt")
+    if spoil == "weights":
+        state["keeps"]["net"]["linear.weight"][:] = float("nan")
+    else:
+        state["results"]["std"] = [1e-320]  # zero in float32
+    save_checkpoint(state, copied["augment"], is_best=True)
+    refused(capsys, augment.main, ["--evaluate", copied["augment"]])
+    refused(capsys, export.main, [copied["augment"], "--output", tmp_path / "x.pt2"])
+    assert not (tmp_path / "x.pt2").exists()
 
 
 def test_an_archive_that_would_expand_is_refused_before_it_is_loaded(copied, tmp_path, capsys):

@@ -80,6 +80,19 @@ def test_odd_json_is_one_line(text, copied, capsys):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("name", ["valid_top1", "eigenvalue"])
+def test_a_history_with_a_number_that_no_float_holds_is_one_line(name, copied, capsys):
+    path = copied["search"] / "history.json"
+    path.write_text(json.dumps([entry | {name: 10**400} for entry in json.loads(path.read_text())]))
+    refused(capsys, visualize.main, [copied["search"]], "history.json", name)
+
+
+def test_a_run_whose_name_looks_like_a_files_is_reported(copied):
+    folder = copied["search"].rename(copied["search"].with_name("results.json"))
+    assert command(visualize.main, [folder]) == 0
+    assert (folder / "report.html").is_file()
+
+
 # Options that no machine has the memory for
 
 ABSURD = {

@@ -58,11 +58,12 @@ def test_every_published_cell_is_trained_in_full_and_every_member_on_demand(tmp_
 
 def test_options_reach_the_runs(tmp_path):
     words = ("--dataset", "folder", "--data-path", "my images", "--image-size", 48, "--workers", 0, "--device", "cpu")
-    search = "--order first --w_lr 0.1 --early-stop"
+    search = "--order first --w_lr 0.1 --early-stop --primitives skip_connect,sep_conv_3x3"
     options = options_of(*words, "--skip-bad-images", "--search", search, "--augment", "--layers=5", "--seed", 3)
     plan = Plan(options, tmp_path)
     config = plan.search(plan.members[1]).config
     assert (config.order, config.w_lr, config.early_stop, config.seed) == ("first", 0.1, True, 5)
+    assert config.primitives == "skip_connect,sep_conv_3x3"
     random_member = next(member for member in plan.members if member.kind == "random")
     selection, final = plan.selection(random_member).config, plan.final(random_member, 9).config
     assert (selection.epochs, selection.hold_out, selection.layers, selection.seed) == (100, 0.1, 5, 3)
@@ -138,6 +139,10 @@ def test_results_are_small_enough_to_be_committed(tmp_path):
         (("--member", 9), "it needs parts 1 to 8"),
         (("--like", "DARTS_V9"), "neither a published cell"),
         (("--name", "../x"), "without slashes"),
+        (("--name", "DARTS_V2"), "--label 'DARTS_V2': must be"),
+        (("--label", "random cells"), "none of random cells, DARTS_V1"),
+        (("--label", "a|b"), "without |"),
+        (("--label", "a\nb"), "one line"),
     ],
 )
 def test_mistakes_are_one_line(words, mention, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from conftest import assert_one_line_error, run_script
 
 import search
 from config import SearchConfig
-from evidence.search_state import early_stop, local_averages, stable_epochs, verdict
+from evidence.search_state import chosen, early_stop, local_averages, stable_epochs, verdict
 from genotypes import DARTS_V1, DARTS_V2, Genotype
 
 CONV = [[("sep_conv_3x3", 0), ("sep_conv_3x3", 1)]] * 4
@@ -66,6 +66,13 @@ def test_no_growth_and_unknown_eigenvalues_never_stop():
     with_a_gap = [1.1**i for i in range(50)]
     with_a_gap[9] = None  # averages around 8 to 12 are unknown: the first pair is 13 and 18
     assert stop_of(with_a_gap) == 18
+
+
+def test_the_chosen_epoch_is_the_last_or_that_of_early_stopping():
+    history = history_of([DARTS_V1] * 12, [1.0] * 10 + [2.0] * 2)  # stops at epoch 10
+    assert chosen(history, with_early_stop=False) == history[11]
+    assert chosen(history, with_early_stop=True) == history[4]
+    assert chosen(history[:11], with_early_stop=True) == history[10]  # not known yet
 
 
 # The verdict.

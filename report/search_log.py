@@ -1,0 +1,97 @@
+"""What a search writes about itself while it runs: to its log and to TensorBoard, with pictures of its cells."""
+
+import statistics
+
+import numpy as np
+import torch
+from PIL import Image
+
+from config import AugmentConfig
+from evidence import search_state
+from models.augment_cnn import AugmentCNN
+from report.cells import plot
+from running.costs import cost, describe, describe_latency
+from running.tensorboard import alpha_tag
+
+
+def chart_edges(run, net):
+    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
+    charts = {}
+    for kind, nodes in net.edge_weights().items():
+        edges = [(node, source) for node, weights in enumerate(nodes) for source in range(len(weights))]
+        charts[f"alpha_{kind}"] = {
+            f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in net.primitives]]
+            for node, source in edges
+        }
+    run.tensorboard.add_custom_scalars(charts)
+
+
+@torch.no_grad()
+def show(epoch, run, net, history):
+    """Write about an epoch that is over: edge weights, genotype and the state of the search."""
+    genotype = net.genotype()
+    for kind, weights in net.edge_weights().items():
+        gene = getattr(genotype, kind)
+        show_edges(run, kind, net.primitives, weights)
+        for line in cell_in_words(kind, gene, net.primitives, weights):
+            run.log(line)
+        with run.surviving_full_disk("a picture"):
+            path = plot(gene, run.folder.plots / f"epoch{epoch:03d}-{kind}", f"{kind} cell, epoch {epoch}")
+            if path.suffix == ".png":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                run.tensorboard.add_image(f"cell/{kind}", pixels, run.step, dataformats="HWC")
+    run.log(f"genotype = {genotype}")
+    show_state(run, genotype, history)
+
+
+def show_state(run, genotype, history):
+    """The state of the search in a sentence, in the log; its numbers in TensorBoard."""
+    eigenvalue = history[-1]["eigenvalue"]
+    numbers = {"stable_epochs": search_state.stable_epochs(history)}
+    if eigenvalue is not None:
+        run.log(f"dominant eigenvalue of the Hessian of L_val in alpha: {eigenvalue:.4g}")
+        numbers["eigenvalue"] = eigenvalue
+    for kind, margins in history[-1]["margins"].items():
+        numbers[f"skip_connections_{kind}"] = search_state.skip_connections(getattr(genotype, kind))
+        numbers[f"margin_{kind}"] = statistics.median(margins)
+    for name, number in numbers.items():
+        run.scalar(f"state/{name}", number)
+    run.log(search_state.verdict(history))
+    stop = search_state.early_stop(history)
+    if stop is not None:
+        done = "stopped" if run.config.early_stop else "--early-stop would have stopped"
+        run.log(f"{done} at epoch {stop}, with the genotype of epoch {stop - search_state.WINDOW}")
+
+
+def show_edges(run, kind, primitives, weights):
+    """The candidates' weights on every edge, in the log in percent, and in TensorBoard."""
+    run.log(f"weights of alpha_{kind}, %:  " + "  ".join(primitives))
+    for node, edges in enumerate(weights):
+        for source, row in enumerate(edges.tolist()):
+            columns = (f"{100 * weight:{len(op)}.2f}" for op, weight in zip(primitives, row))
+            run.log(f"node {node} from {source}".rjust(25) + ":  " + "  ".join(columns))
+            for op, weight in zip(primitives, row):
+                run.scalar(alpha_tag(kind, node, source, op), weight)
+
+
+def cell_in_words(kind, gene, primitives, weights):
+    """A line for each node of a cell: the operations chosen, their sources and weights."""
+    inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
+    for i, (edges, node_weights) in enumerate(zip(gene, weights)):
+        terms = []
+        for op, source in edges:
+            percent = 100 * node_weights[source, primitives.index(op)]
+            terms.append(f"{op:>12} of {inputs.get(source, f'node {source - 2}')} ({percent:.2f} %)")
+        yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
+
+
+def show_cost(run, genotype, size, channels, n_classes):
+    """What the network costs that augment.py makes of a genotype, in the log."""
+    default = AugmentConfig.defaults()
+    with run.device:
+        net = AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
+    run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
+    net = net.to(memory_format=torch.channels_last)
+    run.log("timing a forward pass of it; the search is done, and may be interrupted")
+    run.log(f"a forward pass takes {describe_latency(net, channels, size)}")
