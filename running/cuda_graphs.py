@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from running import ranks
 
-EAGER_STEPS = 2  # of an epoch, before recording: a run's first has no momentum, and the next loads what all others call
+# Steps of an epoch before recording. The first of a run creates momentum buffers; the second loads all later kernels.
+EAGER_STEPS = 2
 
 
 def reason_against(config, device):

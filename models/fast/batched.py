@@ -37,16 +37,16 @@ class Batched(Layout):
                 outputs[-1] = [_grouped_depthwise(images[0], kernels.flatten(0, 1), *settings)]
         return outputs
 
-    def _activated(self, run, zs, statistics):
+    def _activated(self, product, zs, statistics):
         """The activation of BN(M z) for the z of each chain: a list with one tensor (N, E, C, H, W) for each."""
-        y, bns = _multiplied(run.M, zs), run.bns
+        y, bns = _multiplied(product.M, zs), product.bns
         y = self._batch_norm(y, bns, statistics) if bns[0].training else _affine(y, *recorded_scale(bns))
-        return [[run.activation(part)] for part in y.split(len(bns) // len(zs), 1)]
+        return [[product.activation(part)] for part in y.split(len(bns) // len(zs), 1)]
 
-    def _add_mixture(self, bases, run, zs, n, statistics):
+    def _add_mixture(self, bases, product, zs, n, statistics):
         """bases + the sum of w BN(M z) over the chains and sources: for each target, (N, n, C, h, w)."""
-        y, bns = _multiplied(run.M, zs), run.bns
-        w = run.weights[:, : y.shape[2]]
+        y, bns = _multiplied(product.M, zs), product.bns
+        w = product.weights[:, : y.shape[2]]
         if bns[0].training:
             y = self._batch_norm(y, bns, statistics, w.flatten())
         else:

@@ -64,24 +64,24 @@ class EdgeByEdge(Layout):
                 outputs[j].append(z)
         return outputs
 
-    def _activated(self, run, zs, statistics):
+    def _activated(self, product, zs, statistics):
         """The activation of BN(M z) for the z of each chain: a list of E images."""
-        images, bns = list(itertools.chain(*zs)), run.bns
+        images, bns = list(itertools.chain(*zs)), product.bns
         if bns[0].training:
-            mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, run.M, *images)
+            mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, product.M, *images)
             statistics.add(bns, mean, var)
         else:
-            ys = _scaled_products(run.M, images, *recorded_scale(bns))
-        return _rows(list(map(run.activation, ys)), len(zs[0]))
+            ys = _scaled_products(product.M, images, *recorded_scale(bns))
+        return _rows(list(map(product.activation, ys)), len(zs[0]))
 
-    def _add_mixture(self, bases, run, zs, n, statistics):
+    def _add_mixture(self, bases, product, zs, n, statistics):
         """bases + the sum of w BN(M z) over the chains: for each edge, not yet for each of the n targets."""
-        images, bns, edges, w = list(itertools.chain(*zs)), run.bns, len(zs[0]), run.weights
+        images, bns, edges, w = list(itertools.chain(*zs)), product.bns, len(zs[0]), product.weights
         if bns[0].training:
-            mean, var, *bases = Mixture.apply(bns[0].eps, is_synced(bns[0]), edges, w, None, run.M, *images, *bases)
+            mean, var, *bases = Mixture.apply(bns[0].eps, is_synced(bns[0]), edges, w, None, product.M, *images, *bases)
             statistics.add(bns, mean, var)
         else:
-            for ys in _rows(_scaled_products(run.M, images, *recorded_scale(bns, w)), edges):
+            for ys in _rows(_scaled_products(product.M, images, *recorded_scale(bns, w)), edges):
                 bases = [base + y for base, y in zip(bases, ys)] if bases else ys
         return bases
 

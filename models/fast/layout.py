@@ -42,8 +42,8 @@ class Candidate:
 
 
 @dataclass
-class Run:
-    """Pointwise convolutions of several chains, with BN and activations of one kind, that are one operation.
+class Product:
+    """Pointwise convolutions of several chains, all followed by the same kinds of BN and activation, as one product.
 
     links: of all edges of each chain in turn; activation: what follows, None after a chain's last step; M: the links'
     matrices, (links, C, K); weights: after a last step, the candidates', (links, 1), or (links, at least C) by channel.
@@ -64,14 +64,14 @@ class Run:
 class Edges:
     """Edges that run together, from each of S sources to each of n targets: edge s * n + t is from s to t.
 
-    runs[t]: the `Run`s of step t of the chains that have another; runs[-1]: of the last steps of all chains;
-    shared_weights: of the candidates that are shared, (candidates * S * n, 1).
+    products[t]: the `Product`s of step t of the chains that have another; products[-1]: of the last steps of all
+    chains; shared_weights: of the candidates that are shared, (candidates * S * n, 1).
     """
 
     n: int
     candidates: list
     chains: list
-    runs: list
+    products: list
     shared_weights: torch.Tensor | None = None
 
 
@@ -99,10 +99,10 @@ class Layout:
         shared = [[candidate for candidate in edges.candidates if candidate.is_shared()] for edges in groups]
         for edges, joined in zip(groups, _joined_weights(shared)):
             edges.shared_weights = joined
-        runs = [run for edges in groups for run in edges.runs[-1]]
-        C = max((run.M.shape[1] for run in runs), default=1) if self.weights_by_channel else 1
-        for run, joined in zip(runs, _joined_weights([run.chains for run in runs], C)):
-            run.weights = joined
+        products = [product for edges in groups for product in edges.products[-1]]
+        C = max((product.M.shape[1] for product in products), default=1) if self.weights_by_channel else 1
+        for product, joined in zip(products, _joined_weights([product.chains for product in products], C)):
+            product.weights = joined
         return groups
 
     def _edges(self, operations, weights):
@@ -116,7 +116,7 @@ class Layout:
             for inner, links, (following, *_) in zip(steps, chain.links, chain.links[1:]):
                 inner.append((chain, links, self._activation(following)))
         steps[-1] = [(chain, chain.links[-1], None) for chain in sorted(chains, key=lambda chain: len(chain.links))]
-        return Edges(len(operations[0]), candidates, chains, list(map(_runs, steps)))
+        return Edges(len(operations[0]), candidates, chains, list(map(_products, steps)))
 
     def _without_weights(self, x, candidates, statistics):
         """The candidates that have no weights of their own, on all edges from x.
@@ -147,16 +147,16 @@ class Layout:
         for chain in edges.chains:
             link = chain.links[0][0]
             images[chain] = inputs.read_by(link, self._activation(link))
-        for t, runs in enumerate(edges.runs):
+        for t, products in enumerate(edges.products):
             chains = [chain for chain in edges.chains if chain.links[t:]]
             jobs = [(chain.links[t], chain.kernels[t], images[chain]) for chain in chains]
             images.update(zip(chains, self._depthwise(jobs)))
-            for run in runs:
-                zs = [images[chain] for chain in run.chains]
-                if run.activation is None:
-                    bases = self._add_mixture(bases, run, zs, edges.n, statistics)
+            for product in products:
+                zs = [images[chain] for chain in product.chains]
+                if product.activation is None:
+                    bases = self._add_mixture(bases, product, zs, edges.n, statistics)
                 else:
-                    images.update(zip(run.chains, self._activated(run, zs, statistics)))
+                    images.update(zip(product.chains, self._activated(product, zs, statistics)))
         return bases
 
     def _activation(self, link):
@@ -259,32 +259,32 @@ def _is_without_weight(bn):
     return is_standard_bn(bn) and bn.weight is None
 
 
-def _runs(steps):
-    """The `Run`s of steps, each a chain, its links and the activation that follows."""
+def _products(steps):
+    """The `Product`s of steps, each a chain, its links and the activation that follows."""
 
     def kind(step):
         _, (link, *_), activation = step
         shapes = [conv.weight.shape for conv in link.pointwise]
         return shapes, signature(link.bn), activation and signature(activation)
 
-    runs = [list(zip(*run)) for _, run in itertools.groupby(steps, kind)]
-    return [Run(chains, list(itertools.chain(*links)), activation) for chains, links, (activation, *_) in runs]
+    alike = [list(zip(*group)) for _, group in itertools.groupby(steps, kind)]
+    return [Product(chains, list(itertools.chain(*links)), activation) for chains, links, (activation, *_) in alike]
 
 
 def _stack_parameters(groups):
-    """Set the kernels of all chains and the matrices of all runs, by one step."""
+    """Set the kernels of all chains and the matrices of all products, by one step."""
     chains = [chain for edges in groups for chain in edges.chains]
-    runs = [run for edges in groups for run in itertools.chain(*edges.runs)]
+    products = [product for edges in groups for product in itertools.chain(*edges.products)]
     steps = [links for chain in chains for links in chain.links if links[0].depthwise is not None]
     tensors = [[link.depthwise.weight for link in links] for links in steps]
-    for run in runs:
-        tensors += zip(*([conv.weight for conv in link.pointwise] for link in run.links))
+    for product in products:
+        tensors += zip(*([conv.weight for conv in link.pointwise] for link in product.links))
     stacks = iter(_Stacks.apply(list(map(len, tensors)), *itertools.chain(*tensors)) if tensors else [])
     for chain in chains:
         chain.kernels = [None if links[0].depthwise is None else next(stacks) for links in chain.links]
-    for run in runs:
-        M, *second = [next(stacks).flatten(2) for _ in run.links[0].pointwise]
-        run.M = _block_diagonal(M, *second) if second else M
+    for product in products:
+        M, *second = [next(stacks).flatten(2) for _ in product.links[0].pointwise]
+        product.M = _block_diagonal(M, *second) if second else M
 
 
 def _joined_weights(lists, C=1):
