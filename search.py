@@ -249,7 +249,7 @@ def validate(epoch, run, net, loader):
 
 @torch.no_grad()
 def state_of(net, images, samples, device):
-    """What `search_state` reads of an epoch beside the genotype: the dominant eigenvalue and the margins.
+    """What `search_state` reads of an epoch beside the genotype.
 
     images, samples: `Images`, and which of them the eigenvalue is computed on, by rank 0 alone; none: no eigenvalue.
     """
@@ -267,7 +267,7 @@ def state_of(net, images, samples, device):
         kind: search_state.margins([node.tolist() for node in weights[kind]], getattr(genotype, kind), net.primitives)
         for kind in weights
     }
-    return {"eigenvalue": ranks.on_rank_0(eigenvalue), "margins": margins}
+    return {"eigenvalue": ranks.on_rank_0(eigenvalue), "margins": margins, "alphas_learn": net.alphas_learn}
 
 
 def save_genotypes(run, genotypes, history):

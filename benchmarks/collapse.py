@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evidence.search_state import early_stop, local_averages, skip_connections, verdict
+from evidence.search_state import after_warm_up, early_stop, local_averages, skip_connections, verdict
 from genotypes import from_str
 from report.figures import epoch_axis, to_svg
 from report.story import KINDS
@@ -43,9 +43,10 @@ def skips(entry, kind):
 
 def row(name, history):
     """A row of the table, under `HEADS`."""
-    last, averages = history[-1], list(local_averages(history).values())
+    last, learned = history[-1], after_warm_up(history)
+    averages = list(local_averages(learned).values())
     eigenvalue = f"{averages[0]:.2f} to {averages[-1]:.2f}" if averages else "-"
-    counts = (f"{skips(last, kind)}, at most {max(skips(entry, kind) for entry in history)}" for kind in KINDS)
+    counts = (f"{skips(last, kind)}, at most {max(skips(entry, kind) for entry in learned)}" for kind in KINDS)
     return name, str(last["epoch"]), f"{100 * last['valid_top1']:.1f}", *counts, eigenvalue, verdict(history)
 
 

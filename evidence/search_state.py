@@ -2,7 +2,8 @@
 
 All of it is computed from the history, a dict for each epoch that is over: `epoch`, `string`, the genotype,
 `eigenvalue`, the dominant eigenvalue of the Hessian of L_val in alpha or None, and `margins`, of each kind of cell the
-list of `margins`. A run from before this has no eigenvalues and margins.
+list of `margins`; `alphas_learn` is False in the warm-up of a variant, whose genotypes are those of random alphas.
+Histories of older versions lack the last three.
 """
 
 import itertools
@@ -53,8 +54,14 @@ def changes(values):
     return [i for i, (before, after) in enumerate(itertools.pairwise(values), 1) if before != after]
 
 
+def after_warm_up(history):
+    """The epochs in which alphas learned."""
+    return [entry for entry in history if entry.get("alphas_learn", True)]
+
+
 def stable_epochs(history):
-    """For how many epochs, the last included, the cell has been the same."""
+    """For how many epochs after the warm-up, the last included, the cell has been the same."""
+    history = after_warm_up(history)
     return len(history) - max(_changes(history), default=0)
 
 
@@ -76,12 +83,14 @@ def local_averages(history):
 def early_stop(history):
     """The first epoch i at which DARTS-ES stops, or None. The genotype to use is that of epoch i - WINDOW.
 
-    The mean around i takes the eigenvalues of later epochs, so that it is known after epoch i + WINDOW // 2.
+    The mean around i takes the eigenvalues of later epochs, so that it is known after epoch i + WINDOW // 2. The rule
+    begins after a warm-up.
     """
-    averages = local_averages(history)
+    learned = after_warm_up(history)
+    averages, first = local_averages(learned), FIRST_STOP + len(history) - len(learned)
     for i in sorted(averages):
         before = averages.get(i - WINDOW)
-        if i >= FIRST_STOP and before is not None and before < STOP_BELOW * averages[i]:
+        if i >= first and before is not None and before < STOP_BELOW * averages[i]:
             return i
     return None
 
@@ -102,6 +111,9 @@ def growth(history):
 
 def verdict(history):
     """The state of the search in a sentence, which begins with collapsed, collapsing, not settled, or settled."""
+    history, waits = after_warm_up(history), not history[-1].get("alphas_learn", True)
+    if waits:
+        return "not settled: alphas do not learn yet"
     gene, grown = from_str(history[-1]["string"]).normal, growth(history)
     skips, edges, same = skip_connections(gene), sum(map(len, gene)), stable_epochs(history)
     is_growing = grown is not None and grown > 1 / STOP_BELOW

@@ -18,6 +18,7 @@ HISTORY = [
     OF_AN_EPOCH
     | {
         Optional("eigenvalue"): maybe(any_number),
+        Optional("alphas_learn"): bool,
         Optional("margins"): {"normal": [any_number], "reduce": [any_number]},
     }
 ]

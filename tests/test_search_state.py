@@ -75,6 +75,20 @@ def test_the_chosen_epoch_is_the_last_or_that_of_early_stopping():
     assert chosen(history[:11], with_early_stop=True) == history[10]  # not known yet
 
 
+def test_epochs_in_which_alphas_do_not_learn_count_for_nothing():
+    waiting = [entry | {"alphas_learn": False} for entry in history_of([DARTS_V1] * 15, [1.1**i for i in range(15)])]
+    learning = [
+        entry | {"epoch": entry["epoch"] + 15, "alphas_learn": True}
+        for entry in history_of([with_skips(8)] * 12, [1.0] * 10 + [2.0] * 2)
+    ]
+    assert early_stop(waiting) is None
+    assert verdict(waiting) == "not settled: alphas do not learn yet"
+    assert stable_epochs(waiting) == 0
+    assert early_stop(waiting + learning) == 10 + 15
+    assert stable_epochs(waiting + learning[:2]) == 2
+    assert verdict(waiting + learning) == verdict(learning)
+
+
 # The verdict.
 
 
