@@ -86,7 +86,7 @@ def _twice_differentiable(net):
     executions = [cell.execution for cell in net.cells]
     synced = [module for module in net.modules() if type(module) is SyncBatchNorm2d]
     convolutions = [module for module in net.modules() if _is_plain_convolution(module)]
-    weights = [w for w in net.weights() if w.requires_grad]
+    weights = list(net.weights())
     try:
         net.train()
         net.noise, net.recompute = None, False
