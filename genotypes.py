@@ -196,12 +196,10 @@ def _parameters(genotype):
     """Parameters, without the auxiliary head's, of augment.py's default network for CIFAR-10."""
     import torch
 
-    from config import AugmentConfig
-    from models.augment_cnn import AugmentCNN
+    from running.costs import default_network
 
-    default = AugmentConfig.defaults()
     with torch.device("meta"):  # shapes without values
-        net = AugmentCNN(32, 3, default.init_channels, 10, default.layers, False, genotype)
+        net = default_network(genotype, 32, 3, n_classes=10)
     return sum(parameter.numel() for parameter in net.parameters())
 
 

@@ -14,16 +14,15 @@ import torch
 from config import AugmentConfig
 from evidence.search_state import cell, changes, chosen, verdict
 from genotypes import from_str
-from models.augment_cnn import AugmentCNN
 from report import figures
 from report.cells import NotDrawnError, draw, render
 from report.story import KINDS, commands, read
-from running.costs import cost, describe, describe_latency
-from running.data_sets import DATASETS
+from running.costs import cost, default_network, describe, describe_latency
 from running.devices import pick_device
 from running.errors import UserError
 from running.evaluation import evaluate, load_network, load_trained
 from running.options import option_name
+from utils import image_shape
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -141,11 +140,9 @@ def stability(genotypes):
 
 def default_cost(genotype, config):
     """The cost of the network that augment.py builds by default, for images of the search's data set; 10 classes."""
-    default, data_set = AugmentConfig.defaults(), DATASETS[config.dataset]
-    size, channels = data_set.size, data_set.channels
-    if config.dataset == "folder":
-        size, channels = config.image_size, config.image_channels
-    net = AugmentCNN(size, channels, default.init_channels, 10, default.layers, False, genotype)
+    default = AugmentConfig.defaults()
+    size, channels = image_shape(config.dataset, config.image_size, config.image_channels)
+    net = default_network(genotype, size, channels, n_classes=10)
     net = net.to(pick_device("auto"), memory_format=torch.channels_last)
     return network_cost(net, default.layers, default.init_channels, channels, size, ", 10 classes")
 

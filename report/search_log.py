@@ -6,11 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from config import AugmentConfig
 from evidence import search_state
-from models.augment_cnn import AugmentCNN
 from report.cells import plot
-from running.costs import cost, describe, describe_latency
+from running.costs import cost, default_network, describe, describe_latency
 from running.tensorboard import alpha_tag
 
 
@@ -88,9 +86,8 @@ def cell_in_words(kind, gene, primitives, weights):
 
 def show_cost(run, genotype, size, channels, n_classes):
     """What the network costs that augment.py makes of a genotype, in the log."""
-    default = AugmentConfig.defaults()
     with run.device:
-        net = AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
+        net = default_network(genotype, size, channels, n_classes)
     run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
     net = net.to(memory_format=torch.channels_last)
     run.log("timing a forward pass of it; the search is done, and may be interrupted")

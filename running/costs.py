@@ -7,12 +7,20 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import AugmentConfig
+from models.augment_cnn import AugmentCNN
 from running.devices import device_name
 from utils import param_size
 
 BATCH_SIZES = (1, 64)  # for the latency
 LONG_PASS = 1e3  # in milliseconds: a slower forward pass is timed only once
 LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be slower is not timed
+
+
+def default_network(genotype, size, channels, n_classes):
+    """The network that augment.py makes of a genotype if no other size is asked for, without the auxiliary head."""
+    default = AugmentConfig.defaults()
+    return AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
 
 
 def cost(net, channels, size):
