@@ -81,9 +81,14 @@ def _is_of_communication(error):
     return known or "gloo" in str(error).lower()  # gloo raises a RuntimeError, known by its message
 
 
+def is_rank_0():
+    """Whether this is rank 0 of torchrun's ranks, or no rank at all; before the ranks have met."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 def warn(text):
     """Print a warning to stderr, on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         print(f"warning: {one_line(text)}", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from running.errors import OneLineParser, UserError, shown
+from running.errors import OneLineParser, UserError, is_rank_0, shown
 from running.folder import RunFolder, launcher, read_json
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
@@ -201,7 +201,7 @@ class RunOptions:
     def answer_help(cls):
         """Print the help and exit, if the command line asks for it."""
         if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
-            if os.environ.get("RANK", "0") == "0":
+            if is_rank_0():
                 cls.build_parser().print_help()
             sys.exit()
 
