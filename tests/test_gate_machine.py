@@ -38,6 +38,7 @@ def no_shared_memory():
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("end", "remedy"), [(no_memory, "--workers"), (no_shared_memory, "--shm-size")])
 def test_a_failing_loading_process_says_what_to_lower(end, remedy):
     pixels = Pixels(range(8))
@@ -139,6 +140,7 @@ def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
     assert (process.returncode, process.stderr) == (-2, "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["standard output", "standard error"])
 def test_a_stream_that_others_have_closed_is_told_when_output_is_lost_and_not_at_exit(name, capsys):
     stream = io.StringIO()

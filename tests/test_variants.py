@@ -159,6 +159,7 @@ def test_pc_darts_normalises_edges_in_the_network_and_in_the_genotype(execution)
     torch.testing.assert_close(cell(s, s, weights)[:, :4], node, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.long
 def test_pc_darts_of_all_channels_without_betas_is_darts_to_the_bit():
     assert_is_darts("--variant", "pc-darts", "--pc-share", "1", "--pc-edge-normalisation", "off", "--pc-warm-up", "0")
 
@@ -206,6 +207,7 @@ def test_beta_darts_adds_the_gradient_of_the_mean_logsumexp(execution):
         torch.testing.assert_close(one - other, 10 * alpha.detach().softmax(1) / n_edges, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.long
 def test_beta_darts_is_darts_to_the_bit_at_the_start_and_with_strength_zero():
     assert_is_darts("--variant", "beta-darts")
     assert_is_darts("--variant", "beta-darts", "--beta-strength", "0", epoch=40)
@@ -237,6 +239,7 @@ def test_darts_minus_adds_a_skip_connection_that_fades_out(execution, epoch):
     assert {w.shape[1] for nodes in net.edge_weights().values() for w in nodes} == {len(PRIMITIVES)}
 
 
+@pytest.mark.long
 def test_darts_minus_is_darts_to_the_bit_with_strength_zero():
     assert_is_darts("--variant", "darts-minus", "--minus-strength", "0")
 
@@ -485,6 +488,7 @@ def test_fair_darts_keeps_operations_above_the_threshold_and_one_at_least():
     assert net.genotype(k=1).normal == [[("sep_conv_5x5", 0)], [("skip_connect", 2)]]
 
 
+@pytest.mark.long
 def test_fair_darts_without_its_loss_is_the_sigmoid_relaxation_to_the_bit():
     sigmoid, _ = classes_of("sigmoid")
     words = ["--variant", "fair-darts", "--fair-strength", "0"]
@@ -541,12 +545,14 @@ def test_sdarts_takes_ws_step_by_the_perturbed_loss_and_alphas_by_darts():
         torch.testing.assert_close(w.grad, other.grad, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gdas", "snas", "drnas"])
 def test_without_a_draw_a_variant_that_draws_is_darts_to_the_bit(name):
     executions = ["plain"] if name == "gdas" else EXECUTIONS  # the candidates of gdas run by themselves
     assert_is_darts("--variant", name, epoch=20, executions=executions, draws=False)
 
 
+@pytest.mark.long
 def test_sdarts_is_darts_to_the_bit_with_radius_zero():
     assert_is_darts("--variant", "sdarts", "--sdarts-radius", "0", epoch=20)
 
@@ -588,6 +594,7 @@ def wrapped(module, name, called):
 # The docs, and resuming
 
 
+@pytest.mark.long
 def test_the_ninth_variant_of_the_docs_passes_its_tests_there(tmp_path, monkeypatch):
     text = (ROOT / "docs/variants.md").read_text(encoding="utf-8").partition("## Write a ninth variant")[2]
     found = re.findall(r"^   ```python\n(.*?)^   ```$", text, flags=re.MULTILINE | re.DOTALL)
