@@ -104,34 +104,18 @@ class SearchConfig(RunOptions):
             help="second: alpha's gradient through a virtual step of w (eq. 6); first: at w itself (xi = 0), faster",
         )
         group.add_argument(
-            "--eps-scale",
-            type=positive,
-            default=0.01,
-            metavar="E",
-            help="second order: eq. 7 shifts w by a distance of E along d, eps = E / ||d||",
+            "--eps-scale", type=positive, default=0.01, metavar="E", help="second order: length of eq. 7's shift of w"
         )
         group.add_argument("--w-lr", type=positive, default=0.025, metavar="LR", help="weights: learning rate")
         group.add_argument(
-            "--w-lr-min",
-            type=nonnegative,
-            default=0.001,
-            metavar="LR",
-            help="weights: learning rate at the end of the cosine",
+            "--w-lr-min", type=nonnegative, default=0.001, metavar="LR", help="weights: at the end of the cosine"
         )
         group.add_argument("--w-momentum", type=probability, default=0.9, metavar="M", help="weights: SGD's momentum")
-        group.add_argument(
-            "--w-weight-decay", type=nonnegative, default=3e-4, metavar="D", help="weights: SGD's weight decay"
-        )
-        group.add_argument(
-            "--w-grad-clip",
-            type=positive,
-            default=5.0,
-            metavar="NORM",
-            help="weights: gradients are clipped to this norm",
-        )
+        group.add_argument("--w-weight-decay", type=nonnegative, default=3e-4, metavar="D", help="weights: SGD's decay")
+        group.add_argument("--w-grad-clip", type=positive, default=5.0, metavar="NORM", help="weights: largest norm")
         group.add_argument("--alpha-lr", type=positive, default=3e-4, metavar="LR", help="alphas: Adam's learning rate")
         group.add_argument(
-            "--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: Adam's weight decay"
+            "--alpha-weight-decay", type=nonnegative, default=1e-3, metavar="D", help="alphas: Adam's decay"
         )
         group.add_argument(
             "--early-stop",
