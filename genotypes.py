@@ -151,24 +151,25 @@ def as_lists(genotype):
     return {field: list(value) for field, value in genotype._asdict().items()}
 
 
-def random_genotypes(n, seed, like=None):
-    """Draw n cells evenly from DARTS's search space, independently of each other: a list of genotypes.
+def random_genotypes(n, seed, like=None, n_nodes=4, primitives=PRIMITIVES):
+    """Draw n cells evenly from a search space, independently of each other: a list of genotypes.
 
-    Each node has two different sources, all pairs being equally likely, and on each an operation other than none. A
-    seed gives the same cells on every machine, and the first cell is the same for every n.
+    Each of the n_nodes nodes has two different sources, all pairs being equally likely, and on each one of the
+    primitives other than none. A seed gives the same cells on every machine, and the same first cell for every n.
 
-    like: a genotype. Then the cells have as many nodes as its normal cell, and their networks as many parameters as its
-    network, to `SIZE_TOLERANCE`, at augment.py's default size; all such cells are equally likely. Raises GenotypeError
-    where they are too rare to be drawn.
+    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`, at
+    augment.py's default size; all such cells are equally likely. Raises GenotypeError where they are too rare to be
+    drawn.
     """
     generator = random.Random(seed)
+    operations = [name for name in primitives if name != "none"]
     if like is None:
-        return [_random_genotype(generator, 4) for _ in range(n)]
-    n_nodes, wanted, of_edges, genotypes = len(like.normal), _parameters(like), _parameters_of_edges(), []
-    any_cell = _random_genotype(random.Random(0), n_nodes)
+        return [_random_genotype(generator, n_nodes, operations) for _ in range(n)]
+    wanted, of_edges, genotypes = _parameters(like), _parameters_of_edges(operations), []
+    any_cell = _random_genotype(random.Random(0), n_nodes, operations)
     of_all_else = _parameters(any_cell) - of_edges(any_cell)
     for _ in range(n):
-        draws = (_random_genotype(generator, n_nodes) for _ in range(MAX_DRAWS))
+        draws = (_random_genotype(generator, n_nodes, operations) for _ in range(MAX_DRAWS))
         alike = (one for one in draws if abs(of_all_else + of_edges(one) - wanted) <= SIZE_TOLERANCE * wanted)
         genotypes.append(next(alike, None))
         if genotypes[-1] is None:
@@ -179,8 +180,7 @@ def random_genotypes(n, seed, like=None):
     return genotypes
 
 
-def _random_genotype(generator, n_nodes):
-    operations = [name for name in PRIMITIVES if name != "none"]
+def _random_genotype(generator, n_nodes, operations):
     genes = [
         [
             [(generator.choice(operations), source) for source in generator.sample(range(i + 2), 2)]
@@ -203,8 +203,8 @@ def _parameters(genotype):
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _parameters_of_edges():
-    """A function of a genotype of DARTS's operations: those of `_parameters` that its edges have, in all cells."""
+def _parameters_of_edges(operations):
+    """A function of a genotype of these operations: those of `_parameters` that its edges have, in all cells."""
     import torch
 
     from config import AugmentConfig
@@ -216,7 +216,7 @@ def _parameters_of_edges():
     for layer in range(default.layers):
         kind = "reduce" if layer in reduction_cells(default.layers) else "normal"
         C = 2 * C if kind == "reduce" else C
-        for op, of_input in itertools.product(PRIMITIVES, (True, False)):
+        for op, of_input in itertools.product(operations, (True, False)):
             with torch.device("meta"):
                 module = OPS[op](C, 2 if of_input and kind == "reduce" else 1, affine=True)
             numbers[kind, op, of_input] += sum(parameter.numel() for parameter in module.parameters())
@@ -336,7 +336,7 @@ def main():
     if args.genotype is not None:
         parser.error("--random takes no genotype; cells of its size are drawn with --like")
     like = None if args.like is None else resolve(args.like)
-    for genotype in random_genotypes(args.random, args.seed, like):
+    for genotype in random_genotypes(args.random, args.seed, like, len(like.normal) if like else 4):
         print(to_str(genotype, args.form))
 
 

@@ -18,7 +18,7 @@ from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
 from running.errors import UserError
 from running.forms import misfit
-from running.members import CHANCE, RESULTS
+from running.members import CHANCE, DARTS_SPACE, RESULTS
 
 NONE = "-"  # in a table
 IMAGES = {"held-out": "held-out training images", "test": "test images"}
@@ -47,14 +47,19 @@ def write(all_results, path):
     """Write about these results, each the content of a results.json.
 
     path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results of
-    other training conditions stand beside each other without being compared; .md and .svg refuse them with UserError.
+    other training conditions or search spaces stand beside each other without being compared; .md and .svg refuse them
+    with UserError.
     """
-    groups = defaultdict(list)  # training conditions -> results
+    groups = defaultdict(list)  # training conditions and search space -> results
     for results in all_results:
-        groups[changed(results["training_options"], AugmentConfig)].append(results)
+        trained = changed(results["training_options"], AugmentConfig)
+        groups[trained, *sorted(space_of(results).items())].append(results)
     if path.suffix in (".md", ".svg"):
         if len(groups) > 1:
-            raise UserError(f"{path} would compare cells that were trained under different conditions; write .html")
+            raise UserError(
+                f"{path} would compare cells of different search spaces, or trained under different conditions; write "
+                ".html"
+            )
         methods = methods_of(all_results)
         if path.suffix == ".md":
             path.write_text("\n".join(markdown(methods, images) for images in IMAGES), "utf-8", "backslashreplace")
@@ -68,6 +73,11 @@ def write(all_results, path):
         count=len(groups),
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def space_of(results):
+    """The search space of searches and random cells; versions that drew random cells from DARTS's did not say so."""
+    return results.get("search_space", DARTS_SPACE)
 
 
 def changed(options, config):
@@ -132,13 +142,16 @@ def methods_of(group):
 
 
 def conditions(results):
-    """The conditions of the trainings, in a sentence."""
-    return (
+    """The search space and the conditions of the trainings, in words."""
+    nodes, primitives = space_of(results)["nodes"], space_of(results)["primitives"]
+    candidates = "all of DARTS" if primitives == DARTS_SPACE["primitives"] else primitives.replace(",", ", ")
+    trainings = (
         "{dataset}; networks of {layers} cells and {init_channels} channels. Each cell was trained for {select_epochs} "
         "epochs on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. The "
         "selected cells were trained for {epochs} epochs on all training images. Only these final trainings read test "
         "images."
     ).format_map(results["training_options"])
+    return f"{trainings} Searches and random cells: {nodes} nodes in a cell; operations: {candidates}."
 
 
 # The tables

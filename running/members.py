@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import AugmentConfig, SearchConfig
 from evidence.search_state import skip_connections
-from genotypes import PUBLISHED, from_str, random_genotypes, resolve
+from genotypes import PRIMITIVES, PUBLISHED, from_str, random_genotypes, resolve
 from running.errors import UserError
 from running.folder import RunFolder, read_json
 from running.forms import PLAIN, TEXT, Optional, maybe, misfit, real, whole
@@ -50,11 +50,13 @@ RESULTS = {
     "like": TEXT,
     "command": str,
     "search_options": maybe({str: PLAIN}),
+    Optional("search_space"): {"nodes": whole(1), "primitives": str},
     "training_options": {"hold_out": FRACTION, str: PLAIN}
     | dict.fromkeys(("dataset", "layers", "init_channels", "select_epochs", "epochs"), PLAIN),
     "members": [lambda value: misfit(value, MEMBER) is None or misfit(value, TRAINED_MEMBER) is None],
     str: lambda value: True,
 }
+DARTS_SPACE = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}
 CHANCE = "random cells"  # the label of random cells in tables
 LOG_TAIL = 4096  # bytes in which the last line of progress is looked for
 
@@ -148,10 +150,10 @@ class Plan:
         self.options, self.folder = options, Path(folder)
         self._over = {}  # task -> its summary, which does not change any more
         self.seeds = [options.seed + k for k in range(1, options.final_seeds + 1)]
-        like = options.like and resolve(options.like)
+        like, space = options.like and resolve(options.like), search_space(options)
         self.members = [
             *(Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)),
-            *(_random_member(i, options.seed + i, like) for i in range(1, options.random + 1)),
+            *(_random_member(i, options.seed + i, like, space) for i in range(1, options.random + 1)),
             *(Member(name, "published", None, str(resolve(name))) for name in options.cells),
         ]
 
@@ -268,8 +270,15 @@ class Plan:
         }[kind]
 
 
-def _random_member(i, seed, like):
-    return Member(f"random-{i}", "random", seed, str(random_genotypes(1, seed, like)[0]))
+def search_space(options):
+    """Of the searches, and so of the random cells too, as it stands in results.json."""
+    config = SearchConfig(options.search)
+    return {"nodes": config.nodes, "primitives": config.primitives}
+
+
+def _random_member(i, seed, like, space):
+    (genotype,) = random_genotypes(1, seed, like, space["nodes"], space["primitives"].split(","))
+    return Member(f"random-{i}", "random", seed, str(genotype))
 
 
 def results_of(plan, version):
@@ -290,6 +299,7 @@ def results_of(plan, version):
         "finals": options.finals,
         "version": version,
         "search_options": search_options if options.searches else None,
+        "search_space": search_space(options),
         "training_options": conditions
         | {"hold_out": options.hold_out, "select_epochs": options.select_epochs, "select_seed": options.seed},
         "selected": {kind: member and member.name for kind, member in best.items()},

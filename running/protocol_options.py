@@ -59,7 +59,7 @@ def build_parser():
     group = parser.add_argument_group("members")
     group.add_argument("--searches", type=up_to_1000, default=4, metavar="N", help="searches, of seeds S+1 to S+N")
     group.add_argument(
-        "--random", type=up_to_1000, default=4, metavar="N", help="random cells, random:SEED of S+1 to S+N"
+        "--random", type=up_to_1000, default=4, metavar="N", help="random cells of the searches' space, same seeds"
     )
     group.add_argument("--like", metavar="GENOTYPE", help="of random cells: as many parameters as this cell, to 5 %%")
     group.add_argument("--cells", nargs="*", default=[], choices=PUBLISHED, metavar="CELL", help="published cells")

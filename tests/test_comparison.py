@@ -11,7 +11,7 @@ from conftest import BROWSER, BROWSER_FLAGS, assert_one_line_error, run_script
 from scipy import stats
 
 from config import AugmentConfig
-from genotypes import DARTS_V1, DARTS_V2, resolve
+from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES, resolve
 from report import comparison, figures
 from running.errors import UserError
 from running.folder import write_json
@@ -121,7 +121,20 @@ def page_of(all_results, tmp_path):
 
 
 def test_results_of_other_conditions_are_not_compared(tmp_path):
-    all_results = [made_up("a"), made_up("b", chance=[], epochs=600)]
+    other = made_up("b", chance=[], epochs=600)
+    assert_not_compared([made_up("a"), other], tmp_path)
+
+
+def test_results_of_other_search_spaces_are_not_compared(tmp_path):
+    """A results.json from before has no space, and its random cells were of DARTS's."""
+    darts = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}
+    for space in (darts | {"nodes": 2}, darts | {"primitives": "skip_connect,sep_conv_3x3"}):
+        assert_not_compared([made_up("a"), made_up("b", chance=[]) | {"search_space": space}], tmp_path)
+    page = page_of([made_up("a"), made_up("b", chance=[]) | {"search_space": darts}], tmp_path)
+    assert page.count('<section class="run">') == 1
+
+
+def assert_not_compared(all_results, tmp_path):
     page = page_of(all_results, tmp_path)
     columns = page.split('<section class="run">')[1:]
     assert len(columns) == 2
@@ -129,7 +142,7 @@ def test_results_of_other_conditions_are_not_compared(tmp_path):
     assert "+0.00" not in columns[1]
     assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
     for name in ("tables.md", "figure.svg"):
-        with pytest.raises(UserError, match="different conditions"):
+        with pytest.raises(UserError, match="different search spaces, or trained under different conditions"):
             comparison.write(all_results, tmp_path / name)
 
 

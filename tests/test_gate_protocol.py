@@ -31,6 +31,7 @@ def results(n_members=3):
         {"name": "DARTS_V2", "kind": "published", "seed": None, "genotype": str(genotypes.DARTS_V2), "final": []},
     ]
     named = {"format": 1, "label": "a", "like": None, "command": "python protocol.py"}
+    named["search_space"] = {"nodes": 4, "primitives": "skip_connect,sep_conv_3x3"}
     return named | {"search_options": {"layers": 1}, "training_options": options, "members": members[:n_members]}
 
 

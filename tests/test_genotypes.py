@@ -299,9 +299,18 @@ def test_a_seed_draws_the_same_cells_and_another_seed_others():
 @pytest.mark.parametrize("name", ["DARTS_V2", "NASNET_A"])
 def test_random_cells_like_another_have_its_nodes_and_its_parameters_to_5_percent(name):
     like = PUBLISHED[name].genotype
-    for genotype in random_genotypes(3, seed=1, like=like):
+    for genotype in random_genotypes(3, 1, like, len(like.normal)):
         assert len(genotype.normal) == len(genotype.reduce) == len(like.normal)
         assert abs(size_of(genotype) - size_of(like)) <= 0.05 * size_of(like)
+
+
+@pytest.mark.long
+def test_random_cells_like_another_may_be_of_another_space():
+    primitives = ("skip_connect", "none", "sep_conv_3x3", "dil_conv_5x5")
+    for genotype in random_genotypes(3, 1, DARTS_V2, 3, primitives):
+        assert len(genotype.normal) == len(genotype.reduce) == 3
+        assert {op for gene in (genotype.normal, genotype.reduce) for node in gene for op, _ in node} <= set(primitives)
+        assert abs(size_of(genotype) - size_of(DARTS_V2)) <= 0.05 * size_of(DARTS_V2)
 
 
 @pytest.mark.long

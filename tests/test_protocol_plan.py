@@ -94,6 +94,19 @@ def test_random_cells_of_equal_cost(tmp_path):
     assert all(len(resolve(cell).normal) == len(DARTS_V2.normal) for cell in cells)
 
 
+def test_random_cells_are_of_the_searches_space(tmp_path):
+    search = "--nodes 2 --primitives skip_connect,none,sep_conv_3x3,avg_pool_3x3"
+    plan = Plan(options_of("--searches", 1, "--random", 30, "--search", search), tmp_path)
+    cells = [resolve(member.genotype) for member in plan.members if member.kind == "random"]
+    assert all(len(cell.normal) == len(cell.reduce) == 2 for cell in cells)
+    drawn = {op for cell in cells for gene in (cell.normal, cell.reduce) for node in gene for op, _ in node}
+    assert drawn == {"skip_connect", "sep_conv_3x3", "avg_pool_3x3"}
+    space = {"nodes": 2, "primitives": "skip_connect,none,sep_conv_3x3,avg_pool_3x3"}
+    assert results_of(plan, "0123456789ab")["search_space"] == space
+    own = Plan(options_of("--searches", 1, "--random", 2), tmp_path)
+    assert [member.genotype for member in own.members[1:]] == [str(resolve("random:1")), str(resolve("random:2"))]
+
+
 def test_a_run_with_other_options_in_a_members_place_is_refused(tmp_path):
     plan = made_up_plan(tmp_path, [0.3])
     other = Plan(options_of("--random", 1, "--searches", 0, "--augment", "--lr 0.5"), tmp_path)
