@@ -151,31 +151,40 @@ def as_lists(genotype):
     return {field: list(value) for field, value in genotype._asdict().items()}
 
 
-def random_genotypes(n, seed, like=None, n_nodes=4, primitives=PRIMITIVES):
+def random_genotypes(n, seed, like=None, n_nodes=None, primitives=PRIMITIVES, trained=None):
     """Draw n cells evenly from a search space, independently of each other: a list of genotypes.
 
     Each of the n_nodes nodes has two different sources, all pairs being equally likely, and on each one of the
     primitives other than none. A seed gives the same cells on every machine, and the same first cell for every n.
 
-    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`, at
-    augment.py's default size; all such cells are equally likely. Raises GenotypeError where they are too rare to be
-    drawn.
+    n_nodes: by default those of `like`'s normal cell, or 4.
+    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`; all such
+    cells are equally likely, and drawn independently of those without `like`. Raises GenotypeError where they are too
+    rare to be drawn.
+    trained: the AugmentConfig whose size these networks have; None for augment.py's defaults.
     """
-    generator = random.Random(seed)
     operations = [name for name in primitives if name != "none"]
     if like is None:
-        return [_random_genotype(generator, n_nodes, operations) for _ in range(n)]
-    wanted, of_edges, genotypes = _parameters(like), _parameters_of_edges(operations), []
+        generator = random.Random(seed)
+        return [_random_genotype(generator, n_nodes or 4, operations) for _ in range(n)]
+    from config import AugmentConfig  # here, since it imports this module
+
+    trained, n_nodes, generator = (
+        trained or AugmentConfig.defaults(),
+        n_nodes or len(like.normal),
+        random.Random(f"{seed} like"),
+    )
+    wanted, of_edges, genotypes = _parameters(like, trained), _parameters_of_edges(operations, trained), []
     any_cell = _random_genotype(random.Random(0), n_nodes, operations)
-    of_all_else = _parameters(any_cell) - of_edges(any_cell)
+    of_all_else = _parameters(any_cell, trained) - of_edges(any_cell)
     for _ in range(n):
         draws = (_random_genotype(generator, n_nodes, operations) for _ in range(MAX_DRAWS))
         alike = (one for one in draws if abs(of_all_else + of_edges(one) - wanted) <= SIZE_TOLERANCE * wanted)
         genotypes.append(next(alike, None))
         if genotypes[-1] is None:
             raise GenotypeError(
-                f"genotype: none of {MAX_DRAWS} random cells has {wanted / 1e6:.3f} M parameters to "
-                f"{SIZE_TOLERANCE:.0%}"
+                f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes has {wanted / 1e6:.3f} M parameters to "
+                f"{SIZE_TOLERANCE:.0%} with the operations {', '.join(operations)}"
             )
     return genotypes
 
@@ -192,29 +201,27 @@ def _random_genotype(generator, n_nodes, operations):
     return Genotype(genes[0], concat, genes[1], concat)
 
 
-def _parameters(genotype):
-    """Parameters, without the auxiliary head's, of augment.py's default network for CIFAR-10."""
+def _parameters(genotype, trained):
+    """Parameters, without the auxiliary head's, of the network for CIFAR-10 with these options of augment.py."""
     import torch
 
-    from running.costs import default_network
+    from models.augment_cnn import AugmentCNN
 
     with torch.device("meta"):  # shapes without values
-        net = default_network(genotype, 32, 3, n_classes=10)
+        net = AugmentCNN(32, 3, trained.init_channels, 10, trained.layers, False, genotype, stem=trained.stem)
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _parameters_of_edges(operations):
+def _parameters_of_edges(operations, trained):
     """A function of a genotype of these operations: those of `_parameters` that its edges have, in all cells."""
     import torch
 
-    from config import AugmentConfig
     from models.ops import OPS
     from models.search_cnn import reduction_cells
 
-    default = AugmentConfig.defaults()
-    C, numbers = default.init_channels, Counter()  # (kind of cell, operation, whether of an input) -> parameters
-    for layer in range(default.layers):
-        kind = "reduce" if layer in reduction_cells(default.layers) else "normal"
+    C, numbers = trained.init_channels, Counter()  # (kind of cell, operation, whether of an input) -> parameters
+    for layer in range(trained.layers):
+        kind = "reduce" if layer in reduction_cells(trained.layers) else "normal"
         C = 2 * C if kind == "reduce" else C
         for op, of_input in itertools.product(operations, (True, False)):
             with torch.device("meta"):
@@ -336,7 +343,7 @@ def main():
     if args.genotype is not None:
         parser.error("--random takes no genotype; cells of its size are drawn with --like")
     like = None if args.like is None else resolve(args.like)
-    for genotype in random_genotypes(args.random, args.seed, like, len(like.normal) if like else 4):
+    for genotype in random_genotypes(args.random, args.seed, like):
         print(to_str(genotype, args.form))
 
 

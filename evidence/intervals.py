@@ -19,18 +19,20 @@ class Interval:
 
 
 def mean_interval(values):
-    """The mean of independent values with Student's t interval; a single value has none.
+    """The mean of independent values with Student's t interval; a single value has none, and equal values neither.
 
     mean +- t sd / sqrt(n), where sd has n - 1 in the denominator and t is the quantile for n - 1 degrees of freedom.
     """
     n = len(values)
-    if n < 2:
+    if len(set(values)) < 2:
         return Interval(statistics.fmean(values), None, None)
     return _interval(statistics.fmean(values), statistics.variance(values) / n, n - 1)
 
 
 def difference_interval(values, others):
-    """The mean of `values` less that of `others` with Welch's interval, for unequal variances; none if n < 2 in either.
+    """The mean of `values` less that of `others` with Welch's interval, for unequal variances.
+
+    There is none if n < 2 in either, or all values are equal in both: chance in few numbers, and no certainty.
 
     With v = sd^2 / n of each, the standard error is sqrt(v_1 + v_2), and Satterthwaite's degrees of freedom are
     (v_1 + v_2)^2 / (v_1^2 / (n_1 - 1) + v_2^2 / (n_2 - 1)).
@@ -39,8 +41,8 @@ def difference_interval(values, others):
     if len(values) < 2 or len(others) < 2:
         return Interval(difference, None, None)
     v = [statistics.variance(sample) / len(sample) for sample in (values, others)]
-    if sum(v) == 0:  # all equal in both, whatever the degrees of freedom
-        return Interval(difference, difference, difference)
+    if sum(v) == 0:
+        return Interval(difference, None, None)
     freedom = sum(v) ** 2 / sum(part**2 / (len(sample) - 1) for part, sample in zip(v, (values, others)))
     return _interval(difference, sum(v), freedom)
 

@@ -18,7 +18,7 @@ from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
 from running.errors import UserError
 from running.forms import misfit
-from running.members import CHANCE, DARTS_SPACE, RESULTS
+from running.members import CHANCE, RESULTS, differ
 
 NONE = "-"  # in a table
 IMAGES = {"held-out": "held-out training images", "test": "test images"}
@@ -47,18 +47,16 @@ def write(all_results, path):
     """Write about these results, each the content of a results.json.
 
     path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results of
-    other training conditions or search spaces stand beside each other without being compared; .md and .svg refuse them
-    with UserError.
+    other `conditions` stand beside each other without being compared; .md and .svg refuse them with UserError.
     """
-    groups = defaultdict(list)  # training conditions and search space -> results
+    groups = defaultdict(list)
     for results in all_results:
-        trained = changed(results["training_options"], AugmentConfig)
-        groups[trained, *sorted(space_of(results).items())].append(results)
+        groups[conditions(results)].append(results)
     if path.suffix in (".md", ".svg"):
         if len(groups) > 1:
             raise UserError(
-                f"{path} would compare cells of different search spaces, or trained under different conditions; write "
-                ".html"
+                f"{path} would compare cells of different search spaces, or that were trained or selected under "
+                "different conditions; write .html"
             )
         methods = methods_of(all_results)
         if path.suffix == ".md":
@@ -75,9 +73,22 @@ def write(all_results, path):
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def space_of(results):
-    """The search space of searches and random cells; versions that drew random cells from DARTS's did not say so."""
-    return results.get("search_space", DARTS_SPACE)
+def conditions(results):
+    """What results must have in common to be compared, as text: search space, training, images, and which cells."""
+    space, training = results["search_space"], changed(results["training_options"], AugmentConfig)
+    primitives = sorted(space["primitives"].split(","))
+    return json.dumps([space["nodes"], primitives, training, images(results, "selection"), results["finals"]])
+
+
+def images(results, kind):
+    """Fingerprints of the images of the selection or final runs, which are the same in all of them; None before any."""
+    runs = [run for member in results["members"] for run in runs_of(member, kind)]
+    return next((run["images"] for run in runs if run["images"]), None)
+
+
+def runs_of(member, kind):
+    """The runs of a kind, search, selection or final, that are over."""
+    return member.get(kind, []) if kind == "final" else [member[kind]] if kind in member else []
 
 
 def changed(options, config):
@@ -99,7 +110,7 @@ def column(group):
     return "\n".join(
         [
             f"<h1>{html.escape(', '.join(results['label'] for results in group))}</h1>",
-            f"<p>{html.escape(conditions(group[0]))}</p>",
+            f"<p>{html.escape(in_words(group[0]))}</p>",
             *(accuracy_section(methods, images) for images in IMAGES),
             f"<p>{html.escape(HOW_TO_READ)}</p>",
             section("Every member", scrolled(picture(figures.members(methods, CHANCE), "accuracy of every member"))),
@@ -122,9 +133,11 @@ HOW_TO_READ = (
 def methods_of(group):
     """The `Method`s of results under the same conditions. A member that several results have counts once.
 
-    Raises UserError if different searches have the same label.
+    Raises UserError if different searches have the same label, or final trainings had different test images.
     """
-    methods, searches = defaultdict(dict), {}  # label -> (seed, genotype) -> member; label -> options
+    if len({images(results, "final") for results in group} - {None}) > 1:
+        raise UserError("the final trainings had different images; show the results one by one")
+    methods, searches = defaultdict(dict), {}  # label -> seed -> member; label -> options
     for results in group:
         options = results["search_options"] and changed(results["search_options"], SearchConfig)
         if options is not None and searches.setdefault(results["label"], options) != options:
@@ -135,23 +148,30 @@ def methods_of(group):
                 "random": f"{CHANCE} like {results['like']}" if results["like"] else CHANCE,
                 "published": member["name"],
             }[member["kind"]]
-            known = methods[label].get((member["seed"], member["genotype"]))
-            if known is None or len(member.get("final", [])) > len(known.get("final", [])):
-                methods[label][member["seed"], member["genotype"]] = member
+            known = methods[label].get(member["seed"])
+            if known and differ(known["genotype"], member["genotype"]):
+                raise UserError(
+                    f"{label!r} has two cells of seed {member['seed']}: change a label, or show the results one by one"
+                )
+            if known is None or progress(member) > progress(known):
+                methods[label][member["seed"]] = member
     return [Method(label, list(members.values())) for label, members in methods.items()]
 
 
-def conditions(results):
-    """The search space and the conditions of the trainings, in words."""
-    nodes, primitives = space_of(results)["nodes"], space_of(results)["primitives"]
-    candidates = "all of DARTS" if primitives == DARTS_SPACE["primitives"] else primitives.replace(",", ", ")
+def progress(member):
+    """How many of a member's runs are over."""
+    return sum(len(runs_of(member, kind)) for kind in ("search", "selection", "final"))
+
+
+def in_words(results):
+    """The search space and the conditions of the trainings."""
+    nodes, primitives = results["search_space"]["nodes"], results["search_space"]["primitives"]
     trainings = (
         "{dataset}; networks of {layers} cells and {init_channels} channels. Each cell was trained for {select_epochs} "
-        "epochs on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. The "
-        "selected cells were trained for {epochs} epochs on all training images. Only these final trainings read test "
-        "images."
+        "epochs on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. "
+        "Final trainings are of {epochs} epochs on all training images; only these read test images."
     ).format_map(results["training_options"])
-    return f"{trainings} Searches and random cells: {nodes} nodes in a cell; operations: {candidates}."
+    return f"{trainings} Searches and random cells: {nodes} nodes; operations: {primitives.replace(',', ', ')}."
 
 
 # The tables
@@ -283,9 +303,7 @@ def cells_section(method):
 
 
 def options_section(results):
-    runs = [
-        run for m in results["members"] for run in (m.get("search"), m.get("selection"), *m.get("final", [])) if run
-    ]
+    runs = [run for m in results["members"] for kind in ("search", "selection", "final") for run in runs_of(m, kind)]
     origins = sorted({f"{run['version']}; {run['machine']}" for run in runs})
     rows = [(f"search: {name}", value) for name, value in (results["search_options"] or {}).items()]
     rows += [(f"training: {name}", value) for name, value in results["training_options"].items()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import AugmentConfig, SearchConfig
 from evidence.search_state import skip_connections
-from genotypes import PRIMITIVES, PUBLISHED, from_str, random_genotypes, resolve
+from genotypes import PUBLISHED, from_str, random_genotypes, resolve
 from running.errors import UserError
 from running.folder import RunFolder, read_json
 from running.forms import PLAIN, TEXT, Optional, maybe, misfit, real, whole
@@ -23,7 +23,7 @@ FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have ot
 
 # The forms of a run's summary.json and of a protocol's results.json, see running/forms.py
 FRACTION = real(0, 1)
-ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT}
+ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT, "images": TEXT}
 OF_SEARCH = {"epochs": whole(1), "valid_top1": FRACTION, "verdict": str, "eigenvalue": maybe(float)}
 OF_NETWORK = {"parameters_M": real(0), "multiply_adds_M": real(0), "held_out_top1": FRACTION}
 SUMMARIES = {
@@ -45,18 +45,18 @@ MEMBER = {
 }
 TRAINED_MEMBER = MEMBER | OF_NETWORK | {"selection": ORIGIN, "final": MEMBER[Optional("final")]}
 RESULTS = {
-    "format": lambda value: value == 1,
+    "format": lambda value: value == 2,
     "label": lambda value: type(value) is str and is_label(value),
     "like": TEXT,
     "command": str,
+    "finals": lambda value: value in ("best", "all"),
     "search_options": maybe({str: PLAIN}),
-    Optional("search_space"): {"nodes": whole(1), "primitives": str},
+    "search_space": {"nodes": whole(1), "primitives": str},
     "training_options": {"hold_out": FRACTION, str: PLAIN}
     | dict.fromkeys(("dataset", "layers", "init_channels", "select_epochs", "epochs"), PLAIN),
     "members": [lambda value: misfit(value, MEMBER) is None or misfit(value, TRAINED_MEMBER) is None],
     str: lambda value: True,
 }
-DARTS_SPACE = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}
 CHANCE = "random cells"  # the label of random cells in tables
 LOG_TAIL = 4096  # bytes in which the last line of progress is looked for
 
@@ -64,6 +64,11 @@ LOG_TAIL = 4096  # bytes in which the last line of progress is looked for
 def is_label(text):
     """Whether searches may be called so in tables, where random and published cells have rows of their own."""
     return text.isprintable() and "|" not in text and not text.startswith(CHANCE) and text not in PUBLISHED
+
+
+def differ(a, b):
+    """Whether two values are known, which None is not, and different."""
+    return None not in (a, b) and a != b
 
 
 @dataclass(frozen=True)
@@ -150,12 +155,19 @@ class Plan:
         self.options, self.folder = options, Path(folder)
         self._over = {}  # task -> its summary, which does not change any more
         self.seeds = [options.seed + k for k in range(1, options.final_seeds + 1)]
-        like, space = options.like and resolve(options.like), search_space(options)
+        config = SearchConfig(options.search)
+        self.space = {"nodes": config.nodes, "primitives": config.primitives}  # of the searches and the random cells
         self.members = [
             *(Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)),
-            *(_random_member(i, options.seed + i, like, space) for i in range(1, options.random + 1)),
+            *map(self._random_member, range(1, options.random + 1)),
             *(Member(name, "published", None, str(resolve(name))) for name in options.cells),
         ]
+
+    def _random_member(self, i):
+        like, nodes, primitives = self.options.like, self.space["nodes"], self.space["primitives"].split(",")
+        trained, seed = training_config(self.options), self.options.seed + i
+        (genotype,) = random_genotypes(1, seed, like and resolve(like), nodes, primitives, trained)
+        return Member(f"random-{i}", "random", seed, str(genotype))
 
     # The runs
 
@@ -192,8 +204,14 @@ class Plan:
     # What is over, selection, and what is left
 
     def summary(self, task):
-        """The results of a run; None before its end. Raises UserError as `Task.summary`."""
+        """The results of a run; None before its end.
+
+        Raises UserError as `Task.summary`, and if other runs of the kind had other images, as far as is known.
+        """
         if task not in self._over and (summary := task.summary()):
+            for other, known in self._over.items():
+                if other.kind == task.kind and differ(known.get("images"), summary.get("images")):
+                    raise UserError(f"{task.folder} is of other images than {other.folder}; delete one of them")
             self._over[task] = summary
         return self._over.get(task)
 
@@ -259,7 +277,7 @@ class Plan:
             return SearchConfig(self.options.search).epochs
         if kind == "selection":
             return self.options.select_epochs
-        return AugmentConfig([*self.options.augment, "--genotype", "DARTS_V2"]).epochs
+        return training_config(self.options).epochs
 
     def count_of(self, kind):
         """The number of runs of a kind."""
@@ -270,21 +288,15 @@ class Plan:
         }[kind]
 
 
-def search_space(options):
-    """Of the searches, and so of the random cells too, as it stands in results.json."""
-    config = SearchConfig(options.search)
-    return {"nodes": config.nodes, "primitives": config.primitives}
-
-
-def _random_member(i, seed, like, space):
-    (genotype,) = random_genotypes(1, seed, like, space["nodes"], space["primitives"].split(","))
-    return Member(f"random-{i}", "random", seed, str(genotype))
+def training_config(options):
+    """The options of the final trainings, of any cell."""
+    return AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"])
 
 
 def results_of(plan, version):
     """The content of results.json: what came of each member so far. Accuracies are fractions, times seconds."""
     options = plan.options
-    conditions = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"]).as_dict()
+    conditions = training_config(options).as_dict()
     for name in ("genotype", "name", "runs_path", "seed", "hold_out", "checkpoint_minutes", *FREE):
         conditions.pop(name, None)
     search_options = SearchConfig([*options.shared, *options.search]).as_dict()
@@ -292,14 +304,14 @@ def results_of(plan, version):
         search_options.pop(name, None)
     best = {kind: plan.best(kind) for kind in ("search", "random")}
     return {
-        "format": 1,
+        "format": 2,
         "label": options.label,
         "like": options.like,
         "command": options.command,
         "finals": options.finals,
         "version": version,
         "search_options": search_options if options.searches else None,
-        "search_space": search_space(options),
+        "search_space": plan.space,
         "training_options": conditions
         | {"hold_out": options.hold_out, "select_epochs": options.select_epochs, "select_seed": options.seed},
         "selected": {kind: member and member.name for kind, member in best.items()},
@@ -333,4 +345,4 @@ def _result_of(plan, member):
 
 
 def _origin(summary):
-    return {name: summary.get(name) for name in ("seconds", "version", "machine")}
+    return {name: summary.get(name) for name in ("seconds", "version", "machine", "images")}

@@ -17,6 +17,7 @@ from running.errors import UserError
 from running.folder import write_json
 
 SEARCHED, CHANCE = [0.91, 0.93, 0.90, 0.94, 0.92], [0.89, 0.92, 0.90, 0.93]
+DARTS_SPACE = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}
 TRAINING = {
     "dataset": "digits",
     "layers": 3,
@@ -29,7 +30,7 @@ TRAINING = {
 
 def member(kind, i, top1, genotype, tests=()):
     """A member as in results.json. tests: test accuracies, of seeds 1, 2, ..."""
-    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64"}
+    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "images": "training 01234567"}
     found = {"epochs": 50, "valid_top1": 0.8, "verdict": "settled: for 9 epochs", "eigenvalue": 0.25}
     content = {
         "name": f"{kind}-{i}",
@@ -50,11 +51,13 @@ def made_up(label="searched", searched=SEARCHED, chance=CHANCE, like=None, **opt
     members = [member("search", i, top1, DARTS_V1) for i, top1 in enumerate(searched, 1)]
     members += [member("random", i, top1, resolve(f"random:{i}")) for i, top1 in enumerate(chance, 1)]
     return {
-        "format": 1,
+        "format": 2,
         "label": label,
         "like": like,
         "command": f"python protocol.py --label '{label}'",
         "version": "0123456789ab",
+        "finals": "best",
+        "search_space": DARTS_SPACE,
         "search_options": {"order": "first"} if searched else None,
         "training_options": TRAINING | options,
         "selected": {"search": None, "random": None},
@@ -126,12 +129,38 @@ def test_results_of_other_conditions_are_not_compared(tmp_path):
 
 
 def test_results_of_other_search_spaces_are_not_compared(tmp_path):
-    """A results.json from before has no space, and its random cells were of DARTS's."""
-    darts = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}
-    for space in (darts | {"nodes": 2}, darts | {"primitives": "skip_connect,sep_conv_3x3"}):
-        assert_not_compared([made_up("a"), made_up("b", chance=[]) | {"search_space": space}], tmp_path)
-    page = page_of([made_up("a"), made_up("b", chance=[]) | {"search_space": darts}], tmp_path)
-    assert page.count('<section class="run">') == 1
+    for change in ({"nodes": 2}, {"primitives": "skip_connect,sep_conv_3x3"}):
+        other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | change}
+        assert_not_compared([made_up("a"), other], tmp_path)
+    other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
+    assert page_of([made_up("a"), other], tmp_path).count('<section class="run">') == 1
+
+
+def test_results_of_other_images_are_not_compared(tmp_path):
+    other = made_up("b", chance=[])
+    for member in other["members"]:
+        member["selection"] = member["selection"] | {"images": "training 89abcdef"}
+    assert_not_compared([made_up("a"), other], tmp_path)
+
+
+def test_the_best_cell_is_not_compared_with_all_cells(tmp_path):
+    assert_not_compared([made_up("a"), made_up("b", chance=[]) | {"finals": "all"}], tmp_path)
+
+
+def test_final_trainings_with_other_test_images_are_refused():
+    a, b = made_up("a", chance=[]), made_up("b", chance=[])
+    for content, images in ((a, "test 1"), (b, "test 2")):
+        for one in content["members"]:
+            one["final"] = [{"seed": 1, "test_top1": 0.5} | one["selection"] | {"images": images}]
+    with pytest.raises(UserError, match="different images"):
+        comparison.methods_of([a, b])
+
+
+def test_a_seed_that_found_two_cells_is_refused():
+    a, b = made_up("a"), made_up("a")
+    b["members"][1]["genotype"] = str(DARTS_V2)
+    with pytest.raises(UserError, match="'a' has two cells of seed 2"):
+        comparison.methods_of([a, b])
 
 
 def assert_not_compared(all_results, tmp_path):
@@ -142,7 +171,7 @@ def assert_not_compared(all_results, tmp_path):
     assert "+0.00" not in columns[1]
     assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
     for name in ("tables.md", "figure.svg"):
-        with pytest.raises(UserError, match="different search spaces, or trained under different conditions"):
+        with pytest.raises(UserError, match="different search spaces, or that were"):
             comparison.write(all_results, tmp_path / name)
 
 

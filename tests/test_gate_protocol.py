@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 def results(n_members=3):
     """The content of a results.json: a search that is over, and two members that are not."""
-    origin = {"seconds": 1.0, "version": "x", "machine": None}
+    origin = {"seconds": 1.0, "version": "x", "machine": None, "images": None}
     search = {"epochs": 1, "valid_top1": 0.5, "verdict": "settled", "eigenvalue": None} | origin
     costs = {"parameters_M": 1.0, "multiply_adds_M": 1.0, "held_out_top1": 0.5}
     final = {"final": [{"seed": 1, "test_top1": 0.5} | origin]}
@@ -30,8 +30,8 @@ def results(n_members=3):
         {"name": "search-2", "kind": "search", "seed": 2, "genotype": None},
         {"name": "DARTS_V2", "kind": "published", "seed": None, "genotype": str(genotypes.DARTS_V2), "final": []},
     ]
-    named = {"format": 1, "label": "a", "like": None, "command": "python protocol.py"}
-    named["search_space"] = {"nodes": 4, "primitives": "skip_connect,sep_conv_3x3"}
+    named = {"format": 2, "label": "a", "like": None, "command": "python protocol.py"}
+    named["finals"], named["search_space"] = "best", {"nodes": 4, "primitives": "skip_connect,sep_conv_3x3"}
     return named | {"search_options": {"layers": 1}, "training_options": options, "members": members[:n_members]}
 
 

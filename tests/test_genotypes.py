@@ -10,6 +10,7 @@ from scipy.stats import chisquare
 from torch import nn
 
 import genotypes as gt
+from config import AugmentConfig
 from genotypes import (
     DARTS_V1,
     DARTS_V2,
@@ -311,6 +312,22 @@ def test_random_cells_like_another_may_be_of_another_space():
         assert len(genotype.normal) == len(genotype.reduce) == 3
         assert {op for gene in (genotype.normal, genotype.reduce) for node in gene for op, _ in node} <= set(primitives)
         assert abs(size_of(genotype) - size_of(DARTS_V2)) <= 0.05 * size_of(DARTS_V2)
+
+
+def test_random_cells_like_another_are_as_large_in_the_network_that_is_trained():
+    """In a network of 5 cells and 8 channels the edges weigh otherwise than in one of 20 and 36."""
+    trained = AugmentConfig(["--genotype", "DARTS_V2", "--layers", "5", "--init-channels", "8"])
+    with torch.device("meta"):
+        sizes = [
+            param_size(AugmentCNN(32, 3, 8, 10, 5, False, genotype))
+            for genotype in [DARTS_V2, *random_genotypes(3, 1, DARTS_V2, trained=trained)]
+        ]
+    assert all(abs(size - sizes[0]) <= 0.05 * sizes[0] for size in sizes)
+
+
+def test_random_cells_like_another_are_drawn_independently_of_others():
+    like_itself = random_genotypes(1, 1)[0]  # which would be drawn first, if they were drawn alike
+    assert random_genotypes(1, 1, like_itself)[0] != like_itself
 
 
 @pytest.mark.long

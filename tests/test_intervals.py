@@ -42,10 +42,11 @@ def test_a_single_value_has_no_interval():
     assert difference_interval([1.0, 2.0], [3.0]).value == -1.5
 
 
-def test_equal_values_have_an_interval_of_no_width():
-    assert mean_interval([2.0, 2.0]).low == mean_interval([2.0, 2.0]).high == 2.0
+def test_equal_values_are_no_certainty():
+    assert (mean_interval([2.0, 2.0]).value, mean_interval([2.0, 2.0]).low) == (2.0, None)
     difference = difference_interval([2.0, 2.0], [1.0, 1.0, 1.0])
-    assert (difference.low, difference.high) == (1.0, 1.0)
+    assert (difference.value, difference.low, difference.high) == (1.0, None, None)
+    assert difference_interval([2.0, 2.0], [1.0, 1.5, 1.0]).low < 5 / 6
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ from conftest import ROOT, run_script
 
 import protocol
 import report.comparison  # noqa: F401 -- for a test to replace its `write`
-from genotypes import resolve
+from genotypes import random_genotypes, resolve
 from running.folder import write_json
 
 SMALL = "--layers 3 --init-channels 2 --batch-size 256 --checkpoint-minutes 0"
@@ -127,7 +127,7 @@ def test_what_a_protocol_leaves(undisturbed):
     content = results(undisturbed)
     search, chance = content["members"]
     assert (search["name"], search["seed"], chance["name"], chance["seed"]) == ("search-1", 1, "random-1", 1)
-    assert chance["genotype"] == str(resolve("random:1"))
+    assert chance["genotype"] == str(random_genotypes(1, 1, n_nodes=2)[0])  # of the search's space
     folder = undisturbed / "runs/protocol/digits"
     assert search["genotype"] == json.loads((folder / "search/search-1/summary.json").read_text())["genotype"]
     assert content["selected"] == {"search": "search-1", "random": "random-1"}
@@ -139,6 +139,13 @@ def test_what_a_protocol_leaves(undisturbed):
         assert [(run["seed"], run["test_top1"]) for run in member["final"]] == [(1, final["test_top1"])]
         options = json.loads((folder / f"augment/{member['name']}-selection/config.json").read_text())
         assert (options["hold_out"], options["epochs"], options["genotype"]) == (0.2, 2, member["genotype"])
+        fingerprints = [run["images"] for run in (member["selection"], *member["final"])]
+        of_training = {part.split(", ")[0] for part in fingerprints}
+        assert len(of_training) == 2  # with and without the images that are held out
+        assert [re.sub("[0-9a-f]{16}", "#", text) for text in fingerprints] == [
+            "training #, held-out #",
+            "training #, test #",
+        ]
     assert {"epochs", "verdict", "eigenvalue", "seconds", "version", "machine"} <= search["search"].keys()
     assert content["version"]
     assert (folder / "report.html").is_file()

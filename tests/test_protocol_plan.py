@@ -114,10 +114,25 @@ def test_a_run_with_other_options_in_a_members_place_is_refused(tmp_path):
         other.selection(plan.members[0]).summary()
 
 
+def test_runs_on_other_images_are_refused(tmp_path):
+    """As with another --data-path, which may change when a protocol goes on: the folder may have been moved."""
+    plan = Plan(options_of("--random", 2, "--searches", 0), tmp_path)
+    for member, images in zip(plan.members, ("training 01234567", "training 89abcdef")):
+        cost = {"parameters_M": 1.0, "multiply_adds_M": 2.0}
+        finish(plan.selection(member), held_out_top1=0.5, images=images, **cost)
+    with pytest.raises(ValueError, match=r"random-2-selection is of other images than .*random-1-selection"):
+        results_of(plan, "0123456789ab")
+
+
 def test_results_are_small_enough_to_be_committed(tmp_path):
     """With five searches and five random cells, all trained in full with a seed."""
     plan = Plan(options_of("--searches", 5, "--random", 5, "--cells", "DARTS_V2", "--finals", "all"), tmp_path)
-    origin = {"seconds": 1234.567891, "version": "0123456789ab-dirty", "machine": "NVIDIA H100 80GB HBM3; torch 2.14.1"}
+    origin = {
+        "images": "training 0123456789abcdef, held-out 0123456789abcdef",
+        "seconds": 1234.567891,
+        "version": "0123456789ab-dirty",
+        "machine": "NVIDIA H100 80GB HBM3; torch 2.14.1",
+    }
     for member in plan.members:
         if member.kind == "search":
             verdict = "settled: the genotype has been the same for 12 epochs, and half of its choices lead by more than"
