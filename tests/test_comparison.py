@@ -71,16 +71,26 @@ def rows_of(all_results, images="held-out"):
 
 
 def test_a_row_holds_n_mean_sd_interval_and_the_difference_to_chance():
-    n, mean, sd, interval, best, less, of_difference = rows_of([made_up()])["searched"]
+    n, mean, sd, interval, selected, less, of_difference = rows_of([made_up()])["searched"]
     searched, chance = ([100 * top1 for top1 in sample] for sample in (SEARCHED, CHANCE))
     low, high = stats.ttest_1samp(searched, 0).confidence_interval(0.95)
-    assert (n, mean, best) == (5, "92.00", "94.00")
+    assert (n, mean, selected) == (5, "92.00", "94.00")
     assert sd == f"{statistics.stdev(searched):.2f}"
     assert interval == f"{low:.2f} to {high:.2f}"
     low, high = stats.ttest_ind(searched, chance, equal_var=False).confidence_interval(0.95)
     assert less == f"{92 - statistics.fmean(chance):+.2f}"
     assert of_difference == f"{low:+.2f} to {high:+.2f}"
     assert rows_of([made_up()])["random cells"][-2:] == ["-", "-"]
+
+
+def test_the_selected_cell_is_the_best_on_held_out_images():
+    results = made_up(searched=[], chance=[])
+    for i, top1, tests in ((1, 0.7, [0.9, 0.9]), (2, 0.8, [0.6, 0.5]), (3, 0.8, [0.9, 0.9])):
+        results["members"].append(member("search", i, top1, DARTS_V1, tests))
+    assert rows_of([results])["searched"][4] == "80.00"
+    assert rows_of([results], "test")["searched"][4] == "55.00"  # the first of equal ones, its mean over seeds
+    del results["members"][1]["final"]
+    assert rows_of([results], "test")["searched"][4] == "-"
 
 
 def test_a_single_run_has_neither_sd_nor_interval():
