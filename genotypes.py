@@ -151,40 +151,40 @@ def as_lists(genotype):
     return {field: list(value) for field, value in genotype._asdict().items()}
 
 
-def random_genotypes(n, seed, like=None, n_nodes=None, primitives=PRIMITIVES, trained=None):
+def random_genotypes(n, seed, like=None, n_nodes=None, primitives=PRIMITIVES, options=None):
     """Draw n cells evenly from a search space, independently of each other: a list of genotypes.
 
     Each of the n_nodes nodes has two different sources, all pairs being equally likely, and on each one of the
     primitives other than none. A seed gives the same cells on every machine, and the same first cell for every n.
 
-    n_nodes: by default those of `like`'s normal cell, or 4.
-    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`; all such
-    cells are equally likely, and drawn independently of those without `like`. Raises GenotypeError where they are too
-    rare to be drawn.
-    trained: the AugmentConfig whose size these networks have; None for augment.py's defaults.
+    n_nodes: by default those of `like`'s normal cell, or 4; primitives: in any order.
+    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`, for ten
+    classes; all such cells are equally likely, and drawn independently of those without `like`. Raises GenotypeError
+    where they are too rare to be drawn.
+    options: the AugmentConfig whose size these networks have; None for augment.py's defaults.
     """
-    operations = [name for name in primitives if name != "none"]
+    n_nodes = n_nodes or (len(like.normal) if like else 4)
+    others = sorted(set(primitives) - set(PRIMITIVES))  # which a user's script adds
+    operations = [name for name in (*PRIMITIVES, *others) if name in primitives and name != "none"]
     if like is None:
         generator = random.Random(seed)
-        return [_random_genotype(generator, n_nodes or 4, operations) for _ in range(n)]
+        return [_random_genotype(generator, n_nodes, operations) for _ in range(n)]
     from config import AugmentConfig  # here, since it imports this module
 
-    trained, n_nodes, generator = (
-        trained or AugmentConfig.defaults(),
-        n_nodes or len(like.normal),
-        random.Random(f"{seed} like"),
-    )
-    wanted, of_edges, genotypes = _parameters(like, trained), _parameters_of_edges(operations, trained), []
+    options = options or AugmentConfig.defaults()
+    generator = random.Random(f"{seed} like")
+    wanted, of_edges, genotypes = _parameters(like, options), _parameters_of_edges(operations, options), []
     any_cell = _random_genotype(random.Random(0), n_nodes, operations)
-    of_all_else = _parameters(any_cell, trained) - of_edges(any_cell)
+    of_all_else = _parameters(any_cell, options) - of_edges(any_cell)
     for _ in range(n):
         draws = (_random_genotype(generator, n_nodes, operations) for _ in range(MAX_DRAWS))
         alike = (one for one in draws if abs(of_all_else + of_edges(one) - wanted) <= SIZE_TOLERANCE * wanted)
         genotypes.append(next(alike, None))
         if genotypes[-1] is None:
             raise GenotypeError(
-                f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes has {wanted / 1e6:.3f} M parameters to "
-                f"{SIZE_TOLERANCE:.0%} with the operations {', '.join(operations)}"
+                f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes and the operations "
+                f"{', '.join(operations)} has {wanted / 1e6:.3f} M parameters to {SIZE_TOLERANCE:.0%}; give another to "
+                "--like"
             )
     return genotypes
 
@@ -201,27 +201,27 @@ def _random_genotype(generator, n_nodes, operations):
     return Genotype(genes[0], concat, genes[1], concat)
 
 
-def _parameters(genotype, trained):
+def _parameters(genotype, options):
     """Parameters, without the auxiliary head's, of the network for CIFAR-10 with these options of augment.py."""
     import torch
 
-    from models.augment_cnn import AugmentCNN
+    from running.costs import network_of
 
     with torch.device("meta"):  # shapes without values
-        net = AugmentCNN(32, 3, trained.init_channels, 10, trained.layers, False, genotype, stem=trained.stem)
+        net = network_of(genotype, 32, 3, 10, options)
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _parameters_of_edges(operations, trained):
+def _parameters_of_edges(operations, options):
     """A function of a genotype of these operations: those of `_parameters` that its edges have, in all cells."""
     import torch
 
     from models.ops import OPS
     from models.search_cnn import reduction_cells
 
-    C, numbers = trained.init_channels, Counter()  # (kind of cell, operation, whether of an input) -> parameters
-    for layer in range(trained.layers):
-        kind = "reduce" if layer in reduction_cells(trained.layers) else "normal"
+    C, numbers = options.init_channels, Counter()  # (kind of cell, operation, whether of an input) -> parameters
+    for layer in range(options.layers):
+        kind = "reduce" if layer in reduction_cells(options.layers) else "normal"
         C = 2 * C if kind == "reduce" else C
         for op, of_input in itertools.product(operations, (True, False)):
             with torch.device("meta"):

@@ -32,7 +32,7 @@ def mean_interval(values):
 def difference_interval(values, others):
     """The mean of `values` less that of `others` with Welch's interval, for unequal variances.
 
-    There is none if n < 2 in either, or all values are equal in both: chance in few numbers, and no certainty.
+    There is none if n < 2 in either, or all values of one are equal: chance in few numbers, and no certainty.
 
     With v = sd^2 / n of each, the standard error is sqrt(v_1 + v_2), and Satterthwaite's degrees of freedom are
     (v_1 + v_2)^2 / (v_1^2 / (n_1 - 1) + v_2^2 / (n_2 - 1)).
@@ -41,7 +41,7 @@ def difference_interval(values, others):
     if len(values) < 2 or len(others) < 2:
         return Interval(difference, None, None)
     v = [statistics.variance(sample) / len(sample) for sample in (values, others)]
-    if sum(v) == 0:
+    if 0 in v:
         return Interval(difference, None, None)
     freedom = sum(v) ** 2 / sum(part**2 / (len(sample) - 1) for part, sample in zip(v, (values, others)))
     return _interval(difference, sum(v), freedom)

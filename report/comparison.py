@@ -4,6 +4,7 @@
 """
 
 import html
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -18,53 +19,58 @@ from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
 from running.errors import UserError
 from running.forms import misfit
-from running.members import CHANCE, RESULTS, differ
+from running.members import CHANCE, RESULTS, have_other_images
 
 NONE = "-"  # in a table
+KINDS_OF_RUNS = ("search", "selection", "final")
 IMAGES = {"held-out": "held-out training images", "test": "test images"}
 
 
 @dataclass
 class Method:
-    """A row of the tables: the members that one way of choosing cells has given, under the same training conditions."""
+    """A row of the tables: the members that one way of choosing cells has given, under the same conditions."""
 
     label: str
     members: list
+    finals: str  # the members trained in full: best or all
+
+    def selected(self):
+        """The member that is best on the held-out images, the first of equal ones; None before any selection."""
+        trained = [member for member in self.members if "held_out_top1" in member]
+        return max(trained, key=lambda member: member["held_out_top1"], default=None)
 
     def accuracies(self, images):
         """Accuracies in percent, one for each member that was trained so.
 
         images: `held-out`, after the selection training, or `test`, after the final ones: of a member the mean over
-        seeds, but where it is the only one the accuracy of each seed.
+        seeds, but where it is the only one the accuracy of each seed. With `--finals best` it is the selected one.
         """
         if images == "held-out":
             return [100 * member["held_out_top1"] for member in self.members if "held_out_top1" in member]
-        by_member = [[100 * run["test_top1"] for run in m["final"]] for m in self.members if m.get("final")]
+        selected = self.selected()
+        members = [selected] if self.finals == "best" and selected else self.members
+        by_member = [[100 * run["test_top1"] for run in m["final"]] for m in members if m.get("final")]
         return by_member[0] if len(by_member) == 1 else list(map(statistics.fmean, by_member))
 
     def of_selected(self, images):
-        """The accuracy of the member that is best on the held-out images; None if it was not trained so."""
-        trained = [member for member in self.members if "held_out_top1" in member]
-        selected = max(trained, key=lambda member: member["held_out_top1"])
-        values = Method(self.label, [selected]).accuracies(images)
+        """The accuracy of the selected member; None if it was not trained so."""
+        selected = self.selected()
+        values = Method(self.label, [selected], "best").accuracies(images) if selected else []
         return statistics.fmean(values) if values else None
 
 
 def write(all_results, path):
     """Write about these results, each the content of a results.json.
 
-    path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results of
-    other `conditions` stand beside each other without being compared; .md and .svg refuse them with UserError.
+    path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results
+    that can't be compared stand beside each other; .md and .svg refuse them with UserError.
     """
-    groups = defaultdict(list)
-    for results in all_results:
-        groups[conditions(results)].append(results)
+    groups = grouped(all_results)
     if path.suffix in (".md", ".svg"):
         if len(groups) > 1:
-            raise UserError(
-                f"{path} would compare cells of different search spaces, or that were trained or selected under "
-                "different conditions; write .html"
-            )
+            (first, *_), (second, *_) = groups[:2]
+            others = ", ".join(what_differs(first, second))
+            raise UserError(f"{path} would compare results that have other {others}; write .html")
         methods = methods_of(all_results)
         if path.suffix == ".md":
             path.write_text("\n".join(markdown(methods, images) for images in IMAGES), "utf-8", "backslashreplace")
@@ -74,28 +80,54 @@ def write(all_results, path):
     title = "DARTS: " + ", ".join(results["label"] for results in all_results)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
-        columns="\n".join(f'<section class="run">{column(group)}</section>' for group in groups.values()),
+        columns="\n".join(f'<section class="run">{column(group)}</section>' for group in groups),
         count=len(groups),
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
+def grouped(all_results):
+    """The results as lists of those that can be compared."""
+    groups = []
+    for results in all_results:
+        fitting = (group for group in groups if not any(what_differs(results, other) for other in group))
+        group = next(fitting, None)
+        if group is None:
+            groups.append([results])
+        else:
+            group.append(results)
+    return groups
+
+
+def what_differs(a, b):
+    """Why two results can't be compared: the names of the conditions that differ."""
+    ours, others = conditions(a), conditions(b)
+    names = [name for name in ours if ours[name] != others[name]]
+    pairs = itertools.product(fingerprinted_runs(a), fingerprinted_runs(b))
+    return names + ["images"] * any(have_other_images(*ours, *others) for ours, others in pairs)
+
+
 def conditions(results):
-    """What results must have in common to be compared, as text: search space, training, images, and which cells."""
-    space, training = results["search_space"], changed(results["training_options"], AugmentConfig)
-    primitives = sorted(space["primitives"].split(","))
-    return json.dumps([space["nodes"], primitives, training, images(results, "selection"), results["finals"]])
+    """What results must have in common to be compared, beside the images."""
+    space = results["search_space"]
+    return {
+        "--nodes": space["nodes"],
+        "--primitives": sorted(space["primitives"].split(",")),
+        "options of trainings": changed(results["training_options"], AugmentConfig),
+        "--finals": results["finals"],
+    }
 
 
-def images(results, kind):
-    """Fingerprints of the images of the selection or final runs, which are the same in all of them; None before any."""
-    runs = [run for member in results["members"] for run in runs_of(member, kind)]
-    return next((run["images"] for run in runs if run["images"]), None)
+def fingerprinted_runs(results):
+    """A run of each kind with fingerprints of its images, which are the same in all of this kind, as (kind, run)."""
+    runs = ((kind, run) for kind in KINDS_OF_RUNS for member in results["members"] for run in runs_of(member, kind))
+    return {kind: run for kind, run in runs if run["fingerprints"]}.items()
 
 
 def runs_of(member, kind):
-    """The runs of a kind, search, selection or final, that are over."""
-    return member.get(kind, []) if kind == "final" else [member[kind]] if kind in member else []
+    """The runs of a kind that are over."""
+    runs = member.get(kind, [])
+    return runs if isinstance(runs, list) else [runs]
 
 
 def changed(options, config):
@@ -117,7 +149,7 @@ def column(group):
     return "\n".join(
         [
             f"<h1>{html.escape(', '.join(results['label'] for results in group))}</h1>",
-            f"<p>{html.escape(in_words(group[0]))}</p>",
+            f"<p>{html.escape(conditions_in_words(group[0]))}</p>",
             *(accuracy_section(methods, images) for images in IMAGES),
             f"<p>{html.escape(HOW_TO_READ)}</p>",
             section("Every member", scrolled(picture(figures.members(methods, CHANCE), "accuracy of every member"))),
@@ -134,17 +166,15 @@ HOW_TO_READ = (
     "Intervals are of 95 %: of a mean, Student's t; of a difference, Welch's. n counts what was repeated: in the first "
     "table searches, or cells drawn by chance, each trained once; in the second cells, or the seeds of a single cell. "
     "Selected is the cell that is best on the held-out images. Where the interval of a difference includes 0, no "
-    "difference has been shown. A single run has no interval."
+    "difference has been shown. A single run has no interval, nor have values that are all equal."
 )
 
 
 def methods_of(group):
     """The `Method`s of results under the same conditions. A member that several results have counts once.
 
-    Raises UserError if different searches have the same label, or final trainings had different test images.
+    Raises UserError if different searches have the same label, or one seed two cells.
     """
-    if len({images(results, "final") for results in group} - {None}) > 1:
-        raise UserError("the final trainings had different images; show the results one by one")
     methods, searches = defaultdict(dict), {}  # label -> seed -> member; label -> options
     for results in group:
         options = results["search_options"] and changed(results["search_options"], SearchConfig)
@@ -157,29 +187,32 @@ def methods_of(group):
                 "published": member["name"],
             }[member["kind"]]
             known = methods[label].get(member["seed"])
-            if known and differ(known["genotype"], member["genotype"]):
-                raise UserError(
-                    f"{label!r} has two cells of seed {member['seed']}: change a label, or show the results one by one"
-                )
+            if known and None not in (pair := {known["genotype"], member["genotype"]}) and len(pair) > 1:
+                raise UserError(f"{label!r} has two cells of seed {member['seed']}: show these results one by one")
             if known is None or progress(member) > progress(known):
                 methods[label][member["seed"]] = member
-    return [Method(label, list(members.values())) for label, members in methods.items()]
+    return [Method(label, list(members.values()), group[0]["finals"]) for label, members in methods.items()]
 
 
 def progress(member):
     """How many of a member's runs are over."""
-    return sum(len(runs_of(member, kind)) for kind in ("search", "selection", "final"))
+    return sum(len(runs_of(member, kind)) for kind in KINDS_OF_RUNS)
 
 
-def in_words(results):
-    """The search space and the conditions of the trainings."""
-    nodes, primitives = results["search_space"]["nodes"], results["search_space"]["primitives"]
+def conditions_in_words(results):
+    space, options = results["search_space"], results["training_options"]
     trainings = (
         "{dataset}; networks of {layers} cells and {init_channels} channels. Each cell was trained for {select_epochs} "
         "epochs on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. "
         "Final trainings are of {epochs} epochs on all training images; only these read test images."
-    ).format_map(results["training_options"])
-    return f"{trainings} Searches and random cells: {nodes} nodes; operations: {primitives.replace(',', ', ')}."
+    ).format_map(options)
+    which = {"best": "the selected cells", "all": "all cells"}[results["finals"]]
+    found = {name: text for _, run in fingerprinted_runs(results) for name, text in run["fingerprints"].items()}
+    images = "".join(f"; {name} images {text}" for name, text in found.items())
+    return (
+        f"{trainings} They are of {which}. Searches and random cells are of {space['nodes']} nodes and "
+        f"{space['primitives'].replace(',', ', ')}{images}."
+    )
 
 
 # The tables
@@ -312,7 +345,7 @@ def cells_section(method):
 
 
 def options_section(results):
-    runs = [run for m in results["members"] for kind in ("search", "selection", "final") for run in runs_of(m, kind)]
+    runs = [run for m in results["members"] for kind in KINDS_OF_RUNS for run in runs_of(m, kind)]
     origins = sorted({f"{run['version']}; {run['machine']}" for run in runs})
     rows = [(f"search: {name}", value) for name, value in (results["search_options"] or {}).items()]
     rows += [(f"training: {name}", value) for name, value in results["training_options"].items()]

@@ -17,7 +17,7 @@ from genotypes import from_str
 from report import figures
 from report.cells import NotDrawnError, draw, render
 from report.story import KINDS, commands, read
-from running.costs import cost, default_network, describe, describe_latency
+from running.costs import cost, describe, describe_latency, network_of
 from running.devices import pick_device
 from running.errors import UserError
 from running.evaluation import evaluate, load_network, load_trained
@@ -142,7 +142,7 @@ def default_cost(genotype, config):
     """The cost of the network that augment.py builds by default, for images of the search's data set; 10 classes."""
     default = AugmentConfig.defaults()
     size, channels = image_shape(config.dataset, config.image_size, config.image_channels)
-    net = default_network(genotype, size, channels, n_classes=10)
+    net = network_of(genotype, size, channels, n_classes=10)
     net = net.to(pick_device("auto"), memory_format=torch.channels_last)
     return network_cost(net, default.layers, default.init_channels, channels, size, ", 10 classes")
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from evidence import search_state
 from report.cells import plot
-from running.costs import cost, default_network, describe, describe_latency
+from running.costs import cost, describe, describe_latency, network_of
 from running.tensorboard import alpha_tag
 
 
@@ -87,7 +87,7 @@ def cell_in_words(kind, gene, primitives, weights):
 def show_cost(run, genotype, size, channels, n_classes):
     """What the network costs that augment.py makes of a genotype, in the log."""
     with run.device:
-        net = default_network(genotype, size, channels, n_classes)
+        net = network_of(genotype, size, channels, n_classes)
     run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
     net = net.to(memory_format=torch.channels_last)
     run.log("timing a forward pass of it; the search is done, and may be interrupted")

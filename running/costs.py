@@ -17,10 +17,12 @@ LONG_PASS = 1e3  # in milliseconds: a slower forward pass is timed only once
 LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be slower is not timed
 
 
-def default_network(genotype, size, channels, n_classes):
-    """The network that augment.py makes of a genotype if no other size is asked for, without the auxiliary head."""
-    default = AugmentConfig.defaults()
-    return AugmentCNN(size, channels, default.init_channels, n_classes, default.layers, False, genotype)
+def network_of(genotype, size, channels, n_classes, options=None):
+    """The network that augment.py makes of a genotype, without the auxiliary head. options: an AugmentConfig, or None
+    for the defaults."""
+    options = options or AugmentConfig.defaults()
+    C, layers, stem = options.init_channels, options.layers, options.stem
+    return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
 
 
 def cost(net, channels, size):

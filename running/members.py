@@ -23,11 +23,12 @@ FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have ot
 
 # The forms of a run's summary.json and of a protocol's results.json, see running/forms.py
 FRACTION = real(0, 1)
-ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT, "images": TEXT}
+FINGERPRINTS = maybe({str: str})  # of images: training, held-out or test -> see Images.fingerprint
+ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT, "fingerprints": FINGERPRINTS}
 OF_SEARCH = {"epochs": whole(1), "valid_top1": FRACTION, "verdict": str, "eigenvalue": maybe(float)}
 OF_NETWORK = {"parameters_M": real(0), "multiply_adds_M": real(0), "held_out_top1": FRACTION}
 SUMMARIES = {
-    kind: {"epochs": whole(1), "seconds": real(0), str: PLAIN} | form
+    kind: {"epochs": whole(1), "seconds": real(0), Optional("fingerprints"): FINGERPRINTS, str: PLAIN} | form
     for kind, form in {
         "search": OF_SEARCH | {"genotype": str},
         "selection": OF_NETWORK,
@@ -66,9 +67,14 @@ def is_label(text):
     return text.isprintable() and "|" not in text and not text.startswith(CHANCE) and text not in PUBLISHED
 
 
-def differ(a, b):
-    """Whether two values are known, which None is not, and different."""
-    return None not in (a, b) and a != b
+def have_other_images(kind, run, other_kind, other):
+    """Whether two runs are known to have different images, by the fingerprints that both have of the same images.
+
+    A selection trains on fewer images than a search or a final training.
+    """
+    ours, others = ({} if one["fingerprints"] is None else one["fingerprints"] for one in (run, other))
+    names = ours.keys() & others.keys() if (kind == "selection") == (other_kind == "selection") else ()
+    return any(ours[name] != others[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,11 @@ class Task:
         saved = vars(self.config.restored(saved, self.folder.config))
         for name, value in self.config.as_dict().items():
             if name not in FREE and saved[name] != value:
-                raise UserError(f"{self.folder} is of a run with --{option_name(name)} {saved[name]}, not {value}")
-        return summary
+                raise UserError(
+                    f"{self.folder} is of a run with --{option_name(name)} {saved[name]}, not {value}; choose another "
+                    "--name"
+                )
+        return {"fingerprints": None} | summary
 
     def epochs_done(self):
         """How many epochs the run has gone through, as a fraction of its last one too, by its log."""
@@ -157,17 +166,16 @@ class Plan:
         self.seeds = [options.seed + k for k in range(1, options.final_seeds + 1)]
         config = SearchConfig(options.search)
         self.space = {"nodes": config.nodes, "primitives": config.primitives}  # of the searches and the random cells
+        self.training = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"])  # of any cell
+        like = options.like and resolve(options.like)
+        words = like, config.nodes, config.primitives.split(","), self.training
+        seeds = range(options.seed + 1, options.seed + options.random + 1)
+        drawn = [random_genotypes(1, seed, *words)[0] for seed in seeds]
         self.members = [
             *(Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)),
-            *map(self._random_member, range(1, options.random + 1)),
+            *(Member(f"random-{i}", "random", options.seed + i, str(cell)) for i, cell in enumerate(drawn, 1)),
             *(Member(name, "published", None, str(resolve(name))) for name in options.cells),
         ]
-
-    def _random_member(self, i):
-        like, nodes, primitives = self.options.like, self.space["nodes"], self.space["primitives"].split(",")
-        trained, seed = training_config(self.options), self.options.seed + i
-        (genotype,) = random_genotypes(1, seed, like and resolve(like), nodes, primitives, trained)
-        return Member(f"random-{i}", "random", seed, str(genotype))
 
     # The runs
 
@@ -206,12 +214,15 @@ class Plan:
     def summary(self, task):
         """The results of a run; None before its end.
 
-        Raises UserError as `Task.summary`, and if other runs of the kind had other images, as far as is known.
+        Raises UserError as `Task.summary`, and if other runs had other images.
         """
         if task not in self._over and (summary := task.summary()):
             for other, known in self._over.items():
-                if other.kind == task.kind and differ(known.get("images"), summary.get("images")):
-                    raise UserError(f"{task.folder} is of other images than {other.folder}; delete one of them")
+                if have_other_images(task.kind, summary, other.kind, known):
+                    raise UserError(
+                        f"{task.folder} is of other images than {other.folder}; delete the one that is not of "
+                        "--data-path, or choose another --name"
+                    )
             self._over[task] = summary
         return self._over.get(task)
 
@@ -277,7 +288,7 @@ class Plan:
             return SearchConfig(self.options.search).epochs
         if kind == "selection":
             return self.options.select_epochs
-        return training_config(self.options).epochs
+        return self.training.epochs
 
     def count_of(self, kind):
         """The number of runs of a kind."""
@@ -288,15 +299,10 @@ class Plan:
         }[kind]
 
 
-def training_config(options):
-    """The options of the final trainings, of any cell."""
-    return AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"])
-
-
 def results_of(plan, version):
     """The content of results.json: what came of each member so far. Accuracies are fractions, times seconds."""
     options = plan.options
-    conditions = training_config(options).as_dict()
+    conditions = plan.training.as_dict()
     for name in ("genotype", "name", "runs_path", "seed", "hold_out", "checkpoint_minutes", *FREE):
         conditions.pop(name, None)
     search_options = SearchConfig([*options.shared, *options.search]).as_dict()
@@ -345,4 +351,4 @@ def _result_of(plan, member):
 
 
 def _origin(summary):
-    return {name: summary.get(name) for name in ("seconds", "version", "machine", "images")}
+    return {name: summary.get(name) for name in ("seconds", "version", "machine", "fingerprints")}

@@ -30,7 +30,7 @@ TRAINING = {
 
 def member(kind, i, top1, genotype, tests=()):
     """A member as in results.json. tests: test accuracies, of seeds 1, 2, ..."""
-    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "images": "training 01234567"}
+    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "fingerprints": None}
     found = {"epochs": 50, "valid_top1": 0.8, "verdict": "settled: for 9 epochs", "eigenvalue": 0.25}
     content = {
         "name": f"{kind}-{i}",
@@ -84,7 +84,7 @@ def test_a_row_holds_n_mean_sd_interval_and_the_difference_to_chance():
 
 
 def test_the_selected_cell_is_the_best_on_held_out_images():
-    results = made_up(searched=[], chance=[])
+    results = made_up(searched=[], chance=[]) | {"finals": "all"}
     for i, top1, tests in ((1, 0.7, [0.9, 0.9]), (2, 0.8, [0.6, 0.5]), (3, 0.8, [0.9, 0.9])):
         results["members"].append(member("search", i, top1, DARTS_V1, tests))
     assert rows_of([results])["searched"][4] == "80.00"
@@ -99,7 +99,7 @@ def test_a_single_run_has_neither_sd_nor_interval():
 
 
 def test_test_accuracies_are_over_seeds_of_one_cell_or_over_cells():
-    results = made_up(searched=[0.9, 0.8], chance=[])
+    results = made_up(searched=[0.9, 0.8], chance=[]) | {"finals": "all"}
     results["members"][0] = member("search", 1, 0.9, DARTS_V1, tests=[0.5, 0.6, 0.7])
     assert rows_of([results], "test")["searched"][:2] == [3, "60.00"]  # seeds
     results["members"][1] = member("search", 2, 0.8, DARTS_V2, tests=[0.8, 0.8, 0.8])
@@ -135,35 +135,74 @@ def page_of(all_results, tmp_path):
 
 def test_results_of_other_conditions_are_not_compared(tmp_path):
     other = made_up("b", chance=[], epochs=600)
-    assert_not_compared([made_up("a"), other], tmp_path)
+    assert_not_compared([made_up("a"), other], tmp_path, "options of trainings")
 
 
 def test_results_of_other_search_spaces_are_not_compared(tmp_path):
-    for change in ({"nodes": 2}, {"primitives": "skip_connect,sep_conv_3x3"}):
-        other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | change}
-        assert_not_compared([made_up("a"), other], tmp_path)
-    other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
+    for name, value in {"nodes": 2, "primitives": "skip_connect,sep_conv_3x3"}.items():
+        other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {name: value}}
+        assert_not_compared([made_up("a"), other], tmp_path, f"--{name}")
+    other = made_up("b") | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
     assert page_of([made_up("a"), other], tmp_path).count('<section class="run">') == 1
 
 
-def test_results_of_other_images_are_not_compared(tmp_path):
-    other = made_up("b", chance=[])
-    for member in other["members"]:
-        member["selection"] = member["selection"] | {"images": "training 89abcdef"}
-    assert_not_compared([made_up("a"), other], tmp_path)
+def on_images(label, kind, fingerprints, chance=()):
+    """Results whose runs of this kind have fingerprints, and whose members all have a search and a final run."""
+    content = made_up(label, chance=chance)
+    for one in content["members"]:
+        one["final"] = [{"seed": 1, "test_top1": 0.5} | one["selection"]]
+        run = (one["final"][0] if kind == "final" else one[kind]) | {"fingerprints": fingerprints}
+        one[kind] = [run] if kind == "final" else run
+    return content
+
+
+A, B = "0123456789abcdef", "fedcba9876543210"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fingerprints", "other_kind", "others", "are_compared"),
+    [
+        ("selection", {"training": A, "held-out": A}, "selection", {"training": A, "held-out": A}, True),
+        ("selection", {"training": A, "held-out": A}, "selection", {"training": B, "held-out": A}, False),
+        ("selection", {"training": A, "held-out": A}, "selection", {"training": A, "held-out": B}, False),
+        ("selection", {"training": A, "held-out": A}, "selection", None, True),  # of an older version: not known
+        ("final", {"training": A, "test": A}, "final", {"training": A, "test": B}, False),
+        ("search", {"training": A}, "final", {"training": B, "test": B}, False),
+        ("search", {"training": A}, "final", {"training": A, "test": B}, True),
+        ("search", {"training": A}, "selection", {"training": B, "held-out": B}, True),  # all but those held out
+    ],
+)
+def test_results_of_other_images_are_not_compared(kind, fingerprints, other_kind, others, are_compared, tmp_path):
+    all_results = [on_images("a", kind, fingerprints), on_images("b", other_kind, others)]
+    if are_compared:
+        assert page_of(all_results, tmp_path).count('<section class="run">') == 1
+    else:
+        assert_not_compared(all_results, tmp_path, "images")
 
 
 def test_the_best_cell_is_not_compared_with_all_cells(tmp_path):
-    assert_not_compared([made_up("a"), made_up("b", chance=[]) | {"finals": "all"}], tmp_path)
+    assert_not_compared([made_up("a"), made_up("b", chance=[]) | {"finals": "all"}], tmp_path, "--finals")
 
 
-def test_final_trainings_with_other_test_images_are_refused():
-    a, b = made_up("a", chance=[]), made_up("b", chance=[])
-    for content, images in ((a, "test 1"), (b, "test 2")):
-        for one in content["members"]:
-            one["final"] = [{"seed": 1, "test_top1": 0.5} | one["selection"] | {"images": images}]
-    with pytest.raises(UserError, match="different images"):
-        comparison.methods_of([a, b])
+def test_of_two_best_cells_the_better_one_counts():
+    """Each of two results has trained its best cell in full: these two are no repetitions of one thing."""
+    a, b = made_up("a", [0.9, 0.8], []), made_up("a", [0.9, 0.8, 0.95], [])
+    for content, i, tests in ((a, 0, [0.5, 0.6]), (b, 2, [0.7, 0.8])):
+        origin = content["members"][i]["selection"]
+        content["members"][i]["final"] = [{"seed": s, "test_top1": test} | origin for s, test in enumerate(tests)]
+    assert rows_of([a, b], "test")["a"][:2] == [2, "75.00"]
+    for content in (a, b):
+        content["finals"] = "all"
+    assert rows_of([a, b], "test")["a"][:2] == [2, "65.00"]
+
+
+def test_a_cell_whose_selection_failed_has_a_final_accuracy():
+    one = member("published", 1, 0.5, DARTS_V2, tests=[0.75]) | {"name": "DARTS_V2", "seed": None}
+    for name in ("held_out_top1", "selection"):
+        del one[name]
+    assert rows_of([made_up(searched=[], chance=[]) | {"members": [one]}], "test") == {
+        "DARTS_V2": [1, "75.00", "-", "-", "-", "-", "-"]
+    }
 
 
 def test_a_seed_that_found_two_cells_is_refused():
@@ -173,7 +212,7 @@ def test_a_seed_that_found_two_cells_is_refused():
         comparison.methods_of([a, b])
 
 
-def assert_not_compared(all_results, tmp_path):
+def assert_not_compared(all_results, tmp_path, what):
     page = page_of(all_results, tmp_path)
     columns = page.split('<section class="run">')[1:]
     assert len(columns) == 2
@@ -181,7 +220,7 @@ def assert_not_compared(all_results, tmp_path):
     assert "+0.00" not in columns[1]
     assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
     for name in ("tables.md", "figure.svg"):
-        with pytest.raises(UserError, match="different search spaces, or that were"):
+        with pytest.raises(UserError, match=f"that have other {what}; write .html"):
             comparison.write(all_results, tmp_path / name)
 
 

@@ -300,7 +300,7 @@ def test_a_seed_draws_the_same_cells_and_another_seed_others():
 @pytest.mark.parametrize("name", ["DARTS_V2", "NASNET_A"])
 def test_random_cells_like_another_have_its_nodes_and_its_parameters_to_5_percent(name):
     like = PUBLISHED[name].genotype
-    for genotype in random_genotypes(3, 1, like, len(like.normal)):
+    for genotype in random_genotypes(3, 1, like):
         assert len(genotype.normal) == len(genotype.reduce) == len(like.normal)
         assert abs(size_of(genotype) - size_of(like)) <= 0.05 * size_of(like)
 
@@ -316,11 +316,11 @@ def test_random_cells_like_another_may_be_of_another_space():
 
 def test_random_cells_like_another_are_as_large_in_the_network_that_is_trained():
     """In a network of 5 cells and 8 channels the edges weigh otherwise than in one of 20 and 36."""
-    trained = AugmentConfig(["--genotype", "DARTS_V2", "--layers", "5", "--init-channels", "8"])
+    options = AugmentConfig(["--genotype", "DARTS_V2", "--layers", "5", "--init-channels", "8"])
     with torch.device("meta"):
         sizes = [
             param_size(AugmentCNN(32, 3, 8, 10, 5, False, genotype))
-            for genotype in [DARTS_V2, *random_genotypes(3, 1, DARTS_V2, trained=trained)]
+            for genotype in [DARTS_V2, *random_genotypes(3, 1, DARTS_V2, options=options)]
         ]
     assert all(abs(size - sizes[0]) <= 0.05 * sizes[0] for size in sizes)
 

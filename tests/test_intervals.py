@@ -46,7 +46,7 @@ def test_equal_values_are_no_certainty():
     assert (mean_interval([2.0, 2.0]).value, mean_interval([2.0, 2.0]).low) == (2.0, None)
     difference = difference_interval([2.0, 2.0], [1.0, 1.0, 1.0])
     assert (difference.value, difference.low, difference.high) == (1.0, None, None)
-    assert difference_interval([2.0, 2.0], [1.0, 1.5, 1.0]).low < 5 / 6
+    assert difference_interval([2.0, 2.0], [1.0, 1.5, 1.0]).low is None
 
 
 @pytest.mark.long

@@ -103,6 +103,10 @@ def test_random_cells_are_of_the_searches_space(tmp_path):
     assert drawn == {"skip_connect", "sep_conv_3x3", "avg_pool_3x3"}
     space = {"nodes": 2, "primitives": "skip_connect,none,sep_conv_3x3,avg_pool_3x3"}
     assert results_of(plan, "0123456789ab")["search_space"] == space
+    same = options_of(
+        "--searches", 0, "--random", 30, "--search", search.replace("skip_connect,none", "none,skip_connect")
+    )
+    assert [member.genotype for member in Plan(same, tmp_path).members] == list(map(str, cells))
     own = Plan(options_of("--searches", 1, "--random", 2), tmp_path)
     assert [member.genotype for member in own.members[1:]] == [str(resolve("random:1")), str(resolve("random:2"))]
 
@@ -117,9 +121,9 @@ def test_a_run_with_other_options_in_a_members_place_is_refused(tmp_path):
 def test_runs_on_other_images_are_refused(tmp_path):
     """As with another --data-path, which may change when a protocol goes on: the folder may have been moved."""
     plan = Plan(options_of("--random", 2, "--searches", 0), tmp_path)
-    for member, images in zip(plan.members, ("training 01234567", "training 89abcdef")):
+    for member, digest in zip(plan.members, ("01234567", "89abcdef")):
         cost = {"parameters_M": 1.0, "multiply_adds_M": 2.0}
-        finish(plan.selection(member), held_out_top1=0.5, images=images, **cost)
+        finish(plan.selection(member), held_out_top1=0.5, fingerprints={"training": digest}, **cost)
     with pytest.raises(ValueError, match=r"random-2-selection is of other images than .*random-1-selection"):
         results_of(plan, "0123456789ab")
 
@@ -128,7 +132,7 @@ def test_results_are_small_enough_to_be_committed(tmp_path):
     """With five searches and five random cells, all trained in full with a seed."""
     plan = Plan(options_of("--searches", 5, "--random", 5, "--cells", "DARTS_V2", "--finals", "all"), tmp_path)
     origin = {
-        "images": "training 0123456789abcdef, held-out 0123456789abcdef",
+        "fingerprints": {"training": "0123456789abcdef", "held-out": "0123456789abcdef"},
         "seconds": 1234.567891,
         "version": "0123456789ab-dirty",
         "machine": "NVIDIA H100 80GB HBM3; torch 2.14.1",
