@@ -103,7 +103,7 @@ def what_differs(a, b):
     """Why two results can't be compared: the names of the conditions that differ."""
     ours, others = conditions(a), conditions(b)
     names = [name for name in ours if ours[name] != others[name]]
-    pairs = itertools.product(fingerprinted_runs(a), fingerprinted_runs(b))
+    pairs = itertools.product(fingerprints(a).items(), fingerprints(b).items())
     return names + ["images"] * any(have_other_images(*ours, *others) for ours, others in pairs)
 
 
@@ -118,10 +118,10 @@ def conditions(results):
     }
 
 
-def fingerprinted_runs(results):
-    """A run of each kind with fingerprints of its images, which are the same in all of this kind, as (kind, run)."""
+def fingerprints(results):
+    """Fingerprints of the images of each kind of run, which are the same in all of a kind, as far as they are known."""
     runs = ((kind, run) for kind in KINDS_OF_RUNS for member in results["members"] for run in runs_of(member, kind))
-    return {kind: run for kind, run in runs if run["fingerprints"]}.items()
+    return {kind: run["fingerprints"] for kind, run in runs if run["fingerprints"]}
 
 
 def runs_of(member, kind):
@@ -207,7 +207,7 @@ def conditions_in_words(results):
         "Final trainings are of {epochs} epochs on all training images; only these read test images."
     ).format_map(options)
     which = {"best": "the selected cells", "all": "all cells"}[results["finals"]]
-    found = {name: text for _, run in fingerprinted_runs(results) for name, text in run["fingerprints"].items()}
+    found = {name: text for of_kind in fingerprints(results).values() for name, text in of_kind.items()}
     images = "".join(f"; {name} images {text}" for name, text in found.items())
     return (
         f"{trainings} They are of {which}. Searches and random cells are of {space['nodes']} nodes and "

@@ -23,12 +23,11 @@ FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have ot
 
 # The forms of a run's summary.json and of a protocol's results.json, see running/forms.py
 FRACTION = real(0, 1)
-FINGERPRINTS = maybe({str: str})  # of images: training, held-out or test -> see Images.fingerprint
-ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT, "fingerprints": FINGERPRINTS}
+ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT, "fingerprints": {str: str}}
 OF_SEARCH = {"epochs": whole(1), "valid_top1": FRACTION, "verdict": str, "eigenvalue": maybe(float)}
 OF_NETWORK = {"parameters_M": real(0), "multiply_adds_M": real(0), "held_out_top1": FRACTION}
 SUMMARIES = {
-    kind: {"epochs": whole(1), "seconds": real(0), Optional("fingerprints"): FINGERPRINTS, str: PLAIN} | form
+    kind: {"epochs": whole(1), "seconds": real(0), str: PLAIN} | form
     for kind, form in {
         "search": OF_SEARCH | {"genotype": str},
         "selection": OF_NETWORK,
@@ -67,12 +66,17 @@ def is_label(text):
     return text.isprintable() and "|" not in text and not text.startswith(CHANCE) and text not in PUBLISHED
 
 
-def have_other_images(kind, run, other_kind, other):
-    """Whether two runs are known to have different images, by the fingerprints that both have of the same images.
+def fingerprints(summary):
+    """Those of a run's images, from its summary.json: training, held_out or test -> text. Old versions wrote none."""
+    end = "_fingerprint"
+    return {name.removesuffix(end): str(value) for name, value in summary.items() if name.endswith(end)}
+
+
+def have_other_images(kind, ours, other_kind, others):
+    """Whether runs of these kinds are known to have different images: their `fingerprints` of the same images differ.
 
     A selection trains on fewer images than a search or a final training.
     """
-    ours, others = ({} if one["fingerprints"] is None else one["fingerprints"] for one in (run, other))
     names = ours.keys() & others.keys() if (kind == "selection") == (other_kind == "selection") else ()
     return any(ours[name] != others[name] for name in names)
 
@@ -123,7 +127,7 @@ class Task:
                     f"{self.folder} is of a run with --{option_name(name)} {saved[name]}, not {value}; choose another "
                     "--name"
                 )
-        return {"fingerprints": None} | summary
+        return summary
 
     def epochs_done(self):
         """How many epochs the run has gone through, as a fraction of its last one too, by its log."""
@@ -218,7 +222,7 @@ class Plan:
         """
         if task not in self._over and (summary := task.summary()):
             for other, known in self._over.items():
-                if have_other_images(task.kind, summary, other.kind, known):
+                if have_other_images(task.kind, fingerprints(summary), other.kind, fingerprints(known)):
                     raise UserError(
                         f"{task.folder} is of other images than {other.folder}; delete the one that is not of "
                         "--data-path, or choose another --name"
@@ -351,4 +355,6 @@ def _result_of(plan, member):
 
 
 def _origin(summary):
-    return {name: summary.get(name) for name in ("seconds", "version", "machine", "fingerprints")}
+    return {name: summary.get(name) for name in ("seconds", "version", "machine")} | {
+        "fingerprints": fingerprints(summary)
+    }

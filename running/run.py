@@ -182,9 +182,9 @@ class Run:
     def _finish(self, results):
         options = {"stage": self.config.stage, "dataset": self.config.dataset, "folder": str(self.folder)}
         machine = f"{device_name(self.device)}; torch {torch.__version__}"
-        fingerprints = {name: found["sha256"][:16] for name, found in self.results.get("data", {}).items()}
         origin = {"seconds": self.seconds(), "version": program_version(), "machine": machine}
-        origin["fingerprints"] = fingerprints or None
+        for name, found in self.results.get("data", {}).items():
+            origin[f"{name.replace('-', '_')}_fingerprint"] = found["sha256"][:16]
         results = options | origin | results
         results = {name: round(value, 6) if isinstance(value, float) else value for name, value in results.items()}
         with self.surviving_full_disk(self.folder.summary.name):

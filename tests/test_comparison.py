@@ -30,7 +30,7 @@ TRAINING = {
 
 def member(kind, i, top1, genotype, tests=()):
     """A member as in results.json. tests: test accuracies, of seeds 1, 2, ..."""
-    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "fingerprints": None}
+    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "fingerprints": {}}
     found = {"epochs": 50, "valid_top1": 0.8, "verdict": "settled: for 9 epochs", "eigenvalue": 0.25}
     content = {
         "name": f"{kind}-{i}",
@@ -162,14 +162,14 @@ A, B = "0123456789abcdef", "fedcba9876543210"
 @pytest.mark.parametrize(
     ("kind", "fingerprints", "other_kind", "others", "are_compared"),
     [
-        ("selection", {"training": A, "held-out": A}, "selection", {"training": A, "held-out": A}, True),
-        ("selection", {"training": A, "held-out": A}, "selection", {"training": B, "held-out": A}, False),
-        ("selection", {"training": A, "held-out": A}, "selection", {"training": A, "held-out": B}, False),
-        ("selection", {"training": A, "held-out": A}, "selection", None, True),  # of an older version: not known
+        ("selection", {"training": A, "held_out": A}, "selection", {"training": A, "held_out": A}, True),
+        ("selection", {"training": A, "held_out": A}, "selection", {"training": B, "held_out": A}, False),
+        ("selection", {"training": A, "held_out": A}, "selection", {"training": A, "held_out": B}, False),
+        ("selection", {"training": A, "held_out": A}, "selection", {}, True),  # of an older version: not known
         ("final", {"training": A, "test": A}, "final", {"training": A, "test": B}, False),
         ("search", {"training": A}, "final", {"training": B, "test": B}, False),
         ("search", {"training": A}, "final", {"training": A, "test": B}, True),
-        ("search", {"training": A}, "selection", {"training": B, "held-out": B}, True),  # all but those held out
+        ("search", {"training": A}, "selection", {"training": B, "held_out": B}, True),  # all but those held out
     ],
 )
 def test_results_of_other_images_are_not_compared(kind, fingerprints, other_kind, others, are_compared, tmp_path):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 def results(n_members=3):
     """The content of a results.json: a search that is over, and two members that are not."""
-    origin = {"seconds": 1.0, "version": "x", "machine": None, "fingerprints": None}
+    origin = {"seconds": 1.0, "version": "x", "machine": None, "fingerprints": {}}
     search = {"epochs": 1, "valid_top1": 0.5, "verdict": "settled", "eigenvalue": None} | origin
     costs = {"parameters_M": 1.0, "multiply_adds_M": 1.0, "held_out_top1": 0.5}
     final = {"final": [{"seed": 1, "test_top1": 0.5} | origin]}

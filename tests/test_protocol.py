@@ -140,7 +140,7 @@ def test_what_a_protocol_leaves(undisturbed):
         options = json.loads((folder / f"augment/{member['name']}-selection/config.json").read_text())
         assert (options["hold_out"], options["epochs"], options["genotype"]) == (0.2, 2, member["genotype"])
         of_selection, of_final = (run["fingerprints"] for run in (member["selection"], *member["final"]))
-        assert (of_selection.keys(), of_final.keys()) == ({"training", "held-out"}, {"training", "test"})
+        assert (of_selection.keys(), of_final.keys()) == ({"training", "held_out"}, {"training", "test"})
         assert of_selection["training"] != of_final["training"] == search["search"]["fingerprints"]["training"]
     assert {"epochs", "verdict", "eigenvalue", "seconds", "version", "machine"} <= search["search"].keys()
     assert content["version"]

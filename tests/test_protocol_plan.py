@@ -123,7 +123,7 @@ def test_runs_on_other_images_are_refused(tmp_path):
     plan = Plan(options_of("--random", 2, "--searches", 0), tmp_path)
     for member, digest in zip(plan.members, ("01234567", "89abcdef")):
         cost = {"parameters_M": 1.0, "multiply_adds_M": 2.0}
-        finish(plan.selection(member), held_out_top1=0.5, fingerprints={"training": digest}, **cost)
+        finish(plan.selection(member), held_out_top1=0.5, training_fingerprint=digest, **cost)
     with pytest.raises(ValueError, match=r"random-2-selection is of other images than .*random-1-selection"):
         results_of(plan, "0123456789ab")
 
@@ -132,7 +132,8 @@ def test_results_are_small_enough_to_be_committed(tmp_path):
     """With five searches and five random cells, all trained in full with a seed."""
     plan = Plan(options_of("--searches", 5, "--random", 5, "--cells", "DARTS_V2", "--finals", "all"), tmp_path)
     origin = {
-        "fingerprints": {"training": "0123456789abcdef", "held-out": "0123456789abcdef"},
+        "training_fingerprint": "0123456789abcdef",
+        "held_out_fingerprint": "0123456789abcdef",
         "seconds": 1234.567891,
         "version": "0123456789ab-dirty",
         "machine": "NVIDIA H100 80GB HBM3; torch 2.14.1",
