@@ -187,7 +187,7 @@ def methods_of(group):
                 "published": member["name"],
             }[member["kind"]]
             known = methods[label].get(member["seed"])
-            if known and None not in (pair := {known["genotype"], member["genotype"]}) and len(pair) > 1:
+            if known and known["genotype"] and member["genotype"] not in (None, known["genotype"]):
                 raise UserError(f"{label!r} has two cells of seed {member['seed']}: show these results one by one")
             if known is None or progress(member) > progress(known):
                 methods[label][member["seed"]] = member
@@ -200,6 +200,7 @@ def progress(member):
 
 
 def conditions_in_words(results):
+    """The conditions of the trainings, and the images, in a few sentences."""
     space, options = results["search_space"], results["training_options"]
     trainings = (
         "{dataset}; networks of {layers} cells and {init_channels} channels. Each cell was trained for {select_epochs} "

@@ -18,8 +18,10 @@ LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be sl
 
 
 def network_of(genotype, size, channels, n_classes, options=None):
-    """The network that augment.py makes of a genotype, without the auxiliary head. options: an AugmentConfig, or None
-    for the defaults."""
+    """The network that augment.py makes of a genotype, without the auxiliary head.
+
+    options: the AugmentConfig whose size it has; None for the defaults.
+    """
     options = options or AugmentConfig.defaults()
     C, layers, stem = options.init_channels, options.layers, options.stem
     return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
