@@ -200,20 +200,19 @@ def progress(member):
 
 
 def conditions_in_words(results):
-    """The conditions of the trainings, and the images, in a few sentences."""
-    space, options = results["search_space"], results["training_options"]
+    """The conditions of the trainings, the search space and the images, in a few sentences."""
+    space, which = results["search_space"], {"best": "selected", "all": "all"}[results["finals"]]
+    found = {name: text for of_kind in fingerprints(results).values() for name, text in of_kind.items()}
+    images = ", ".join(f"{name.replace('_', '-')} {text}" for name, text in found.items())
     trainings = (
         "{dataset}; networks of {layers} cells and {init_channels} channels. Each cell was trained for {select_epochs} "
-        "epochs on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. "
-        "Final trainings are of {epochs} epochs on all training images; only these read test images."
-    ).format_map(options)
-    which = {"best": "the selected cells", "all": "all cells"}[results["finals"]]
-    found = {name: text for of_kind in fingerprints(results).values() for name, text in of_kind.items()}
-    images = "".join(f"; {name} images {text}" for name, text in found.items())
-    return (
-        f"{trainings} They are of {which}. Searches and random cells are of {space['nodes']} nodes and "
-        f"{space['primitives'].replace(',', ', ')}{images}."
-    )
+        "epoch(s) on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. "
+        "Final trainings, of " + which + " cells, are of {epochs} epochs on all training images; only these read test "
+        "images. "
+    ).format_map(results["training_options"])
+    operations = space["primitives"].replace(",", ", ")
+    searched = f"Search space: {space['nodes']} nodes; {operations}."
+    return f"{trainings}{searched} Fingerprints of the images: {images or 'not known'}."
 
 
 # The tables
