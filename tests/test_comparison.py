@@ -134,8 +134,13 @@ def page_of(all_results, tmp_path):
 
 
 def test_results_of_other_conditions_are_not_compared(tmp_path):
-    other = made_up("b", chance=[], epochs=600)
-    assert_not_compared([made_up("a"), other], tmp_path, "options of trainings")
+    all_results = [made_up("a"), made_up("b", chance=[], epochs=600)]
+    assert_not_compared(all_results, tmp_path, "options of trainings")
+    columns = page_of(all_results, tmp_path).split('<section class="run">')[1:]
+    assert len(columns) == 2
+    assert "less random cells" in columns[0]
+    assert "+0.00" not in columns[1]
+    assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
 
 
 def test_results_of_other_search_spaces_are_not_compared(tmp_path):
@@ -143,7 +148,7 @@ def test_results_of_other_search_spaces_are_not_compared(tmp_path):
         other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {name: value}}
         assert_not_compared([made_up("a"), other], tmp_path, f"--{name}")
     other = made_up("b") | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
-    assert page_of([made_up("a"), other], tmp_path).count('<section class="run">') == 1
+    assert len(comparison.grouped([made_up("a"), other])) == 1
 
 
 def on_images(label, kind, fingerprints, chance=()):
@@ -175,7 +180,7 @@ A, B = "0123456789abcdef", "fedcba9876543210"
 def test_results_of_other_images_are_not_compared(kind, fingerprints, other_kind, others, are_compared, tmp_path):
     all_results = [on_images("a", kind, fingerprints), on_images("b", other_kind, others)]
     if are_compared:
-        assert page_of(all_results, tmp_path).count('<section class="run">') == 1
+        assert len(comparison.grouped(all_results)) == 1
     else:
         assert_not_compared(all_results, tmp_path, "images")
 
@@ -213,26 +218,21 @@ def test_a_seed_that_found_two_cells_is_refused():
 
 
 def assert_not_compared(all_results, tmp_path, what):
-    page = page_of(all_results, tmp_path)
-    columns = page.split('<section class="run">')[1:]
-    assert len(columns) == 2
-    assert "less random cells" in columns[0]
-    assert "+0.00" not in columns[1]
-    assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
+    assert len(comparison.grouped(all_results)) == 2
     for name in ("tables.md", "figure.svg"):
         with pytest.raises(UserError, match=f"that have other {what}; write .html"):
             comparison.write(all_results, tmp_path / name)
 
 
-def test_options_that_were_added_to_the_program_make_no_other_conditions(tmp_path):
+def test_options_that_were_added_to_the_program_make_no_other_conditions():
     """A results.json from before has no value for them, and had what are their defaults."""
     defaults = AugmentConfig(["--genotype", "DARTS_V2"]).as_dict()
     before, after = made_up("a"), made_up("b", chance=[], lr_decay=defaults["lr_decay"], execution="fused")
     after["search_options"]["early_stop"] = False
-    assert page_of([before, after], tmp_path).count('<section class="run">') == 1
+    assert len(comparison.grouped([before, after])) == 1
     assert "searched" in rows_of([before | {"label": "searched"}, after | {"label": "searched"}])
     after["training_options"]["execution"] = "plain"
-    assert page_of([before, after], tmp_path).count('<section class="run">') == 2
+    assert len(comparison.grouped([before, after])) == 2
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot")
