@@ -1,13 +1,14 @@
 """The report of protocols: tables with intervals, a figure with every member, all cells."""
 
 import copy
+import json
 import re
 import shutil
 import statistics
 import subprocess
 
 import pytest
-from conftest import BROWSER, BROWSER_FLAGS, assert_one_line_error, run_script
+from conftest import BROWSER, BROWSER_FLAGS, ROOT, assert_one_line_error, run_script
 from scipy import stats
 
 from config import AugmentConfig
@@ -327,3 +328,15 @@ def test_a_browser_shows_the_report_without_errors_and_without_overflow(tmp_path
     assert "CONSOLE" not in shown.stderr
     overflow = int(re.search(r"<title>(-?\d+)</title>", shown.stdout).group(1))
     assert overflow <= 0  # tables scroll within themselves
+
+
+def test_the_tables_of_our_own_results_are_those_of_their_files():
+    page = (ROOT / "docs" / "results.md").read_text()
+    named = re.search(r"python visualize.py (.*) --output docs/results.svg", page)[1].split()
+    assert sorted(named) == sorted(f"docs/results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.json"))
+    all_results = [json.loads((ROOT / name).read_text()) for name in named]
+    for results, name in zip(all_results, named):
+        comparison.check(results, name)
+    (group,) = comparison.grouped(all_results)
+    for images in comparison.IMAGES:
+        assert comparison.markdown(comparison.methods_of(group), images) in page
