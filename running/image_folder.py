@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from running.errors import UserError, warn
 
@@ -27,6 +27,15 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # abou
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice that many pixels are an error
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, it raises too
 
+UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 warn_once = functools.cache(warn)  # a folder without val/ is listed twice, for training and for test images
 
 
@@ -206,13 +215,9 @@ def open_image(file, size, mode):
                 width, height = opened.size
                 raise ValueError(f"it has {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1")
             opened.load()
-            try:
-                ImageOps.exif_transpose(opened, in_place=True)
-            except MemoryError:  # the image would be taken as it lies, silently
-                raise
-            except Exception:  # damaged EXIF data, of which Pillow says so in many types: the image is not rotated
-                pass
-            image = _eight_bits(opened, mode)
+            orientation = opened.getexif().get(ExifTags.Base.Orientation)
+            turned = opened.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else opened
+            image = _eight_bits(turned, mode)
     except MemoryError:  # says nothing of the file, which must not be left out as damaged
         raise
     except Exception as error:  # for damaged files, readers raise a dozen different types

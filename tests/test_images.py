@@ -147,6 +147,17 @@ def test_an_image_with_damaged_exif_data_is_read_as_it_is_stored(tmp_path):
     assert pixels(tmp_path / "x.jpg", "RGB")[0, 0].tolist() == [254, 0, 0]
 
 
+def test_of_damaged_exif_data_the_orientation_counts(tmp_path):
+    """It is 6 here, and the tag of the maker's name has the length 0x10000000."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", 6
+    spoilt = bytearray(exif.tobytes())
+    length = spoilt.index(b"\x01\x0f") + 4
+    spoilt[length] = 0x10
+    Image.new("RGB", (4, 8), "red").save(tmp_path / "x.jpg", exif=bytes(spoilt))
+    assert pixels(tmp_path / "x.jpg", "RGB").shape == (4, 8, 3)
+
+
 def test_lab_colours_become_grey_too(tmp_path):
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     ImageCms.applyTransform(Image.new("RGB", (4, 4), (200, 200, 200)), to_lab).save(tmp_path / "x.tif")
