@@ -4,9 +4,9 @@ import contextlib
 
 import torch
 
+from machine import ranks
+from machine.precision import full_float32
 from models.search_cnn import frozen_statistics, tracking
-from running import ranks
-from running.precision import full_float32
 
 
 class Architect:

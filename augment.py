@@ -11,7 +11,7 @@ torchrun --nproc-per-node 8 augment.py ...                               # the s
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
-from running.errors import end_silently_on_interrupt, user_errors_in_one_line
+from command_line.errors import end_silently_on_interrupt, one_line, user_errors_in_one_line
 
 if __name__ == "__main__":
     end_silently_on_interrupt()
@@ -26,19 +26,19 @@ import torch
 from torch import nn
 
 from genotypes import resolve
+from images.loading import Loader, check_unchanged
+from machine import ranks
+from machine.devices import seed_generators
 from models.augment_cnn import AugmentCNN
 from models.choices import STEM_STRIDES
+from models.costs import cost, describe, describe_latency
 from models.sync_bn import synchronise
 from preproc import preprocessing
-from running import ranks
-from running.costs import cost, describe, describe_latency
-from running.devices import seed_generators
-from running.evaluation import evaluate, load_trained, start_from
-from running.finite import check_finite, check_finite_mean
-from running.loading import Loader, check_unchanged
-from running.progress import Meters
-from running.run import Run
-from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, one_line, param_size
+from run.finite import check_finite, check_finite_mean
+from run.progress import Meters
+from run.run import Run
+from trained.evaluation import evaluate, load_trained, start_from
+from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, param_size
 
 
 def main(network=AugmentCNN):
@@ -100,7 +100,7 @@ def augment(network):
         run.log(
             f"{len(trn_data)} training and {len(val_data)} {config.measured_on} images of {channels} x {size} x "
             f"{size}, {n_classes} classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
-            f"{one_line(trn_data.transform)}"
+            f"{one_line(str(trn_data.transform))}"
         )
         run.log(f"images of each class: {trn_data.describe_classes()}")
         run.log(f"the network: {describe(costs)}; a forward pass takes {latency}")

@@ -2,9 +2,9 @@
 
 import argparse
 
+from images.data_sets import DATASETS
 from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS, VARIANTS
-from running.data_sets import DATASETS
-from running.options import (
+from run.options import (
     MAY_CHANGE,
     RunOptions,
     folder_name,

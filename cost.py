@@ -5,12 +5,12 @@ python cost.py runs/search/cifar10 DARTS_V1 DARTS_V2           # a table over se
 python cost.py DARTS_V2 --stem imagenet                        # at the size for ImageNet
 """
 
+from command_line.errors import OneLineParser, UserError, user_errors_in_one_line
 from config import IMAGENET
 from genotypes import PUBLISHED, resolve
+from machine.memory import check_memory
 from models.choices import STEM_STRIDES, STEMS
-from running.errors import OneLineParser, UserError, user_errors_in_one_line
-from running.memory import check_memory
-from running.options import natural, option_name, positive_int
+from run.options import natural, option_name, positive_int
 
 DEFAULTS = {
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},
@@ -48,9 +48,9 @@ def print_table(cells, args):
     """Print a table of the costs of networks of these cells. cells: name -> genotype; args: the parsed options."""
     import torch  # here, since this and the modules below take seconds to import
 
+    from machine.devices import device_name, pick_device
     from models.augment_cnn import AugmentCNN
-    from running.costs import BATCH_SIZES, cost, latency, median_and_range
-    from running.devices import device_name, pick_device
+    from models.costs import BATCH_SIZES, cost, latency, median_and_range
 
     device, C, size = pick_device(args.device), args.init_channels, args.image_size
     network = f"{args.layers} cells, C = {C}, images of {size} x {size}, {args.classes} classes"

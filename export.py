@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from running.errors import OneLineParser, UserError, user_errors_in_one_line
+from command_line.errors import OneLineParser, UserError, user_errors_in_one_line
 
 
 def main():
@@ -26,8 +26,8 @@ def export(path, output, data_path):
     """Write the trained network to `output`, if the file gives the same logits as the network on test images."""
     import torch  # here, since this and the modules below take seconds to import
 
-    from running.evaluation import file_of, images_of, load_network, load_trained, measured_on
-    from running.exporting import FORMATS, Classifier, check, check_onnx_packages
+    from trained.evaluation import file_of, images_of, load_network, load_trained, measured_on
+    from trained.exporting import FORMATS, Classifier, check, check_onnx_packages
 
     output = Path(output or file_of(path).with_suffix(".onnx"))
     if output.suffix not in FORMATS:

@@ -17,10 +17,10 @@ import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 
+from command_line.errors import OneLineParser, user_errors_in_one_line
 from models.choices import PRIMITIVES
 from models.genotype import Genotype, GenotypeError, check, parse, shorten, to_dag
-from running.errors import OneLineParser, user_errors_in_one_line
-from running.options import number
+from run.options import number
 
 __all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "from_str", "parse", "to_dag", "to_str"]
 
@@ -205,11 +205,22 @@ def _parameters(genotype, options):
     """Parameters, without the auxiliary head's, of the network for CIFAR-10 with these options of augment.py."""
     import torch
 
-    from running.costs import network_of
-
     with torch.device("meta"):  # shapes without values
         net = network_of(genotype, 32, 3, 10, options)
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+def network_of(genotype, size, channels, n_classes, options=None):
+    """The network that augment.py makes of a genotype, without the auxiliary head.
+
+    options: the AugmentConfig whose size it has; None for the defaults.
+    """
+    from config import AugmentConfig
+    from models.augment_cnn import AugmentCNN
+
+    options = options or AugmentConfig.defaults()
+    C, layers, stem = options.init_channels, options.layers, options.stem
+    return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
 
 
 def _parameters_of_edges(operations, options):

@@ -3,7 +3,7 @@
 import torch
 from torchvision import transforms
 
-from running.data_sets import DATASETS
+from images.data_sets import DATASETS
 
 
 class Cutout:
@@ -59,7 +59,7 @@ def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=Fals
     random resized crops, flips and colour changes in training, centre crops in validation. Raises ValueError for an
     unknown data set.
 
-    All randomness is drawn from torch's global generator, which `running.loading.Images` seeds for each sample.
+    All randomness is drawn from torch's global generator, which `images.loading.Images` seeds for each sample.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")

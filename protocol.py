@@ -19,13 +19,13 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 
-from running.children import Child, ForwardedSignals
-from running.errors import UserError, user_errors_in_one_line
-from running.folder import RunFolder, read_json, write_json
-from running.members import Plan, results_of
-from running.options import option_name
-from running.protocol_options import read_options
-from running.version import program_version
+from command_line.errors import UserError, user_errors_in_one_line
+from experiment.children import Child, ForwardedSignals
+from experiment.members import Plan, results_of
+from experiment.protocol_options import read_options
+from run.folder import RunFolder, read_json, write_json
+from run.options import option_name
+from run.version import program_version
 
 MAY_CHANGE = ("device", "workers", "data_path", "label")  # of an interrupted protocol; all other options are fixed
 NOT_SAVED = ("member", "gpus", "runs_path", "name", "command", "shared")
@@ -138,7 +138,7 @@ def slots(gpus):
     """Where runs may be at the same time: entries of CUDA_VISIBLE_DEVICES; without --gpus one place, None."""
     if not gpus:
         return [None]
-    from running.ranks import visible_gpus  # here, since it imports torch
+    from machine.ranks import visible_gpus  # here, since it imports torch
 
     return visible_gpus(gpus)
 

@@ -10,7 +10,7 @@ torchrun --nproc-per-node 8 search.py                                    # the s
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run
 """
 
-from running.errors import end_silently_on_interrupt, user_errors_in_one_line
+from command_line.errors import end_silently_on_interrupt, one_line, shell_quote, user_errors_in_one_line
 
 if __name__ == "__main__":
     end_silently_on_interrupt()
@@ -30,20 +30,20 @@ from architect import Architect
 from evidence import search_state
 from evidence.curvature import dominant_eigenvalue, images_within
 from genotypes import as_lists, from_str
+from images.data_sets import stratified_split
+from images.loading import Loader, check_unchanged, mix
+from machine import ranks
+from machine.cuda_graphs import StepGraphs
+from machine.devices import seed_generators
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
 from report import search_log
 from report.cells import HOW_TO_INSTALL
-from running import ranks
-from running.cuda_graphs import StepGraphs
-from running.data_sets import stratified_split
-from running.devices import seed_generators
-from running.finite import Undo, check_finite, check_finite_mean
-from running.folder import write_json
-from running.loading import Loader, check_unchanged, mix
-from running.progress import Meters
-from running.run import Run
-from utils import cosine_lr, garbage_collection_of_new_objects, get_data, one_line, param_size, shell_quote
+from run.finite import Undo, check_finite, check_finite_mean
+from run.folder import write_json
+from run.progress import Meters
+from run.run import Run
+from utils import cosine_lr, garbage_collection_of_new_objects, get_data, param_size
 from variants import compose
 
 
@@ -91,7 +91,8 @@ def search(network, architect):
         search_log.chart_edges(run, net)
         run.log(
             f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
-            f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training {one_line(data.transform)}"
+            f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training "
+            f"{one_line(str(data.transform))}"
         )
         run.log(f"images of each class: {data.describe_classes()}")
         if shutil.which("dot") is None:

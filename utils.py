@@ -4,19 +4,28 @@ import atexit
 import contextlib
 import functools
 import gc
-import logging
 import math
-import shlex
-import sys
 
 import torch
 
+from command_line.errors import UserError
+from images.data_sets import DATASETS, hold_out_of_training, pixel_statistics
+from images.image_folder import listed
+from images.loading import Images
+from models.costs import param_size
 from preproc import data_transforms
-from running.checkpoints import save_checkpoint  # noqa: F401 - older DARTS code has it in utils
-from running.data_sets import DATASETS, hold_out_of_training, pixel_statistics
-from running.errors import UserError
-from running.image_folder import listed
-from running.loading import Images
+from run.checkpoints import save_checkpoint
+from run.log import get_logger
+from run.progress import AverageMeter, accuracy
+
+__all__ = [  # what DARTS codes have in utils.py
+    "AverageMeter",
+    "accuracy",
+    "get_data",
+    "get_logger",
+    "param_size",
+    "save_checkpoint",
+]
 
 
 def get_data(
@@ -97,47 +106,6 @@ def _data_set(dataset, data_path, image_size, image_channels, folder_options):
     return size, channels, functools.partial(spec.load, data_path, size=size, channels=channels, **folder_options)
 
 
-def get_logger(file_path):
-    """The logger `darts`, which writes to standard output and appends to a file. Closes the handlers of earlier calls.
-
-    Its messages do not go to the root logger, which libraries configure.
-    """
-    logger = logging.getLogger("darts")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    form = logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in (logging.StreamHandler(sys.stdout), _LogFile(file_path, encoding="utf-8")):
-        handler.setFormatter(form)
-        logger.addHandler(handler)
-    return logger
-
-
-class _LogFile(logging.FileHandler):
-    """A log file. If a line cannot be written, as on a full disk, it is lost, and the run continues."""
-
-    warned = False
-
-    def handleError(self, record):
-        if not self.warned:
-            self.warned = True
-            print(f"warning: cannot write to {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
-
-    def close(self):
-        try:
-            super().close()
-        except OSError:
-            self.stream = None
-
-
-def param_size(model):
-    """The number of parameters in millions, without the auxiliary head, as papers count them."""
-    names = (name for name, _ in model.named_parameters() if not name.startswith("aux_head."))
-    return sum(model.get_parameter(name).numel() for name in names) / 1e6
-
-
 @contextlib.contextmanager
 def garbage_collection_of_new_objects():
     """Inside, Python's garbage collector ignores all objects that exist on entry (260,000 in a search).
@@ -151,44 +119,6 @@ def garbage_collection_of_new_objects():
         yield
     finally:
         gc.unfreeze()
-
-
-def shell_quote(text):
-    """The text as one word for a shell: in double quotes if it has single quotes, as a genotype, and these suffice."""
-    return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
-
-
-def one_line(value):
-    """str(value) with each run of white space replaced by a blank."""
-    return " ".join(str(value).split())
-
-
-class AverageMeter:
-    """A running mean. val: the last value; avg: the mean of all values, weighted by their n."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.val = self.avg = self.sum = 0.0
-        self.count = 0
-
-    def update(self, val, n=1):
-        self.val = val
-        self.sum += val * n
-        self.count += n
-        self.avg = self.sum / self.count
-
-
-def accuracy(output, target, topk=(1,)):
-    """Top-k accuracy: the fraction of samples whose target is among the k largest logits, a tensor for each k in topk.
-
-    output: (N, n_classes); target: (N,). If there are at most k classes it is 1.
-    """
-    n_classes = output.size(1)
-    ranked = output.topk(min(max(topk), n_classes), dim=1).indices
-    hits = ranked == target.unsqueeze(1)
-    return [hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
 def exponential_lr(optim, decay, done=0):

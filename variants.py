@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Dirichlet, kl_divergence
 
+from command_line.errors import UserError, warn
 from models.choices import VARIANTS as CHANGES
 from models.ops import MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
-from running.errors import UserError, warn
 
 KINDS = ("normal", "reduce")
 

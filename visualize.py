@@ -11,6 +11,7 @@ python visualize.py "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)" --outpu
 import re
 from pathlib import Path
 
+from command_line.errors import OneLineParser, user_errors_in_one_line
 from genotypes import resolve
 from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from here by users
     FORMATS,
@@ -19,8 +20,7 @@ from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from 
     plot,
     write_picture,
 )
-from running.errors import OneLineParser, user_errors_in_one_line
-from running.folder import RunFolder, check_file, read_json
+from run.folder import RunFolder, check_file, read_json
 
 
 def main():

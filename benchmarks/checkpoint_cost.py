@@ -20,8 +20,8 @@ import torch
 from benchmarks.paired import machine
 from benchmarks.search_step import step_of
 from config import SearchConfig
-from running.progress import Meters
-from running.run import Run
+from run.progress import Meters
+from run.run import Run
 
 STEPS = 390
 

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line.errors import user_errors_in_one_line
 from evidence.search_state import after_warm_up, early_stop, local_averages, skip_connections, verdict
 from genotypes import from_str
 from report.figures import epoch_axis, to_svg
 from report.story import KINDS
-from running.errors import user_errors_in_one_line
-from running.folder import read_json
+from run.folder import read_json
 
 HEADS = ("search", "epochs", "validation, %", "skips, normal", "skips, reduction", "eigenvalue", "state at the end")
 

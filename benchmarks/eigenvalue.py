@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from architect import Architect
 from config import SearchConfig
 from evidence import curvature
+from images.loading import Loader
 from models.search_cnn import SearchCNN, frozen_statistics, tracking
-from running.loading import Loader
 from utils import get_data
 
 SHIFTS = (1.0, 0.1, 0.01, 0.001)

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from exact import hessian_product, smoothed
 
 from architect import Architect
+from images.loading import Loader
 from models.search_cnn import SearchCNN
-from running.loading import Loader
 from utils import get_data
 
 SCALES = (1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)

@@ -29,7 +29,7 @@ from comparing import differences, outcome
 
 import augment  # noqa: F401 - so that no process has to load them
 import search  # noqa: F401
-from running.checkpoints import load_checkpoint
+from run.checkpoints import load_checkpoint
 
 SMALL = "--layers 3 --init-channels 2 --batch-size 256 --epochs 2 --workers 0 --checkpoint-minutes 0 --print-freq 2"
 CELL = (

@@ -27,10 +27,10 @@ import architect
 from architect import Architect
 from benchmarks.paired import machine
 from config import SearchConfig
+from machine.cuda_graphs import EAGER_STEPS, StepGraphs
+from machine.devices import use_deterministic_algorithms
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
-from running.cuda_graphs import EAGER_STEPS, StepGraphs
-from running.devices import use_deterministic_algorithms
 from search import w_gradient
 
 

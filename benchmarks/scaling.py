@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from architect import Architect
 from benchmarks.paired import machine
 from config import SearchConfig
+from machine import ranks
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
-from running import ranks
 
 # assumed: bytes a second that a GPU sends, seconds that a message takes from a rank to the next, and the most ranks
 INTERCONNECTS = {

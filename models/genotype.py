@@ -10,12 +10,11 @@ Sources 0 and 1 are the outputs of the two previous cells, sources 2, 3, ... are
 from collections import namedtuple
 
 from models.choices import PRIMITIVES
-from running.errors import UserError
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 
-class GenotypeError(UserError):
+class GenotypeError(ValueError):
     """A genotype that cannot be read or built; the message says where and what is allowed."""
 
 

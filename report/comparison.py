@@ -11,15 +11,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from string import Template
 
+from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from evidence.intervals import difference_interval, mean_interval
+from experiment.members import CHANCE, RESULTS, have_other_images
 from genotypes import from_str
 from report import figures
 from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
-from running.errors import UserError
-from running.forms import misfit
-from running.members import CHANCE, RESULTS, have_other_images
+from run.forms import misfit
 
 NONE = "-"  # in a table
 KINDS_OF_RUNS = ("search", "selection", "final")

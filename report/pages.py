@@ -11,17 +11,17 @@ from string import Template
 
 import torch
 
+from command_line.errors import INPUT_ERRORS
 from config import AugmentConfig
 from evidence.search_state import cell, changes, chosen, verdict
-from genotypes import from_str
+from genotypes import from_str, network_of
+from machine.devices import pick_device
+from models.costs import cost, describe, describe_latency
 from report import figures
 from report.cells import NotDrawnError, draw, render
 from report.story import KINDS, commands, read
-from running.costs import cost, describe, describe_latency, network_of
-from running.devices import pick_device
-from running.errors import UserError
-from running.evaluation import evaluate, load_network, load_trained
-from running.options import option_name
+from run.options import option_name
+from trained.evaluation import evaluate, load_network, load_trained
 from utils import image_shape
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -154,7 +154,7 @@ def augment_sections(story):
     try:
         checkpoint = load_trained(story.folder)
         evaluation = evaluate(story.folder, data_path=story.config.data_path)
-    except (UserError, OSError) as error:
+    except INPUT_ERRORS as error:
         return [section(f"On the {story.held_out} images", f"<p>Not shown: {html.escape(str(error))}</p>")]
     names, confusion = evaluation.names, evaluation.confusion()
     totals = confusion.sum(1)

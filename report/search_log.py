@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from evidence import search_state
+from genotypes import network_of
+from models.costs import cost, describe, describe_latency
 from report.cells import plot
-from running.costs import cost, describe, describe_latency, network_of
-from running.tensorboard import alpha_tag
+from run.tensorboard import alpha_tag
 
 
 def chart_edges(run, net):

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line.errors import UserError, shell_quote, shown
 from config import AugmentConfig, SearchConfig
 from genotypes import from_str
-from running.checkpoint_checks import HISTORY, check_genotypes
-from running.errors import UserError, shown
-from running.folder import RunFolder, read_json
-from running.forms import PLAIN, misfit
-from running.options import option_name
-from running.tensorboard import alpha_tag
-from utils import shell_quote
+from run.checkpoint_checks import HISTORY, check_genotypes
+from run.folder import RunFolder, read_json
+from run.forms import PLAIN, misfit
+from run.options import option_name
+from run.tensorboard import alpha_tag
 
 KINDS = ("normal", "reduce")
 

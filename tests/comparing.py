@@ -6,7 +6,7 @@ import re
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from running.checkpoints import load_checkpoint
+from run.checkpoints import load_checkpoint
 
 
 def outcome(run):

@@ -10,8 +10,8 @@ from exact import smoothed
 from gates import copied, finished, short_runs  # noqa: F401 -- fixtures
 from torch import nn
 
+from machine import ranks
 from models.search_cnn import SearchCNN
-from running import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -6,7 +6,7 @@ import augment
 import search
 from architect import Architect
 from models.sync_bn import synchronise
-from running.run import Run
+from run.run import Run
 from utils import cosine_lr
 
 

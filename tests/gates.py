@@ -10,9 +10,9 @@ import torch
 
 import augment
 import search
-from running.data_sets import DATASETS
-from running.errors import user_errors_in_one_line
-from running.folder import RunFolder
+from command_line.errors import user_errors_in_one_line
+from images.data_sets import DATASETS
+from run.folder import RunFolder
 
 SMALL = [
     *("--layers", "1", "--init-channels", "2", "--batch-size", "64", "--workers", "0", "--epochs", "2"),

@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from machine import cuda_graphs
 from models.fast import search_cell
-from running import cuda_graphs
 
 
 class Graph:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import assert_one_line_error, run_script
 
+from command_line.errors import UserError
 from genotypes import DARTS_V1
 from models.augment_cnn import AugmentCNN
-from running.checkpoints import load_checkpoint, save_checkpoint
-from running.errors import UserError
-from running.evaluation import evaluate, images_of, load_trained, start_from
+from run.checkpoints import load_checkpoint, save_checkpoint
+from trained.evaluation import evaluate, images_of, load_trained, start_from
 from visualize import write_report
 
 TINY = ("--layers", 1, "--init-channels", 2, "--batch-size", 8, "--workers", 0)

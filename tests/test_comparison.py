@@ -11,11 +11,11 @@ import pytest
 from conftest import BROWSER, BROWSER_FLAGS, ROOT, assert_one_line_error, run_script
 from scipy import stats
 
+from command_line.errors import UserError
 from config import AugmentConfig
 from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES, resolve
 from report import comparison, figures
-from running.errors import UserError
-from running.folder import write_json
+from run.folder import write_json
 
 SEARCHED, CHANCE = [0.91, 0.93, 0.90, 0.94, 0.92], [0.89, 0.92, 0.90, 0.93]
 DARTS_SPACE = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}

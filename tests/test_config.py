@@ -5,7 +5,7 @@ import pytest
 from config import AugmentConfig, SearchConfig
 from models.choices import PRIMITIVES, SEARCH_SPACES
 from models.ops import OPS
-from running.options import hyphenate
+from run.options import hyphenate
 
 
 def test_search_defaults_are_the_papers():

@@ -17,7 +17,7 @@ from models.augment_cnn import AugmentCNN
 from models.ops import OPS, drop_path_
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
-from running.checkpoints import load_checkpoint
+from run.checkpoints import load_checkpoint
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,4 +1,4 @@
-"""The logic of running/cuda_graphs.py on the CPU, where a stand-in records and replays: see replayed.py."""
+"""The logic of machine/cuda_graphs.py on the CPU, where a stand-in records and replays: see replayed.py."""
 
 import copy
 
@@ -11,14 +11,14 @@ from torch import nn
 
 import search
 from architect import Architect
+from command_line.errors import UserError
 from config import SearchConfig
 from examples.gumbel import GumbelCNN
+from machine import ranks
+from machine.cuda_graphs import EAGER_STEPS, StepGraphs, reason_against
+from machine.signals import StoppedError
 from models.search_cnn import SearchCNN
-from running import ranks
-from running.cuda_graphs import EAGER_STEPS, StepGraphs, reason_against
-from running.errors import UserError
-from running.run import Run
-from running.signals import StoppedError
+from run.run import Run
 from utils import cosine_lr
 from variants import compose
 

@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torchvision import datasets, transforms
 
+from command_line.errors import UserError
+from images import data_sets
+from images.data_sets import DATASETS, held_out_by_name, load_digits, pixel_statistics, stratified_split
+from images.image_folder import list_folder
+from images.loading import Images, check_unchanged
 from preproc import Cutout, data_transforms
-from running import data_sets
-from running.data_sets import DATASETS, held_out_by_name, load_digits, pixel_statistics, stratified_split
-from running.errors import UserError
-from running.image_folder import list_folder
-from running.loading import Images, check_unchanged
 from utils import get_data, get_test_data
 
 CPU = torch.device("cpu")

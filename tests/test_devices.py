@@ -8,8 +8,8 @@ from conftest import batch, sgd, small_net
 
 from architect import Architect
 from config import SearchConfig
-from running.devices import pick_device
-from running.run import Run
+from machine.devices import pick_device
+from run.run import Run
 
 
 @pytest.mark.parametrize(("name", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])

@@ -22,16 +22,16 @@ from torch import nn
 import augment
 import search
 from architect import Architect
+from command_line.errors import OtherRankError, UserError
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2, from_str
+from machine import ranks
 from models.augment_cnn import AugmentCNN
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
-from running import ranks
-from running.checkpoints import load_checkpoint
-from running.errors import OtherRankError, UserError
-from running.run import Run
+from run.checkpoints import load_checkpoint
+from run.run import Run
 from utils import cosine_lr
 from variants import compose
 
@@ -428,7 +428,7 @@ def test_gpus_that_are_not_there_are_refused_in_one_line(tmp_path, gpus, monkeyp
 @pytest.mark.process
 def test_gpus_starts_ranks_and_passes_their_exit_code_on(tmp_path):
     code = (
-        "import sys; from running import ranks; script, *words = sys.argv[1:]; "
+        "import sys; from machine import ranks; script, *words = sys.argv[1:]; "
         "sys.exit(ranks.run_ranks(2, [script, *ranks._without_gpus(words)]))"
     )
 
@@ -488,5 +488,5 @@ def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkey
     assert SearchConfig(["--overwrite"]).resume is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert SearchConfig(["--overwrite"]).resume == str(run.folder)
-    monkeypatch.setattr("running.options.launcher", lambda: "another 1")
+    monkeypatch.setattr("run.options.launcher", lambda: "another 1")
     assert SearchConfig([]).resume is None

@@ -16,12 +16,12 @@ from conftest import ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import AugmentConfig, SearchConfig
+from experiment.protocol_options import build_parser
 from genotypes import PUBLISHED
+from images.data_sets import DATASETS
 from models.choices import SEARCH_SPACES
 from models.ops import OPS
-from running.data_sets import DATASETS
-from running.folder import RunFolder, write_json
-from running.protocol_options import build_parser
+from run.folder import RunFolder, write_json
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CONFIGS = {"search.py": SearchConfig, "augment.py": AugmentConfig}

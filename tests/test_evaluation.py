@@ -9,8 +9,8 @@ from conftest import assert_one_line_error, run_script
 
 from genotypes import DARTS_V1, DARTS_V2
 from models.augment_cnn import AugmentCNN
-from running.checkpoints import load_checkpoint, save_checkpoint
-from running.evaluation import load_network, load_trained, start_from
+from run.checkpoints import load_checkpoint, save_checkpoint
+from trained.evaluation import load_network, load_trained, start_from
 
 pytestmark = pytest.mark.process
 

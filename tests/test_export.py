@@ -14,9 +14,9 @@ from PIL import Image
 from genotypes import DARTS_V1, Genotype
 from models.augment_cnn import AugmentCNN
 from models.ops import OPS
-from running.checkpoints import save_checkpoint
-from running.evaluation import evaluate, images_of, load_network, load_trained
-from running.exporting import ONNX_PACKAGES, Classifier, check, read_onnx, write_onnx
+from run.checkpoints import save_checkpoint
+from trained.evaluation import evaluate, images_of, load_network, load_trained
+from trained.exporting import ONNX_PACKAGES, Classifier, check, read_onnx, write_onnx
 
 TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--genotype", "DARTS_V2")
 

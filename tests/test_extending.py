@@ -17,7 +17,7 @@ from models.choices import EXECUTIONS, PRIMITIVES
 from models.fast import search_cell
 from models.ops import OPS, FactorizedReduce, MixedOp, SepConv
 from models.search_cnn import SearchCNN
-from running.run import Run
+from run.run import Run
 from utils import cosine_lr
 
 EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation"]

@@ -12,12 +12,12 @@ from launches import Launches
 from torch import nn
 
 from architect import Architect
+from images.loading import Loader
 from models.choices import EXECUTIONS, PRIMITIVES
 from models.fast import search_cell
 from models.ops import OPS, PartialMixedOp
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
-from running.loading import Loader
 from utils import get_data
 
 # Sums in another order; a normalisation over few values of nearly no variance multiplies their rounding.

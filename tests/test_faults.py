@@ -19,12 +19,12 @@ from conftest import ROOT, assert_one_line_error, run_script
 from PIL import Image
 
 import search
+from command_line.errors import UserError, user_errors_in_one_line
 from config import SearchConfig
 from models.search_cnn import SearchCNN
-from running.checkpoints import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
-from running.errors import UserError, user_errors_in_one_line
-from running.folder import RunFolder
-from running.run import Run
+from run.checkpoints import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from run.folder import RunFolder
+from run.run import Run
 from utils import get_data
 
 SMALL = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0, "--checkpoint-minutes", 0)

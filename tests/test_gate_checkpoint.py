@@ -14,14 +14,14 @@ import augment
 import export
 import search
 import visualize
+from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
-from running.checkpoint_checks import check_fits
-from running.checkpoints import load_checkpoint, save_checkpoint
-from running.errors import UserError
-from running.forms import Optional, misfit, whole
-from running.run import Run
+from run.checkpoint_checks import check_fits
+from run.checkpoints import load_checkpoint, save_checkpoint
+from run.forms import Optional, misfit, whole
+from run.run import Run
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 

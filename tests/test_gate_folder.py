@@ -14,7 +14,7 @@ from gates import STAGES, command, refused
 import search
 import visualize
 from models.search_cnn import SearchCNN
-from running.folder import RunFolder, write_temporary
+from run.folder import RunFolder, write_temporary
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -126,7 +126,7 @@ def test_a_folder_is_unlocked_when_a_run_leaves_it(end, tmp_path, monkeypatch):
             command(search.main, words)
     else:
         assert command(search.main, words) == 0
-    code = f"from running.folder import RunFolder; RunFolder({str(tmp_path / 'search/digits')!r}).lock()"
+    code = f"from run.folder import RunFolder; RunFolder({str(tmp_path / 'search/digits')!r}).lock()"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -146,7 +146,7 @@ def test_an_overwritten_run_is_kept_if_the_new_one_cannot_be_saved(replaceable, 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    for name in ("running.run.save_checkpoint", "running.folder.write_json", "running.run.get_logger", "os.fsync"):
+    for name in ("run.run.save_checkpoint", "run.folder.write_json", "run.run.get_logger", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             refused(capsys, search.main, words, "No space left")
@@ -164,12 +164,12 @@ class Killed(BaseException):
     "place",
     [
         "pathlib.Path.mkdir",
-        "running.folder.RunFolder.lock",
-        "running.folder.write_temporary",
-        "running.folder.write_json",
-        "running.run.save_checkpoint",
-        "running.folder.RunFolder.check_room",
-        "running.folder.RunFolder.forget_replaced",
+        "run.folder.RunFolder.lock",
+        "run.folder.write_temporary",
+        "run.folder.write_json",
+        "run.run.save_checkpoint",
+        "run.folder.RunFolder.check_room",
+        "run.folder.RunFolder.forget_replaced",
         "os.rmdir",
     ],
 )

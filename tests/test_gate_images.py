@@ -11,7 +11,7 @@ from gates import refused
 from PIL import Image
 
 import search
-from running.errors import UserError
+from command_line.errors import UserError
 from utils import get_data
 
 LINKS_OUT = {
@@ -53,7 +53,7 @@ def test_pillow_says_nothing_beside_our_line(tmp_path):
     (tmp_path / "odd.tif").write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0")
     code = f"""
 from PIL import Image
-from running.image_folder import open_image
+from images.image_folder import open_image
 Image.MAX_IMAGE_PIXELS = 100
 open_image({str(tmp_path / "many.png")!r}, 8, "L")
 try:

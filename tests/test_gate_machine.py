@@ -12,11 +12,11 @@ from conftest import ROOT
 from gates import STAGES, command, refused
 
 import augment
-from running import ranks
-from running.checkpoints import load_checkpoint
-from running.errors import UserError, user_errors_in_one_line
-from running.loading import Images, Loader, LoadingError
-from running.output import _Survivor
+from command_line.errors import UserError, user_errors_in_one_line
+from command_line.output import _Survivor
+from images.loading import Images, Loader, LoadingError
+from machine import ranks
+from run.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -134,7 +134,7 @@ def test_variables_that_torchrun_did_not_set_are_one_line(changes, monkeypatch):
 def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
     code = (  # sets the handler first, since a job in the background ignores interrupts
         "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import running.errors as errors; errors.end_silently_on_interrupt(); os.kill(os.getpid(), signal.SIGINT)"
+        "import command_line.errors as errors; errors.end_silently_on_interrupt(); os.kill(os.getpid(), signal.SIGINT)"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (-2, "")

@@ -15,13 +15,13 @@ import genotypes
 import protocol
 import search
 import visualize
+from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
+from machine.memory import check_memory, machine_memory
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
 from report.story import read
-from running.errors import UserError
-from running.memory import check_memory, machine_memory
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -125,8 +125,8 @@ def test_a_batch_that_no_memory_holds_is_refused_and_a_large_one_is_not(tmp_path
     main, words = STAGES["search"]
     words = [word.format(tmp_path) for word in [*words, "--batch-size", "2000000000", "--epochs", "1"]]
     assert command(main, words) == 0  # all images of the digits in a batch
-    monkeypatch.setattr("running.memory.OBJECTS", 0)
-    monkeypatch.setattr("running.memory.machine_memory", lambda: 10**5)
+    monkeypatch.setattr("machine.memory.OBJECTS", 0)
+    monkeypatch.setattr("machine.memory.machine_memory", lambda: 10**5)
     refused(capsys, main, [*words, "--overwrite"], "--batch-size")
 
 
@@ -135,7 +135,7 @@ def test_the_least_memory_of_a_network_is_less_than_it_has(monkeypatch):
     net = SearchCNN(3, 32, 10, 8, None)
     weights = 4 * sum(parameter.numel() for parameter in net.parameters())
     config = SearchConfig(["--init-channels", "32", "--workers", "0"])
-    monkeypatch.setattr("running.memory.machine_memory", lambda: 0)
+    monkeypatch.setattr("machine.memory.machine_memory", lambda: 0)
     with pytest.raises(UserError, match="--init-channels") as caught:
         check_memory(config, 14 * 8)
     least = float(re.search(r"at least (\S+) GB", str(caught.value))[1]) * 1e9
@@ -163,8 +163,8 @@ def test_the_least_memory_of_a_step_is_less_than_what_a_backward_pass_needs(name
         output = net(images.to(memory_format=torch.channels_last))
     weights = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
     layers, C = (5, 8) if name == "search" else (6, 12)
-    monkeypatch.setattr("running.memory.OBJECTS", 0)
-    monkeypatch.setattr("running.memory.machine_memory", lambda: 0)
+    monkeypatch.setattr("machine.memory.OBJECTS", 0)
+    monkeypatch.setattr("machine.memory.machine_memory", lambda: 0)
     config = SimpleNamespace(layers=layers, init_channels=C)
     with pytest.raises(UserError, match="--batch-size") as caught:
         check_memory(config, n_ops, size, images=10**6)
@@ -177,7 +177,7 @@ def test_a_container_has_the_memory_that_it_may_use(tmp_path, monkeypatch):
     whole = machine_memory()
     for text, memory in (("max\n", whole), ("1000000\n", 10**6), ("odd", whole)):
         (tmp_path / "memory.max").write_text(text)
-        monkeypatch.setattr("running.memory.LIMIT", tmp_path / "memory.max")
+        monkeypatch.setattr("machine.memory.LIMIT", tmp_path / "memory.max")
         assert machine_memory() == memory
 
 

@@ -11,8 +11,8 @@ from gates import STAGES, command, refused, spoilt
 import genotypes
 import protocol
 import visualize
-from running.errors import UserError
-from running.members import Task
+from command_line.errors import UserError
+from experiment.members import Task
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 

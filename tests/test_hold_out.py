@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 from conftest import run_script
 
-from running.data_sets import DATASETS, hold_out_of_training
-from running.errors import UserError
-from running.evaluation import evaluate
+from command_line.errors import UserError
+from images.data_sets import DATASETS, hold_out_of_training
+from trained.evaluation import evaluate
 from utils import get_data
 
 AUGMENT = ("--genotype", "DARTS_V2", "--layers", 3, "--init-channels", 2, "--epochs", 1, "--workers", 0)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line.errors import UserError
 from config import SearchConfig
 from genotypes import DARTS_V1, DARTS_V2, GenotypeError, from_str
-from running.errors import UserError
 
 
 def parses_or_is_refused(text):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from running import image_folder
-from running.errors import UserError
-from running.image_folder import MAX_ASPECT_RATIO, open_image
+from command_line.errors import UserError
+from images import image_folder
+from images.image_folder import MAX_ASPECT_RATIO, open_image
 
 LEVELS = np.array([[0, 255, 256, 4095], [32768, 40000, 65280, 65535]], dtype=np.uint16)
 

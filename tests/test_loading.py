@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_data_sets import synthetic
 
+from command_line.errors import UserError
+from images.loading import Batches, Images, Loader
 from preproc import data_transforms
-from running.errors import UserError
-from running.loading import Batches, Images, Loader
 from utils import get_data
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import architect
 from architect import Architect
+from machine.precision import full_float32
 from models.fast import search_cell
-from running.precision import full_float32
 
 backends = torch.backends
 has_new_interface = hasattr(backends.cudnn, "conv")  # torch 2.9 and up

@@ -17,7 +17,7 @@ from conftest import ROOT, run_script
 import protocol
 import report.comparison  # noqa: F401 -- for a test to replace its `write`
 from genotypes import random_genotypes, resolve
-from running.folder import write_json
+from run.folder import write_json
 
 SMALL = "--layers 3 --init-channels 2 --batch-size 256 --checkpoint-minutes 0"
 PROTOCOL = (

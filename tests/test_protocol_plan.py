@@ -8,10 +8,10 @@ from test_protocol import PROTOCOL, finish
 
 import protocol
 from config import AugmentConfig, SearchConfig
+from experiment.members import Plan, results_of
+from experiment.protocol_options import build_parser, read_options
 from genotypes import DARTS_V2, resolve
-from running.folder import write_json
-from running.members import Plan, results_of
-from running.protocol_options import build_parser, read_options
+from run.folder import write_json
 
 
 def options_of(*words):

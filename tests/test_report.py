@@ -23,7 +23,7 @@ from evidence import search_state
 from genotypes import DARTS_V1, DARTS_V2, Genotype, parse
 from models.choices import PRIMITIVES
 from report import figures, pages, story
-from running.evaluation import Evaluation, evaluate
+from trained.evaluation import Evaluation, evaluate
 
 SEARCH = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 256, "--epochs", 3, "--alpha-lr", 0.1)
 AUGMENT = ("--layers", 3, "--init-channels", 4, "--batch-size", 128, "--epochs", 2, "--genotype", "DARTS_V1")

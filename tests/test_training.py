@@ -11,12 +11,12 @@ from torch import nn
 import augment
 import search
 from architect import Architect
+from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_
-from running.errors import UserError
-from running.run import Run
+from run.run import Run
 from utils import cosine_lr
 
 

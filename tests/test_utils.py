@@ -6,7 +6,7 @@ from torch import nn
 
 from genotypes import DARTS_V2
 from models.augment_cnn import AugmentCNN
-from running.checkpoints import save_checkpoint
+from run.checkpoints import save_checkpoint
 from utils import AverageMeter, accuracy, get_logger, param_size
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from architect import Architect
+from command_line.errors import UserError
 from config import SearchConfig
 from models.ops import MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
-from running.errors import UserError
 from variants import VARIANTS, by_node, compose
 
 

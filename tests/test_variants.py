@@ -22,6 +22,7 @@ from torch.distributions import Dirichlet
 
 import search
 from architect import Architect
+from command_line.errors import UserError
 from config import SearchConfig
 from evidence.curvature import dominant_eigenvalue
 from genotypes import parse
@@ -30,8 +31,7 @@ from models.choices import VARIANTS as CHOICES
 from models.fast import search_cell
 from models.ops import OPS, MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
-from running.errors import UserError
-from running.run import Run
+from run.run import Run
 from utils import cosine_lr
 from variants import VARIANTS, compose
 

@@ -8,19 +8,19 @@ import warnings
 
 import torch
 
-from running import ranks
-from running.checkpoint_checks import check_classes, check_fits, load_state, state_misfit
-from running.checkpoints import EPOCH_START, FORMAT, find_checkpoint, save_checkpoint
-from running.devices import device_name, pick_device, random_state, set_random_state, use_deterministic_algorithms
-from running.errors import UserError
-from running.folder import write_json
-from running.forms import misfit
-from running.loading import LoadingError
-from running.memory import check_memory
-from running.signals import StoppedError, StopSignals
-from running.tensorboard import event_writer, silent_writer
-from running.version import program_version
-from utils import get_logger, shell_quote
+from command_line.errors import UserError, shell_quote
+from images.loading import LoadingError
+from machine import ranks
+from machine.devices import device_name, pick_device, random_state, set_random_state, use_deterministic_algorithms
+from machine.memory import check_memory
+from machine.signals import StoppedError, StopSignals
+from run.checkpoint_checks import check_classes, check_fits, load_state, state_misfit
+from run.checkpoints import EPOCH_START, FORMAT, find_checkpoint, save_checkpoint
+from run.folder import write_json
+from run.forms import misfit
+from run.log import get_logger
+from run.tensorboard import event_writer, silent_writer
+from run.version import program_version
 
 
 class Run:

@@ -6,9 +6,36 @@ import time
 import torch
 from tqdm import tqdm
 
-from running import ranks
-from running.checkpoints import EPOCH_START
-from utils import AverageMeter, accuracy
+from machine import ranks
+from run.checkpoints import EPOCH_START
+
+
+class AverageMeter:
+    """A running mean. val: the last value; avg: the mean of all values, weighted by their n."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.val = self.avg = self.sum = 0.0
+        self.count = 0
+
+    def update(self, val, n=1):
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+def accuracy(output, target, topk=(1,)):
+    """Top-k accuracy: the fraction of samples whose target is among the k largest logits, a tensor for each k in topk.
+
+    output: (N, n_classes); target: (N,). If there are at most k classes it is 1.
+    """
+    n_classes = output.size(1)
+    ranked = output.topk(min(max(topk), n_classes), dim=1).indices
+    hits = ranked == target.unsqueeze(1)
+    return [hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
 class Meters:

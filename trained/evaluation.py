@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from command_line.errors import UserError
 from config import AugmentConfig
 from genotypes import from_str
+from images.loading import Images, Loader, check_unchanged
+from machine import ranks
+from machine.devices import pick_device
 from models.augment_cnn import AugmentCNN
-from running import ranks
-from running.checkpoint_checks import check_contents, check_size, state_misfit
-from running.checkpoints import load_checkpoint
-from running.devices import pick_device
-from running.errors import UserError
-from running.folder import RunFolder
-from running.loading import Images, Loader, check_unchanged
+from run.checkpoint_checks import check_contents, check_size, state_misfit
+from run.checkpoints import load_checkpoint
+from run.folder import RunFolder
 from utils import get_data, get_test_data, image_shape
 
 

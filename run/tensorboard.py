@@ -7,7 +7,7 @@ import time
 from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventsWriter
 
-from running.errors import UserError
+from command_line.errors import UserError
 
 
 def alpha_tag(kind, node, source, op):

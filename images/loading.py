@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from running import ranks
-from running.errors import UserError
-from running.image_folder import listed
-from running.signals import STOP_SIGNALS
+from command_line.errors import UserError
+from images.image_folder import listed
+from machine import ranks
+from machine.signals import STOP_SIGNALS
 
 try:
     import resource
@@ -214,7 +214,7 @@ class Loader:
                     self.batches.size(i),
                 )
         except UserError as error:  # from a worker: its text is a traceback, with the message in the last line
-            raise LoadingError(str(error).splitlines()[-1].removeprefix("running.errors.UserError: ")) from None
+            raise LoadingError(str(error).splitlines()[-1].removeprefix("command_line.errors.UserError: ")) from None
         except (OSError, RuntimeError) as error:
             text = str(error).strip()
             remedy = next((words for part, words in REMEDIES.items() if part in text), None)

@@ -1,6 +1,6 @@
 """Files of checkpoints: written atomically, with a checksum; read without executing code.
 
-running/checkpoint_checks.py says whether what was read is what this program would have written.
+run/checkpoint_checks.py says whether what was read is what this program would have written.
 """
 
 import copy
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from running.errors import UserError
-from running.folder import RunFolder, write_temporary
+from command_line.errors import UserError
+from run.folder import RunFolder, write_temporary
 
 FORMAT = 2  # the version of the checkpoint format
 SEAL = b"sha256 of the file without this comment: "

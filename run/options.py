@@ -11,8 +11,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from running.errors import OneLineParser, UserError, is_rank_0, shown
-from running.folder import RunFolder, launcher, read_json
+from command_line.errors import OneLineParser, UserError, is_rank_0, shown
+from run.folder import RunFolder, launcher, read_json
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
 LONGEST_NAME = 240  # bytes; file systems allow 255, of which `RunFolder.replaced` adds some

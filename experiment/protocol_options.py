@@ -3,11 +3,11 @@
 import argparse
 import shlex
 
+from command_line.errors import OneLineParser, UserError, shown
 from config import AugmentConfig, SearchConfig, add_data
+from experiment.members import CHANCE, is_label
 from genotypes import PUBLISHED
-from running.errors import OneLineParser, UserError, shown
-from running.members import CHANCE, is_label
-from running.options import (
+from run.options import (
     HelpWithDefaults,
     folder_name,
     gpus,

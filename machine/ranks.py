@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 
-from running.errors import OtherRankError, UserError, shown
+from command_line.errors import INPUT_ERRORS, OtherRankError, UserError, shown
 
 MIN_ROWS_PER_RANK = 2  # BN has no statistics of a single value
 TIMEOUT = timedelta(hours=1)  # for communication: a rank may be downloading data, or reading all images of a folder
@@ -182,7 +182,7 @@ def on_rank_0(function):
     if rank() == 0:
         try:
             result = function()
-        except (UserError, OSError, SystemExit) as error:
+        except (*INPUT_ERRORS, SystemExit) as error:
             failure = error
     code = failure.code if isinstance(failure, SystemExit) else 2
     message = [result, failure is not None, str(failure), code]
@@ -210,7 +210,7 @@ def in_turn(function):
         if i == turn:
             try:
                 result = function()
-            except (UserError, OSError) as error:
+            except INPUT_ERRORS as error:
                 failure = error
         failed = torch.tensor(float(failure is not None))
         dist.all_reduce(failed)

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from running.errors import UserError
-from running.image_folder import is_hidden, list_folder, listed, open_image, warn_once
+from command_line.errors import UserError
+from images.image_folder import is_hidden, list_folder, listed, open_image, warn_once
 
 HELD_OUT = 5  # if a data set has no test images, one in HELD_OUT images is held out as such
 DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # torchvision's errors for damaged files

@@ -6,11 +6,11 @@ import random
 import numpy as np
 import torch
 
-from genotypes import from_str
-from running.checkpoints import FORMAT
-from running.errors import UserError, shown
-from running.forms import PLAIN, Optional, any_number, flat, maybe, misfit, real, whole
-from running.options import MAY_CHANGE
+from command_line.errors import UserError, shown
+from genotypes import GenotypeError, from_str
+from run.checkpoints import FORMAT
+from run.forms import PLAIN, Optional, any_number, flat, maybe, misfit, real, whole
+from run.options import MAY_CHANGE
 
 FINGERPRINT = {"classes": {str: whole(0)}, "sha256": str}
 OF_AN_EPOCH = {"epoch": whole(1), "valid_top1": real(), "string": str, str: flat}
@@ -56,7 +56,7 @@ def _bits(value):
     return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1
 
 
-# The form of a checkpoint, see running/forms.py. Older ones lack `classes`.
+# The form of a checkpoint, see run/forms.py. Older ones lack `classes`.
 CONTENTS = {
     "format": int,
     "stage": str,  # search or augment
@@ -188,7 +188,7 @@ def check_genotypes(entries, config, source):
     for text in {entry["string"] for entry in entries}:
         try:
             genotype = from_str(text)
-        except UserError as error:
+        except GenotypeError as error:
             raise UserError(f"{source}: {error}") from None
         for gene in (genotype.normal, genotype.reduce):
             if len(gene) != config.nodes or not {op for node in gene for op, _ in node} <= allowed:

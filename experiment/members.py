@@ -9,19 +9,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from evidence.search_state import skip_connections
 from genotypes import PUBLISHED, from_str, random_genotypes, resolve
-from running.errors import UserError
-from running.folder import RunFolder, read_json
-from running.forms import PLAIN, TEXT, Optional, maybe, misfit, real, whole
-from running.options import MAY_CHANGE, option_name
+from run.folder import RunFolder, read_json
+from run.forms import PLAIN, TEXT, Optional, maybe, misfit, real, whole
+from run.options import MAY_CHANGE, option_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"search": SearchConfig, "augment": AugmentConfig}
 FREE = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that a run may have others of, and be the same run
 
-# The forms of a run's summary.json and of a protocol's results.json, see running/forms.py
+# The forms of a run's summary.json and of a protocol's results.json, see run/forms.py
 FRACTION = real(0, 1)
 ORIGIN = {"seconds": real(0), "version": TEXT, "machine": TEXT, "fingerprints": {str: str}}
 OF_SEARCH = {"epochs": whole(1), "valid_top1": FRACTION, "verdict": str, "eigenvalue": maybe(float)}

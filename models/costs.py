@@ -7,24 +7,15 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import AugmentConfig
-from models.augment_cnn import AugmentCNN
-from running.devices import device_name
-from utils import param_size
-
 BATCH_SIZES = (1, 64)  # for the latency
 LONG_PASS = 1e3  # in milliseconds: a slower forward pass is timed only once
 LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be slower is not timed
 
 
-def network_of(genotype, size, channels, n_classes, options=None):
-    """The network that augment.py makes of a genotype, without the auxiliary head.
-
-    options: the AugmentConfig whose size it has; None for the defaults.
-    """
-    options = options or AugmentConfig.defaults()
-    C, layers, stem = options.init_channels, options.layers, options.stem
-    return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
+def param_size(model):
+    """The number of parameters in millions, without the auxiliary head, as papers count them."""
+    names = (name for name, _ in model.named_parameters() if not name.startswith("aux_head."))
+    return sum(model.get_parameter(name).numel() for name in names) / 1e6
 
 
 def cost(net, channels, size):
@@ -113,4 +104,4 @@ def describe_latency(net, channels, size, rounds=5):
         milliseconds_per_image = statistics.median(milliseconds) / n
         once = ", once" if len(milliseconds) < rounds else ""
         times.append(f"{median_and_range(milliseconds)} ms at batch {n}{once}")
-    return f"{' and '.join(times)}, median (range) of {rounds} passes on {device_name(device)}"
+    return f"{' and '.join(times)}, median (range) of {rounds} passes"

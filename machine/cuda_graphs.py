@@ -15,7 +15,7 @@ The eager step is the definition. Batches of another shape than the recorded, as
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from running import ranks
+from machine import ranks
 
 # Steps of an epoch before recording. The first of a run creates momentum buffers; the second loads all later kernels.
 EAGER_STEPS = 2

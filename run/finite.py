@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from running import ranks
-from running.folder import write_json
+from machine import ranks
+from run.folder import write_json
 
 
 def check_finite_mean(run, phase, loss):

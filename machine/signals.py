@@ -3,7 +3,7 @@
 import os
 import signal
 
-from running import ranks
+from machine import ranks
 
 # Slurm can send SIGUSR1 before it preempts a job
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]

@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import os
 import reprlib
+import shlex
 import signal
 import sys
 import threading
 
-from running.output import surviving_output
+from command_line.output import surviving_output
+from models.genotype import GenotypeError
 
 LESS_MEMORY = {
     "search.py": "lower --batch-size, --init-channels, --layers or --nodes, or give --recompute or --order first",
@@ -25,6 +27,9 @@ class UserError(ValueError):
 
 class OtherRankError(UserError):
     """A `UserError` that another rank prints: this rank exits silently."""
+
+
+INPUT_ERRORS = (UserError, GenotypeError, OSError)  # an OSError's message names the file
 
 
 def end_silently_on_interrupt():
@@ -54,7 +59,7 @@ def _errors_in_one_line(program):
         yield
     except OtherRankError:
         sys.exit(2)
-    except (UserError, OSError) as error:
+    except INPUT_ERRORS as error:
         _exit(program, str(error))
     except (MemoryError, RuntimeError) as error:
         if _is_of_communication(error):
@@ -98,6 +103,11 @@ def one_line(message):
         message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
     line = " ".join(message.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+
+
+def shell_quote(text):
+    """The text as one word for a shell: in double quotes if it has single quotes, as a genotype, and these suffice."""
+    return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
 
 
 def shown(value):

@@ -13,7 +13,8 @@ import socket
 import stat
 from pathlib import Path
 
-from running.errors import UserError, shown, warn
+from command_line.errors import UserError, shown, warn
+from models.genotype import GenotypeError
 
 try:
     import fcntl
@@ -250,6 +251,18 @@ def write_temporary(path, data):
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Inside, where the content of a run's file is used, an error of any kind becomes one line that names the file."""
+    try:
+        yield
+    except (UserError, GenotypeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a file of a stranger's leads to: a missing key, a wrong type, a huge number
+        text = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not as this program writes it ({shown(text)})") from None
 
 
 def read_json(path):

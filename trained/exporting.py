@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from running.errors import UserError
-from running.loading import Images
+from command_line.errors import UserError
+from images.loading import Images
 
 N_CHECKED = 100  # the number of test images on which the logits of file and network are compared
 BATCH_SIZES = (1, 7)  # of these images, for the exported file

@@ -6,7 +6,7 @@ This module does not import torch.
 import os
 from pathlib import Path
 
-from running.errors import UserError
+from command_line.errors import UserError
 
 OBJECTS = 10e3  # bytes that the modules of an operation take at least, beside their weights
 WORKER = 10e6  # bytes that a process that loads images takes at least

@@ -7,7 +7,7 @@ must fit; a list with the form of all items of a list or tuple; or a dict with t
 
 from collections import namedtuple
 
-from running.errors import shown
+from command_line.errors import shown
 
 Optional = namedtuple("Optional", "key")
 

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import torch
 
-from running import ranks
-from running.errors import OtherRankError, UserError
+from command_line.errors import OtherRankError, UserError
+from machine import ranks
 
 
 def pick_device(name):
