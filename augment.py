@@ -141,7 +141,6 @@ def load_data(config, saved):
         seed=config.seed,
         skip_bad_images=config.skip_bad_images,
         crops=config.stem == "imagenet",
-        hold_out_by_name=saved is None or "data" in saved,  # older runs held out other images
         hold_out=config.hold_out,
     )
     check_unchanged({"training": data[3], config.measured_on: data[4]}, saved or {})

@@ -13,10 +13,10 @@ class Cutout:
     is the mean colour.
     """
 
-    def __init__(self, length):
+    def __init__(self, length: int) -> None:
         self.length = length
 
-    def __call__(self, img):
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
         if self.length == 0:
             return img
         height, width = img.shape[-2:]
@@ -30,19 +30,23 @@ class Cutout:
         return f"Cutout(length={self.length})"
 
 
-def augmentation(kind, size):
-    """The random transforms for images of `size` pixels a side. kind: the `augmentation` of a `Spec`, see below."""
-    crop = transforms.RandomCrop(size, padding=size // 8)  # 4 pixels at 32
-    flip = transforms.RandomHorizontalFlip()
-    affine = transforms.RandomAffine(
+AUGMENTATIONS = {  # name -> function of the side of the images, in pixels, that returns a random transform
+    "crop": lambda size: transforms.RandomCrop(size, padding=size // 8),  # 4 pixels at 32
+    "flip": lambda size: transforms.RandomHorizontalFlip(),
+    "affine": lambda size: transforms.RandomAffine(
         15, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=0.1, interpolation=transforms.InterpolationMode.BILINEAR
-    )
-    if kind == "parts+flip+colour":  # for images of any size, as for ImageNet
-        return [transforms.RandomResizedCrop(size), flip, transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)]
-    return {"crop": [crop], "crop+flip": [crop, flip], "affine": [affine], "affine+flip": [affine, flip]}[kind]
+    ),
+    "resized-crop": transforms.RandomResizedCrop,  # for images of any size, such as ImageNet's
+    "colour": lambda size: transforms.ColorJitter(0.4, 0.4, 0.4, 0.2),
+}
 
 
-def preprocessing(dataset, size, crops):
+def augmentation(names: str, size: int) -> list:
+    """The random transforms for images of `size` pixels a side. names: of `AUGMENTATIONS`, joined by +, in order."""
+    return [AUGMENTATIONS[name](size) for name in names.split("+")]
+
+
+def preprocessing(dataset: str, size: int, crops: bool) -> str:
     """Describe, in words, how validation turns an image of any size into one of `size` pixels a side."""
     if dataset != "folder":
         return f"none: pictures have {size} x {size} pixels"
@@ -50,7 +54,13 @@ def preprocessing(dataset, size, crops):
     return f"scaled (bilinear) to {shorter} pixels on the shorter side, then the middle {size} x {size}"
 
 
-def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=False):
+def data_transforms(
+    dataset: str,
+    cutout_length: int,
+    size: int | None = None,
+    mean_std: tuple | None = None,
+    crops: bool = False,
+) -> tuple[transforms.Compose, transforms.Compose]:
     """Transforms of a data set's images for training and for validation: (train, valid), from PIL to float tensors.
 
     dataset: a key of `DATASETS`; cutout_length: pixels, in training only; size: of the images, in pixels (default: that
@@ -69,7 +79,7 @@ def data_transforms(dataset, cutout_length, size=None, mean_std=None, crops=Fals
     if mean_std:
         to_tensor.append(transforms.Normalize(*mean_std))
     size = size or spec.size
-    train = augmentation("parts+flip+colour" if crops else spec.augmentation, size) + to_tensor
+    train = augmentation("resized-crop+flip+colour" if crops else spec.augmentation, size) + to_tensor
     if cutout_length > 0:
         train.append(Cutout(cutout_length))
     centre = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)] if crops else []  # 256 at 224

@@ -134,7 +134,6 @@ def load_data(config, saved):
         image_channels=config.image_channels,
         seed=config.seed,
         skip_bad_images=config.skip_bad_images,
-        hold_out_by_name=saved is None or "data" in saved,  # older runs held out other images
     )
     check_unchanged({"training": data[3]}, saved or {})
     return data

@@ -39,7 +39,6 @@ def get_data(
     skip_bad_images=False,
     crops=False,
     mean_std=None,
-    hold_out_by_name=True,
     hold_out=0.0,
 ):
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
@@ -47,12 +46,11 @@ def get_data(
     dataset: a key of `DATASETS`; data_path: its folder; cutout_length: in pixels, for training, reduced to half of the
     image's side if it is larger; seed: of the augmentation; mean_std: per channel, to normalise by instead of the data
     set's. For the data set `folder` only: image_size (pixels a side) and image_channels (1 or 3); skip_bad_images:
-    leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet;
-    hold_out_by_name: False to hold out the test images that older versions chose. hold_out: a fraction of the training
-    images which then are valid_data, in the place of the test images: these are not opened. train_data and valid_data
-    are `Images`. Raises UserError if the data set is unknown or cannot be loaded.
+    leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet. hold_out: a
+    fraction of the training images which then are valid_data, in the place of the test images: these are not opened.
+    train_data and valid_data are `Images`. Raises UserError if the data set is unknown or cannot be loaded.
     """
-    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
+    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops}
     size, channels, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
     source, labels, n_classes = load(train=True)
     if hold_out:
@@ -80,10 +78,9 @@ def get_test_data(
     image_channels=None,
     skip_bad_images=False,
     crops=False,
-    hold_out_by_name=True,
 ):
     """Only the test images, as the valid_data of `get_data`. A `folder` with val/ needs no train/ then."""
-    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "hold_out_by_name": hold_out_by_name}
+    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops}
     size, _, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
     source, labels, _ = load(train=False)
     _, valid = data_transforms(dataset, 0, size, mean_std, crops)

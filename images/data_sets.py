@@ -4,12 +4,13 @@ To add a data set, add an entry to `DATASETS`; tests run on every entry. torch i
 loaded, so that command lines are read without it.
 """
 
-import collections
 import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,9 @@ import numpy as np
 from PIL import Image
 
 from command_line.errors import UserError
-from images.image_folder import is_hidden, list_folder, listed, open_image, warn_once
+from images.image_folder import SYSTEM_NAMES, list_folder, listed, warn_once
 
 HELD_OUT = 5  # if a data set has no test images, one in HELD_OUT images is held out as such
-DAMAGED = (AssertionError, EOFError, LookupError, TypeError, ValueError)  # torchvision's errors for damaged files
 CONSTANT = 1e-6  # a channel with a smaller standard deviation, of pixels in [0, 1], is constant up to rounding
 STATISTICS_IMAGES = 10_000  # mean and std are computed from at most so many training images, evenly spaced
 
@@ -31,8 +31,8 @@ class Spec:
 
     load: a function (path, train, size, channels) -> (source, labels, n_classes), where source[i] is (PIL image, label)
     with `size` pixels a side and `channels` channels, and labels is a list of integers. It is called with `train`,
-    `size` and `channels` as keyword arguments. augmentation: a kind of `preproc.augmentation`; mean_std: (mean, std) of
-    the pixels per channel, or None to compute them from the images.
+    `size` and `channels` as keyword arguments. augmentation: names of `preproc.AUGMENTATIONS`, joined by +; mean_std:
+    (mean, std) of the pixels per channel, or None to compute them from the images.
     """
 
     load: Callable
@@ -47,39 +47,17 @@ def load_torchvision(name, path, train, size, channels):
     from torchvision import datasets
 
     split = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
-    folder = Path(path).resolve()
     try:
         source = getattr(datasets, name)(path, download=True, **split)
-    except (OSError, RuntimeError, *DAMAGED) as error:
-        for file in sorted((folder / name / "raw").glob("*-ubyte")):
-            if not is_whole_idx_file(file):
-                raise UserError(f"{file} is damaged or cut off; delete it, and it is downloaded again") from None
-        if isinstance(error, DAMAGED):
-            reason = str(error) or type(error).__name__
-            raise UserError(
-                f"data set {name} in {folder} cannot be read ({reason}); delete it, and it is downloaded again"
-            ) from None
+    except Exception as error:  # for damaged files, torchvision raises half a dozen different types
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"data set {name} was looked for in {folder}, and could not be downloaded ({error}); "
-            "offline there are --dataset digits, and --dataset folder --data-path DIR for images of your own"
+            f"data set {name} in {Path(path).resolve()} cannot be read or downloaded ({reason}); if its files are "
+            "damaged, delete them; without network there are --dataset digits, and --dataset folder --data-path DIR "
+            "for images of your own"
         ) from None
     labels = [int(label) for label in (source.labels if name == "SVHN" else source.targets)]
     return source, labels, max(labels) + 1
-
-
-def is_whole_idx_file(file):
-    """Whether a file in MNIST's format has the length that its header implies.
-
-    Header: two zero bytes, the type (8: bytes), the number of dimensions, the dimensions as big-endian 32-bit integers.
-    """
-    with open(file, "rb") as opened:
-        header = opened.read(4)
-        if len(header) < 4 or header[:3] != b"\0\0\x08":
-            return False
-        dimensions = opened.read(4 * header[3])
-    if len(dimensions) < 4 * header[3]:
-        return False
-    return file.stat().st_size == 4 + len(dimensions) + math.prod(np.frombuffer(dimensions, ">u4").tolist())
 
 
 def load_digits(path, train, size, channels):
@@ -88,86 +66,61 @@ def load_digits(path, train, size, channels):
 
     digits = load()
     images = [Image.fromarray(image) for image in np.round(digits.images * (255 / 16)).astype(np.uint8)]
-    source = list(zip(images, digits.target.tolist()))
-    return *hold_out(source, digits.target.tolist(), train), 10
+    labels = digits.target.tolist()
+    test_indices, train_indices = stratified_split(labels, HELD_OUT, seed=0)
+    return *subset(list(zip(images, labels)), labels, train_indices if train else test_indices), 10
 
 
-def load_folder(path, train, size, channels, skip_bad_images=False, whole=False, hold_out_by_name=True):
+def load_folder(path, train, size, channels, skip_bad_images=False, whole=False):
     """Images in `path`/train/CLASS/ and `path`/val/CLASS/. Without val/, about a fifth of train/ is the test set.
 
-    whole: do not resize the images; skip_bad_images: read all images first, and leave out those that cannot be read,
-    with a warning that counts them; hold_out_by_name: choose the test set by `held_out_by_name`; False: by
-    `stratified_split`, as older versions did.
+    whole: do not resize the images; skip_bad_images: see `list_folder`. Without val/, the test images are those whose
+    names have a hash in the lowest of `HELD_OUT` equal ranges: so an image that is added moves at most one other.
     """
     root = Path(path)
-    read = functools.partial(open_image, size=None if whole else size, mode={1: "L", 3: "RGB"}[channels])
     has_val = (root / "val").is_dir()
-    _warn_of_other_folders(root, has_val)
-    folder = list_folder(root / ("val" if has_val and not train else "train"), read, skip_bad_images, data_path=root)
+    split = "val" if has_val and not train else "train"
+    folder = list_folder(root / split, None if whole else size, {1: "L", 3: "RGB"}[channels], skip_bad_images)
+    others = {other.name for other in root.glob("[!.]*/")} - {"train", "val", *SYSTEM_NAMES}
+    if others:
+        without_val = "" if has_val else ", and without val/ a fifth of train/ is held out"
+        warn_once(f"{root}: only train/ and val/ are read, not {listed(sorted(others))}{without_val}")
     if not has_val:
-        counts = np.bincount(folder.labels)
-        if counts.min() < HELD_OUT:
-            fewest = folder.classes[counts.argmin()]
-            raise UserError(f"{root}: without val/ each class needs {HELD_OUT} images in train/; {fewest} has fewer")
-        if hold_out_by_name:
-            in_test = held_out_by_name(folder.names, folder.labels)
-        else:
-            in_test = np.zeros(len(folder), dtype=bool)
-            in_test[stratified_split(folder.labels, HELD_OUT, seed=0)[0]] = True
-        folder = folder.part(np.flatnonzero(in_test != train).tolist())
+        lowest_range = (2**64 // HELD_OUT).to_bytes(8)
+        in_test = held_out_by_name(folder.names, folder.labels, b"", lambda hashes: bisect_left(hashes, lowest_range))
+        folder = folder.subset(np.flatnonzero(in_test != train).tolist())
     return folder, folder.labels, len(folder.classes)
 
 
-def _warn_of_other_folders(root, has_val):
-    """Warn if there are other folders than train/ and val/: they are not read."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
-    others = [name for name in names if name not in ("train", "val") and not is_hidden(name)]
-    if others and "train" in names:
-        without = "" if has_val else ", and without val/ a fifth of train/ is held out"
-        warn_once(f"{root}: only train/ and val/ are read, not {listed(others)}{without}")
-
-
-def held_out_by_name(names, labels):
-    """Choose test images by a hash of their names: a boolean array, True for each image that is held out.
-
-    An image is held out if its hash is in the lowest of `HELD_OUT` equal ranges, so about one in `HELD_OUT` is. That
-    depends on its own name only, so adding images does not move others between the sets. There are two exceptions, so
-    that each class is in both sets: the image with the smallest hash of a class is always held out, that with the
-    largest never.
-    """
-    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) for name in names], np.uint64)
-    in_test = hashes < 2**64 // HELD_OUT
-    order = np.lexsort((hashes, labels))  # by class, and within it by hash
-    starts = np.flatnonzero(np.diff(np.asarray(labels)[order], prepend=-1))
-    in_test[order[starts]] = True
-    in_test[order[np.append(starts[1:], len(order)) - 1]] = False
-    return in_test
-
-
-def hold_out_of_training(source, labels, fraction):
+def hold_out_of_training(source: Sequence, labels: list[int], fraction: float) -> tuple[Sequence, list, Sequence, list]:
     """Hold out a fraction of the training images: (training source, its labels, held-out source, its labels).
 
-    Stratified: of each class with n images, round(fraction * n) are held out, but at least one and not all. Which these
-    are depends only on the names of the class's images, or on their numbers where they are no files: those with the
-    smallest hashes. So all runs hold out the same images, and an image that is added moves at most one other. Raises
-    UserError where a class has a single image.
+    Of each class with n images round(fraction * n) are held out, but at least one and not all. Which these are is
+    decided by the images' names, or by their numbers if they are not files. Raises UserError if a class has one image.
     """
-    from torch.utils.data import Subset
+    names = getattr(source, "names", None) or list(map(str, range(len(labels))))
+    # other hashes than those of `load_folder`, which leaves the larger ones for training
+    held_out = held_out_by_name(names, labels, b"hold out\0", lambda hashes: round(fraction * len(hashes)))
+    return *subset(source, labels, np.flatnonzero(~held_out)), *subset(source, labels, np.flatnonzero(held_out))
 
-    names = getattr(source, "names", None) or map(str, range(len(labels)))
-    # other hashes than `held_out_by_name` has: the training images that it leaves have its larger ones
-    hashes = [hashlib.sha256(b"hold out\0" + os.fsencode(name)).digest() for name in names]
-    members, held_out = collections.defaultdict(list), []
-    for i, label in enumerate(labels):
-        members[label].append(i)
-    for label in sorted(members):
-        of_class = sorted(members[label], key=hashes.__getitem__)
-        if len(of_class) < 2:
-            raise UserError(f"--hold-out needs two training images of each class; class number {label} has one")
-        held_out += of_class[: min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)]
-    parts = sorted(set(range(len(labels))) - set(held_out)), sorted(held_out)
-    take = source.part if hasattr(source, "part") else functools.partial(Subset, source)
-    return tuple(item for part in parts for item in (take(part), [labels[i] for i in part]))
+
+def held_out_by_name(names: list[str], labels: list[int], salt: bytes, number: Callable) -> np.ndarray:
+    """Which images to hold out: of each class those whose names have the smallest hashes, a boolean array.
+
+    salt: what is hashed before each name; number: a function from the sorted hashes of a class to how many images are
+    held out; at least one is, and one is not. Raises UserError if a class has a single image.
+    """
+    hashes = [hashlib.sha256(salt + os.fsencode(name)).digest() for name in names]
+    members = defaultdict(list)
+    for i in sorted(range(len(names)), key=hashes.__getitem__):
+        members[labels[i]].append(i)
+    held_out = np.zeros(len(names), dtype=bool)
+    for indices in members.values():
+        if len(indices) == 1:
+            raise UserError(f"{names[indices[0]]} is the only image of its class; to hold images out, each needs two")
+        n = number([hashes[i] for i in indices])
+        held_out[indices[: min(max(n, 1), len(indices) - 1)]] = True
+    return held_out
 
 
 DATASETS = {
@@ -190,7 +143,7 @@ DATASETS = {
 }
 
 
-def pixel_statistics(source):
+def pixel_statistics(source: Sequence) -> tuple[tuple, tuple]:
     """(mean, std) of the pixels per channel, in [0, 1]. For a constant channel std is 1, and there is a warning."""
     count, total, squares = 0, 0.0, 0.0
     for i in range(0, len(source), math.ceil(len(source) / STATISTICS_IMAGES)):
@@ -199,15 +152,13 @@ def pixel_statistics(source):
         count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    for channel in np.flatnonzero(std <= CONSTANT).tolist():
-        name = ("red", "green", "blue")[channel] if len(std) == 3 else "grey"
-        warn_once(
-            f"{name} is {255 * mean[channel]:.0f} of 255 in every pixel of the training images that were looked at"
-        )
+    if (std <= CONSTANT).any():
+        levels = ", ".join(f"{255 * level:.0f}" for level in mean)
+        warn_once(f"in a channel all pixels of the training images are equal; the mean levels are {levels} of 255")
     return tuple(mean.tolist()), tuple(np.where(std > CONSTANT, std, 1.0).tolist())
 
 
-def stratified_split(labels, every, seed):
+def stratified_split(labels: list[int], every: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split the indices of the images in two: (one in `every` images of each class, to within one image; the others).
 
     The images are sorted by class, and randomly within a class; then every `every`-th is taken. So a data set may be
@@ -218,10 +169,10 @@ def stratified_split(labels, every, seed):
     return np.sort(order[in_first_part]), np.sort(order[~in_first_part])
 
 
-def hold_out(source, labels, train):
-    """The training or test part of a data set that has no test images. The split does not depend on the run's seed."""
+def subset(source: Sequence, labels: list[int], indices: np.ndarray) -> tuple[Sequence, list[int]]:
+    """(source, labels) of only the images of these indices."""
     from torch.utils.data import Subset
 
-    test_part, train_part = stratified_split(labels, HELD_OUT, seed=0)
-    part = (train_part if train else test_part).tolist()
-    return Subset(source, part), [labels[i] for i in part]
+    indices = indices.tolist()
+    images = source.subset(indices) if hasattr(source, "subset") else Subset(source, indices)
+    return images, [labels[i] for i in indices]

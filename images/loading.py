@@ -6,11 +6,12 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from command_line.errors import UserError
@@ -18,28 +19,12 @@ from images.image_folder import listed
 from machine import ranks
 from machine.signals import STOP_SIGNALS
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-
-# What messages of PyTorch and Python about processes that load images contain, and what helps. Tried in this order.
-REMEDIES = {
-    "Too many open files": "raise the limit, as by ulimit -n 4096, or lower --workers (0: none)",
-    "ancdata": "too many open files: raise the limit, as by ulimit -n 4096, or lower --workers (0: none)",
-    "shared memory": "give /dev/shm more room (Docker: --shm-size 8g), or lower --workers (0: none) or --batch-size",
-    "Bus error": "give /dev/shm more room (Docker: --shm-size 8g), or lower --workers (0: none) or --batch-size",
-    "DataLoader worker": "it was killed, as when memory runs out: lower --workers (0: none) or --batch-size",
-    "Cannot allocate memory": "memory has run out: lower --workers (0: none) or --batch-size",
-}
-FILES_OF_A_WORKER = 8  # that are open in the main process, at most: its pipes, and the tensors that are on their way
-
 
 class LoadingError(UserError):
     """A batch that could not be loaded: an image or a process that loads images has failed."""
 
 
+@dataclass(eq=False)
 class Images(Dataset):
     """Labelled images with their transforms. The random numbers of a transform depend only on (seed, epoch, sample).
 
@@ -48,19 +33,17 @@ class Images(Dataset):
     augmentation.
     """
 
-    def __init__(self, source, labels, transform, plain_transform, seed):
-        self.source = source
-        self.labels = labels
-        self.transform = transform
-        self.plain_transform = plain_transform
-        self.seed = seed
+    source: Sequence
+    labels: list[int]
+    transform: Callable
+    plain_transform: Callable
+    seed: int
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
         epoch, sample = key if isinstance(key, tuple) else (0, key)
-        sample = range(len(self))[sample]  # negative indices, and IndexError past the end, as in any sequence
         image, label = self.source[sample]
         generator = torch.default_generator  # torch.manual_seed would reset CUDA's generators too
         state = generator.get_state()
@@ -70,28 +53,28 @@ class Images(Dataset):
         finally:
             generator.set_state(state)
 
-    def without_augmentation(self):
+    def without_augmentation(self) -> "Images":
         """The same images with the transform of validation."""
         return Images(self.source, self.labels, self.plain_transform, self.plain_transform, self.seed)
 
-    def class_names(self, n):
+    def class_names(self, n: int) -> list[str]:
         """The names of the n classes if the data set has them, else their numbers as strings."""
         source = self.source
-        while hasattr(source, "dataset"):  # a torch.utils.data.Subset
+        while isinstance(source, Subset):
             source = source.dataset
-        names = getattr(source, "classes", None)
-        return list(map(str, names)) if names is not None and len(names) == n else list(map(str, range(n)))
+        names = getattr(source, "classes", ())
+        return list(map(str, names if len(names) == n else range(n)))
 
-    def class_counts(self):
+    def class_counts(self) -> dict[str, int]:
         """The number of images in each class: name -> number, in the order of the labels."""
         counts = np.bincount(self.labels).tolist()
         return dict(zip(self.class_names(len(counts)), counts))
 
-    def describe_classes(self):
+    def describe_classes(self) -> str:
         """The first classes with their numbers of images, for a log line."""
         return listed([f"{name} {count}" for name, count in self.class_counts().items()])
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict:
         """A dict of built-in types, saved with a run to check later whether the images are still the same.
 
         classes: `class_counts`; sha256: of the labels in order, each with the file name if images are files. Images are
@@ -102,70 +85,55 @@ class Images(Dataset):
         digest = hashlib.sha256(b"".join(lines)).hexdigest()
         return {"classes": self.class_counts(), "sha256": digest}
 
-    def normalisation(self):
+    def normalisation(self) -> tuple[tuple, tuple]:
         """The (mean, std) per channel that normalise the pixels, which are in [0, 1]."""
         normalise = next(step for step in self.transform.transforms if isinstance(step, transforms.Normalize))
         return tuple(normalise.mean), tuple(normalise.std)
 
 
-def difference(before, now):
-    """Describe the difference of two results of `Images.fingerprint` in words; None if they are equal."""
-    old, new = before["classes"], now["classes"]
-    removed, added = [name for name in old if name not in new], [name for name in new if name not in old]
-    words = [f"without class {listed(removed)}"] * bool(removed) + [f"with new class {listed(added)}"] * bool(added)
-    counts = [f"{new[name]} of {name}, not {old[name]}" for name in old if new.get(name, old[name]) != old[name]]
-    words += [f"images: {listed(counts)}"] * bool(counts)
-    if not words and list(old) != list(new):
-        words = ["with the classes in another order"]
-    if not words and before["sha256"] != now["sha256"]:
-        words = ["as many images, but with other names or labels"]
-    return "; ".join(words) or None
-
-
-def check_unchanged(images, results):
+def check_unchanged(images: dict[str, Images], results: dict) -> None:
     """Raise UserError, which says what differs, unless these images are those of a saved run.
 
     images: "training", "test" or "held-out" -> `Images`; results: the saved results of the run, where results["data"]
-    has the fingerprints under the same keys. Runs of older versions have no fingerprints, and are not checked.
+    has the fingerprints under the same keys; {} for a new run.
     """
-    before = results.get("data", {})
-    for name in images.keys() & before.keys():
-        changed = difference(before[name], images[name].fingerprint())
+    for name in images.keys() & results.get("data", {}).keys():
+        saved, now = results["data"][name], images[name].fingerprint()
+        before, after = saved["classes"], now["classes"]
+        changed = [label for label in before | after if before.get(label) != after.get(label)]
         if changed:
-            raise UserError(f"the {name} images are no longer those of the run: {changed}")
+            counts = listed([f"{label} {before.get(label, 0)} -> {after.get(label, 0)}" for label in changed])
+            raise UserError(f"the {name} images are no longer those of the run; images of a class: {counts}")
+        if saved != now:
+            raise UserError(f"the {name} images are no longer those of the run: they have other names or labels")
 
 
-class Batches(Sampler):
+@dataclass
+class Batches:
     """Yields this rank's rows of each batch, as (epoch, sample) keys. The order depends only on (seed, epoch).
 
-    With `shuffle`, in training, a last batch of a single image is dropped, since BN needs more than one value.
+    With `shuffle`, in training, a last batch of a single image is dropped, since BN needs more than one value. epoch,
+    first: the epoch, and the number of its first batch, of the next iteration.
     """
 
-    def __init__(self, samples, batch_size, shuffle, seed):
-        self.samples = np.asarray(samples)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = self.first = 0  # epoch and first batch of the next iteration; set by `Loader.epoch`
+    samples: Sequence[int]
+    batch_size: int
+    shuffle: bool
+    seed: int
+    epoch: int = 0
+    first: int = 0
 
     def __len__(self):
         n = len(self.samples)
         return math.ceil((n - 1 if self.shuffle and self.batch_size > 1 else n) / self.batch_size)
 
     def __iter__(self):
-        for samples in self.of(self.epoch)[self.first :]:
-            yield [(self.epoch, sample) for sample in samples[ranks.rows(len(samples))].tolist()]
-
-    def size(self, i):
-        """The number of images in the i-th batch, over all ranks."""
-        return min(self.batch_size, len(self.samples) - i * self.batch_size)
-
-    def of(self, epoch):
-        """The global batches of an epoch: a list of arrays of sample indices."""
-        samples = self.samples
+        samples = np.asarray(self.samples)
         if self.shuffle:
-            samples = np.random.default_rng([self.seed, epoch]).permutation(samples)
-        return [samples[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+            samples = np.random.default_rng([self.seed, self.epoch]).permutation(samples)
+        for i in range(self.first, len(self)):
+            batch = samples[i * self.batch_size : (i + 1) * self.batch_size]
+            yield [(self.epoch, sample) for sample in batch[ranks.rows(len(batch))].tolist()]
 
 
 class Loader:
@@ -174,7 +142,16 @@ class Loader:
     images: an `Images`; samples: the indices of the images to use. `len(loader)` is the number of batches.
     """
 
-    def __init__(self, images, samples, batch_size, device, workers=0, shuffle=True, seed=0):
+    def __init__(
+        self,
+        images: Images,
+        samples: Sequence[int],
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
         self.batches = Batches(samples, batch_size, shuffle, seed)
         if len(self.batches) == 0:
             raise ranks.user_error(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
@@ -192,60 +169,34 @@ class Loader:
     def __len__(self):
         return len(self.batches)
 
-    def samples(self, epoch, batch):
-        """The indices of the images in a global batch of an epoch."""
-        return self.batches.of(epoch)[batch]
-
-    def epoch(self, epoch, first=0):
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield (X, y, n) for each batch from number `first`: images (N, C, H, W) and labels (N,), on the device.
 
-        X and y are this rank's rows of a global batch of n images.
+        X and y are this rank's rows of a global batch of n images. Raises LoadingError if a batch cannot be loaded.
         """
         self.batches.epoch, self.batches.first = epoch, first
+        n_left = len(self.batches.samples) - first * self.batches.batch_size
+        for X, y in self._loaded_batches():
+            n = min(n_left, self.batches.batch_size)
+            n_left -= n
+            images = X.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            yield images, y.to(self.device, non_blocking=True), n
+
+    def _loaded_batches(self):
         try:
-            if self.loader._iterator is None:
-                _check_open_files(self.loader.num_workers)
             batches = iter(self.loader)
-            _leave_failures_to_the_next_batch()
-            for i, (X, y) in enumerate(batches, first):
-                yield (
-                    X.to(self.device, memory_format=torch.channels_last, non_blocking=True),
-                    y.to(self.device, non_blocking=True),
-                    self.batches.size(i),
-                )
-        except UserError as error:  # from a worker: its text is a traceback, with the message in the last line
-            raise LoadingError(str(error).splitlines()[-1].removeprefix("command_line.errors.UserError: ")) from None
+            if hasattr(signal, "SIGCHLD"):  # by default a worker's end raises an error at once, in the midst of a step
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
+        except UserError as error:  # from a worker its text is a traceback, with the message at the end
+            raise LoadingError(str(error).rpartition("UserError: ")[2]) from None
         except (OSError, RuntimeError) as error:
-            text = str(error).strip()
-            remedy = next((words for part, words in REMEDIES.items() if part in text), None)
-            if remedy is None:
+            if self.loader.num_workers == 0:
                 raise
-            last = text.splitlines()[-1]
-            raise LoadingError(f"a process that loads images has failed: {remedy} ({last[:200]})") from None
-
-
-def _check_open_files(workers):
-    """Raise OSError if the limit on open files is too low for these processes, which would fail in endless tracebacks.
-
-    A limit that this process may raise is raised.
-    """
-    if workers == 0 or resource is None or not os.path.isdir("/proc/self/fd"):
-        return
-    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + FILES_OF_A_WORKER * workers + 16
-    if limit < needed and (highest == resource.RLIM_INFINITY or highest >= needed):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
-    elif limit < needed:
-        raise OSError(f"Too many open files: {workers} processes need {needed}, and {limit} are allowed")
-
-
-def _leave_failures_to_the_next_batch():
-    """Take back the handler by which PyTorch raises the end of a worker anywhere, as in the midst of a step.
-
-    Waiting for the next batch, PyTorch looks for workers that have ended every five seconds.
-    """
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise LoadingError(
+                f"a process that loads images has failed ({str(error)[-200:]}); if memory, shared memory (Docker: "
+                "--shm-size 8g) or open files (ulimit -n 4096) have run out, lower --workers (0: none) or --batch-size"
+            ) from None
 
 
 def _leave_signals_to_the_main_process(worker):
@@ -256,12 +207,10 @@ def _leave_signals_to_the_main_process(worker):
 @atexit.register
 def _end_workers():
     """Kill the workers at exit. Python would send SIGTERM, which they ignore, and wait for them forever."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report their end as a failure
     for process in multiprocessing.active_children():
         process.kill()
 
 
-def mix(*numbers):
+def mix(*numbers: int) -> int:
     """Derive one seed from several natural numbers. Seeds of neighbouring numbers are unrelated."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

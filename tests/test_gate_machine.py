@@ -62,15 +62,6 @@ def test_a_loading_process_that_is_killed_during_a_step_ends_none_in_its_midst()
         list(batches)
 
 
-def test_too_many_open_files_says_what_to_raise(monkeypatch):
-    pixels = Pixels(range(8))
-    pixels.end = None
-    loader = Loader(Images(pixels, [0] * 8, lambda x: x, None, 0), range(8), 4, torch.device("cpu"), workers=1)
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (10, 10))
-    with pytest.raises(LoadingError, match=r"ulimit -n .*--workers"):
-        list(loader.epoch(1))
-
-
 @pytest.mark.long
 def test_the_steps_before_a_failing_loading_process_are_saved(tmp_path, monkeypatch, capsys):
     words = [word.format(tmp_path) for word in STAGES["augment"][1]]

@@ -2,12 +2,12 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
 from conftest import run_script
 
-from command_line.errors import UserError
 from images.data_sets import DATASETS, hold_out_of_training
 from trained.evaluation import evaluate
 from utils import get_data
@@ -22,7 +22,7 @@ class Named(list):
     def names(self):
         return list(self)
 
-    def part(self, indices):
+    def subset(self, indices):
         return Named(self[i] for i in indices)
 
 
@@ -49,25 +49,15 @@ def test_of_each_class_the_same_fraction_is_held_out(fraction):
     assert len(set(held_out.values())) == len(counts)
 
 
-def test_which_images_are_held_out_depends_on_their_names_alone():
-    names, labels = names_of([40, 60])
-    _, held_out = split(names, labels, 0.2)
-    order = random.Random(0).sample(range(100), 100)
-    assert split([names[i] for i in order], [labels[i] for i in order], 0.2)[1] == held_out
-
-
-def test_an_image_that_is_added_moves_at_most_one_other():
+def test_which_images_are_held_out_depends_on_their_names_and_one_that_is_added_moves_at_most_one_other():
     names, labels = names_of([40, 60])
     _, before = split(names, labels, 0.2)
+    order = random.Random(0).sample(range(100), 100)
+    assert split([names[i] for i in order], [labels[i] for i in order], 0.2)[1] == before
     for i in range(30):
         _, after = split([*names, f"0/added{i}.png"], [*labels, 0], 0.2)
         assert len(set(before) - set(after)) <= 1
         assert len(set(after) - set(before)) <= 1
-
-
-def test_a_class_with_a_single_image_is_refused():
-    with pytest.raises(UserError, match="two training images"):
-        split(["a", "b", "c"], [0, 0, 1], 0.1)
 
 
 def test_held_out_images_are_training_images_without_augmentation():
@@ -80,6 +70,24 @@ def test_held_out_images_are_training_images_without_augmentation():
     assert held_out.transform is rest.plain_transform
     assert DATASETS["digits"].mean_std is None
     assert rest.normalisation() != training.normalisation()  # computed without the held-out images
+
+
+def test_a_folder_without_val_holds_out_a_fifth_that_images_which_are_added_do_not_change(image_folder):
+    root = image_folder(splits=("train",), n=100)
+    *_, train, test = get_data("folder", root, 0, True, image_size=8)
+    assert not set(train.source.names) & set(test.source.names)
+    assert abs(len(test) / 200 - 0.2) < 0.08  # three standard deviations
+    for i in range(50):
+        shutil.copy(root / "train/left/000.png", root / f"train/left/new{i}.png")
+    *_, after = get_data("folder", root, 0, True, image_size=8)
+    assert [name for name in after.source.names if "new" not in name] == test.source.names
+
+
+def test_each_class_of_a_folder_without_val_has_training_and_test_images(image_folder):
+    classes = [str(i) for i in range(40)]
+    root = image_folder(splits=("train",), classes=classes, n=2, size=8)
+    *_, train, test = get_data("folder", root, 0, True, image_size=8)
+    assert set(train.class_counts().values()) == set(test.class_counts().values()) == {1}
 
 
 @pytest.mark.process

@@ -1,15 +1,13 @@
 """How an image file becomes pixels: what is seen in a picture viewer is what a network is trained on."""
 
 import struct
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 from command_line.errors import UserError
-from images import image_folder
-from images.image_folder import MAX_ASPECT_RATIO, open_image
+from images.image_folder import open_image
 
 LEVELS = np.array([[0, 255, 256, 4095], [32768, 40000, 65280, 65535]], dtype=np.uint16)
 
@@ -81,33 +79,9 @@ def test_what_is_transparent_is_white(name, tmp_path):
         assert np.array_equal(pixels(tmp_path / name, mode), np.asarray(Image.fromarray(255 - BAR).convert(mode)))
 
 
-def test_a_transparent_level_of_16_bits_is_white(tmp_path):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    levels = np.array([[0x1234, 0x1235]], dtype=">u2")
-    (tmp_path / "x.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0))
-        + chunk(b"tRNS", struct.pack(">H", 0x1234))
-        + chunk(b"IDAT", zlib.compress(b"\0" + levels.tobytes()))
-        + chunk(b"IEND", b"")
-    )
-    assert pixels(tmp_path / "x.png").tolist() == [[255, 0x12]]
-
-
 def test_half_transparent_is_halfway_to_white(tmp_path):
     Image.new("RGBA", (2, 2), (0, 100, 255, 51)).save(tmp_path / "x.png")  # a fifth of the colour
     assert pixels(tmp_path / "x.png", "RGB")[0, 0].tolist() == [204, 224, 255]
-
-
-def test_an_opaque_alpha_channel_changes_nothing(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
-    colours[..., 3] = 255
-    Image.fromarray(colours).save(tmp_path / "RGBA.png")
-    Image.fromarray(colours[..., :3]).save(tmp_path / "RGB.png")
-    for mode in ("L", "RGB"):
-        assert np.array_equal(pixels(tmp_path / "RGBA.png", mode, 5), pixels(tmp_path / "RGB.png", mode, 5))
 
 
 STORED_AS = {  # EXIF orientation: how the camera stored the picture
@@ -135,33 +109,15 @@ def test_images_are_turned_as_their_exif_orientation_says(ending, orientation, t
     assert np.abs(got.astype(int) - upright).mean() < 3  # JPEG and WebP are not exact
 
 
-def test_sixteen_bit_images_are_turned_too(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(LEVELS).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(pixels(tmp_path / "x.png"), LEVELS // 256)
-
-
-def test_an_image_with_damaged_exif_data_is_read_as_it_is_stored(tmp_path):
+def test_damaged_exif_data_turn_an_image_only_if_the_orientation_can_be_read(tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert pixels(tmp_path / "x.jpg", "RGB")[0, 0].tolist() == [254, 0, 0]
-
-
-def test_of_damaged_exif_data_the_orientation_counts(tmp_path):
-    """It is 6 here, and the tag of the maker's name has the length 0x10000000."""
     exif = Image.Exif()
     exif[0x010F], exif[0x0112] = "maker", 6
-    spoilt = bytearray(exif.tobytes())
-    length = spoilt.index(b"\x01\x0f") + 4
-    spoilt[length] = 0x10
-    Image.new("RGB", (4, 8), "red").save(tmp_path / "x.jpg", exif=bytes(spoilt))
+    damaged = bytearray(exif.tobytes())
+    damaged[damaged.index(b"\x01\x0f") + 4] = 0x10  # the length of the maker's name becomes 0x10000000
+    Image.new("RGB", (4, 8), "red").save(tmp_path / "x.jpg", exif=bytes(damaged))
     assert pixels(tmp_path / "x.jpg", "RGB").shape == (4, 8, 3)
-
-
-def test_lab_colours_become_grey_too(tmp_path):
-    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    ImageCms.applyTransform(Image.new("RGB", (4, 4), (200, 200, 200)), to_lab).save(tmp_path / "x.tif")
-    assert np.abs(pixels(tmp_path / "x.tif").astype(int) - 200).max() <= 1
 
 
 @pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
@@ -172,53 +128,24 @@ def test_of_several_frames_or_pages_the_first_is_read(ending, tmp_path):
     assert pixels(tmp_path / f"x.{ending}", "RGB")[0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 5000), (80_000_000, 1), (MAX_ASPECT_RATIO * 2 + 1, 2)])
-def test_images_that_would_take_gigabytes_are_refused_by_their_header_alone(width, height, tmp_path):
-    Image.new("L", (1, 1)).save(tmp_path / "x.png")
-    content = bytearray((tmp_path / "x.png").read_bytes())
-    content[16:24] = struct.pack(">II", width, height)  # nothing behind the header is as long as it says
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(UserError, match=rf"x\.png: it has {width} x {height} pixels, more than 100 to 1"):
-        open_image(tmp_path / "x.png", 224, "RGB")
-
-
-def test_the_longest_images_that_are_read_give_their_middle(tmp_path):
-    grey = np.zeros((2, 200), dtype=np.uint8)
-    grey[:, 99:101] = 77
-    Image.fromarray(grey).save(tmp_path / "x.png")
-    assert (pixels(tmp_path / "x.png", size=2) == 77).all()
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"DDS " + bytes(40), b"II*\0" * 9])
-def test_what_is_no_image_is_one_line_that_names_the_file(content, tmp_path):
-    (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read the image .*x\.png") as error:
-        pixels(tmp_path / "x.png")
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_damaged_images_of_every_format_are_one_line_or_an_image(tmp_path):
+def test_files_that_are_not_images_are_one_line_and_damaged_ones_too_or_an_image(tmp_path):
     generator = np.random.default_rng(0)
     image = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    refused = 0
+    contents = [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"DDS " + bytes(40), b"II*\0" * 9]
     for ending in ("bmp", "gif", "jpg", "png", "ppm", "tif", "webp"):
         image.save(tmp_path / f"x.{ending}")
         whole = (tmp_path / f"x.{ending}").read_bytes()
         for _ in range(30):
             damaged = bytearray(whole[: generator.integers(1, len(whole))])
             damaged[generator.integers(len(damaged))] ^= 1 << generator.integers(8)
-            (tmp_path / "damaged.png").write_bytes(damaged)
-            try:
-                open_image(tmp_path / "damaged.png", 8, "RGB")
-            except UserError:
-                refused += 1
-    assert refused > 100
-
-
-def test_only_the_formats_that_are_named_are_tried(tmp_path, monkeypatch):
-    tried = []
-    monkeypatch.setattr(image_folder.Image, "open", lambda file, formats: tried.append(formats))
-    with pytest.raises(UserError):
-        pixels(tmp_path / "x.png")
-    assert tried == [("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")]
+            contents.append(bytes(damaged))
+    errors = []
+    for content in contents:
+        (tmp_path / "damaged.png").write_bytes(content)
+        try:
+            open_image(tmp_path / "damaged.png", 8, "RGB")
+        except UserError as error:
+            errors.append(str(error))
+    assert len(errors) > 100
+    assert all("cannot read the image" in error and "damaged.png" in error for error in errors)
+    assert not any("\n" in error for error in errors)

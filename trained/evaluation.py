@@ -146,7 +146,6 @@ def images_of(checkpoint, data_path=None):
         "image_channels": config.image_channels,
         "skip_bad_images": config.skip_bad_images,
         "crops": config.stem == "imagenet",
-        "hold_out_by_name": "data" in results,  # older runs have no "data", and chose other test images
     }
     if config.hold_out:
         images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
