@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -168,6 +168,11 @@ class Loader:
 
     def __len__(self):
         return len(self.batches)
+
+    def samples(self, epoch: int, batch: int) -> np.ndarray:
+        """The indices of this rank's images in a batch of an epoch."""
+        keys = next(iter(replace(self.batches, epoch=epoch, first=batch)))
+        return np.array([sample for _, sample in keys])
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield (X, y, n) for each batch from number `first`: images (N, C, H, W) and labels (N,), on the device.
