@@ -1,183 +1,156 @@
-"""The whole experiment of DARTS (arXiv:1806.09055, section 3), beside random and published cells: docs/protocol.md.
+"""The whole experiment of DARTS (arXiv:1806.09055, section 3), with random and published cells: docs/protocol.md.
 
-python protocol.py --dataset cifar10 --searches 4 --random 4 --cells DARTS_V2            # the paper's, with chance
+python protocol.py --dataset cifar10 --searches 4 --random 4 --cells DARTS_V2            # the paper's, and random cells
 python protocol.py --dataset cifar10 --name first --search "--order first"               # options of search.py
 python protocol.py --searches 2 --random 2 --select-epochs 2 --search "--epochs 2" \\
     --augment "--layers 3 --init-channels 4 --epochs 3"                                  # small, on embedded data
-python protocol.py --dataset cifar10 --gpus all                                          # a run on each GPU at a time
-python protocol.py --dataset cifar10 --member 3                                          # one part, for job arrays
+python protocol.py --dataset cifar10 --gpus all                                          # one run at a time on each GPU
+python protocol.py --dataset cifar10 --member 3                                          # one job of a job array
 
-Searches with different seeds; a short training of each found cell, whose accuracy on held-out training images selects
-the best; training of this one in full, and its accuracy on the test images. Each random and published cell is trained
-under the same conditions. The same command goes on after an interruption, and starts nothing that is over.
+Searches with different seeds are run. Each cell that they give is trained for a short time, and the accuracy on
+held-out training images selects the best one. This one is trained in full, and its accuracy on the test images is
+measured. Random and published cells are trained under the same conditions. After an interruption the same command
+goes on with what is left.
 """
 
+import asyncio
+import ctypes
 import os
+import signal
+import subprocess
 import sys
 import time
 import uuid
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 
 from command_line.errors import UserError, user_errors_in_one_line
-from experiment.children import Child, ForwardedSignals
-from experiment.members import Plan, results_of
+from experiment.members import Plan, Task, check_options
 from experiment.protocol_options import read_options
-from run.folder import RunFolder, read_json, write_json
-from run.options import option_name
+from experiment.results import results_of
+from run.folder import read_json, reading, write_json
 from run.version import program_version
 
-MAY_CHANGE = ("device", "workers", "data_path", "label")  # of an interrupted protocol; all other options are fixed
+MAY_CHANGE = ("device", "workers", "data_path", "label")  # when a protocol goes on; all other options are fixed
 NOT_SAVED = ("member", "gpus", "runs_path", "name", "command", "shared")
 POLL_SECONDS = 0.2
-STATUS_SECONDS = 60  # between lines of progress
+PR_SET_PDEATHSIG = 1  # Linux: choose the signal that a process receives when its parent ends
 
 
 def main():
     with user_errors_in_one_line("protocol.py"):
         options = read_options(sys.argv[1:])
         plan = Plan(options, Path(options.runs_path) / "protocol" / (options.name or options.dataset))
-        places = slots(options.gpus)
+        gpus = [None]
+        if options.gpus:
+            from machine.ranks import visible_gpus  # here, since it imports torch, which takes seconds
+
+            gpus = visible_gpus(options.gpus)
         open_folder(plan)
+        say(plan.job_numbers())
+        write_results(plan)
         if options.member is not None:
-            plan.check_part(options.member)
-        failed, stopped_by = run(plan, places)
-        results = write_results(plan)
-        if stopped_by:
-            say(f"{stopped_by.name}: stopped; the same command goes on")
-            sys.exit(128 + stopped_by)
+            plan.check_job(options.member)
+        stop_signals: list[signal.Signals] = []
+        failures = asyncio.run(run(plan, gpus, stop_signals))
+        if stop_signals:
+            say(f"{stop_signals[0].name}: stopped; the same command goes on")
+            sys.exit(128 + stop_signals[0])
         if options.member is None:
-            from report.comparison import write  # here, since it imports torch and matplotlib
+            from report.comparison import write
 
-            write([results], plan.folder / "report.html")
+            write([results_of(plan, program_version())], plan.folder / "report.html")
             say(f"results: {plan.folder / 'results.json'} and {plan.folder / 'report.html'}")
-        if failed:
-            causes = "; ".join(f"{name} failed: {cause}" for name, cause in failed.items())
-            raise UserError(f"{causes}; the same command tries again")
+        if failures:
+            raise UserError(f"{', '.join(failures)} failed; the same command tries again")
 
 
-# The folder
-
-
-def open_folder(plan):
-    """Create the folder, or check that it is of a protocol with the same options."""
-    saved = {name: value for name, value in vars(plan.options).items() if name not in NOT_SAVED}
-    path = plan.folder / "config.json"
-    RunFolder(plan.folder).check()
+def open_folder(plan: Plan) -> None:
+    """Create the folder and write config.json. Raises UserError if it has a protocol with other options."""
+    options = {name: value for name, value in vars(plan.options).items() if name not in NOT_SAVED}
     plan.folder.mkdir(parents=True, exist_ok=True)
-    others = [one for one in plan.folder.iterdir() if one.suffix != ".tmp"]  # listed first, since others may start too
-    before = read_json(path)
-    if others and not isinstance(before, dict):
-        raise UserError(f"{plan.folder} holds files that are no protocol's; choose another --name")
-    for name, value in (before or {}).items():
-        if name in saved and name not in MAY_CHANGE and saved[name] != value:
-            old, new = (" ".join(map(str, one)) if isinstance(one, list) else one for one in (value, saved[name]))
-            raise UserError(
-                f"{plan.folder} is of a protocol with --{option_name(name)} {old!r}, not {new!r}; choose another --name"
-            )
-    write_shared(path, saved)
+    check_options(plan.folder, read_json(plan.folder / "config.json") or {}, options, MAY_CHANGE)
+    write_shared(plan.folder / "config.json", options)
 
 
-def write_shared(path, content):
-    """`write_json` where several processes, as of a job array, write the same file."""
-    own = path.with_name(f"{uuid.uuid4().hex}.tmp")
-    write_json(own, content)
-    os.replace(own, path)
-
-
-def write_results(plan):
-    results = results_of(plan, program_version())
+def write_results(plan: Plan) -> None:
+    """Write results.json, and say how many runs are over."""
+    with reading(plan.folder):
+        results = results_of(plan, program_version())
     write_shared(plan.folder / "results.json", results)
-    return results
+    jobs = plan.jobs()
+    n_over = sum(plan.summary(task) is not None for job in jobs for task in job)
+    say(f"{n_over} of {plan.options.searches + len(jobs)} runs are over")
 
 
-# The runs
+def write_shared(path: Path, content: dict) -> None:
+    """Write a JSON file atomically, although several processes, such as those of a job array, write it at once."""
+    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    write_json(temporary, content)
+    os.replace(temporary, path)
 
 
-def unfinished(plan, part, failed):
-    """The runs that may start now, in order. part: the number of the only part that counts, or None."""
-    tasks = plan.tasks(failed)
-    return (t for t in tasks if part in (None, t.part) and t.name not in failed and plan.summary(t) is None)
+async def run(plan: Plan, gpus: list[str | None], stop_signals: list[signal.Signals]) -> list[str]:
+    """Run what is not over, one run at a time on each GPU. Returns the names of the runs that failed.
 
+    gpus: entries of CUDA_VISIBLE_DEVICES, or [None] for one run at a time on any device; stop_signals: signals that
+    are received are added to this list, and then no run starts any more, and those that are running save and end.
+    """
+    failures: list[str] = []
+    if os.name == "posix":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            asyncio.get_running_loop().add_signal_handler(number, stop_signals.append, signal.Signals(number))
 
-def run(plan, free):
-    """Run what is not over. free: of `slots`. Returns (failed: name -> reason, the signal that stopped it or None)."""
-    part, failed = plan.options.member, {}
-    n_slots, shown = len(free), time.monotonic()
-    say(plan.parts())
-    say(status(plan, [], n_slots))
-    with ForwardedSignals() as signals:
-        running = signals.children
-        while True:
-            waiting = [] if signals.received else list(unfinished(plan, part, failed))
-            for task in waiting:
-                if free and task.name not in [child.task.name for child in running]:
-                    running.append(Child(task, free.pop(0), n_slots))
-                    say(f"{task.name} starts; its log is {task.folder.log}")
-            if not running:
-                return failed, signals.received
-            if signals.received:  # while a child was being started
-                signals.stop_children()
-            while not any(child.is_over() for child in running):
-                time.sleep(POLL_SECONDS)
-                if time.monotonic() - shown > STATUS_SECONDS:
-                    shown = time.monotonic()
-                    say(status(plan, running, n_slots))
-            for child in [child for child in running if child.is_over()]:
-                running.remove(child)
-                free.append(child.gpu)
-                if child.error() is None and plan.summary(child.task):
-                    say(f"{child.task.name} is over; {status(plan, running, n_slots)}")
-                elif not signals.received:
-                    failed[child.task.name] = child.error() or "it wrote no summary.json"
-                    say(f"{child.task.name} failed: {failed[child.task.name]}; the rest goes on")
+    async def run_jobs(jobs: Iterator[int], gpu: str | None) -> None:
+        """Run jobs on this GPU until none is left. Others take jobs from the same iterator."""
+        for job in jobs:
+            while not stop_signals and (task := plan.next_task(job)) and task.name not in failures:
+                say(f"{task.name} starts; its log is {task.config.folder().log}")
+                code = await run_child(task, gpu, len(gpus), stop_signals)
+                if plan.summary(task):
+                    say(f"{task.name} is over")
+                elif not stop_signals:
+                    say(f"{task.name} failed with exit code {code}; the rest goes on")
+                    failures.append(task.name)
                 write_results(plan)
 
-
-def slots(gpus):
-    """Where runs may be at the same time: entries of CUDA_VISIBLE_DEVICES; without --gpus one place, None."""
-    if not gpus:
-        return [None]
-    from machine.ranks import visible_gpus  # here, since it imports torch
-
-    return visible_gpus(gpus)
+    jobs = [plan.options.member] if plan.options.member else range(1, len(plan.jobs()) + 1)
+    for are_final in (False, True):
+        waiting = iter([job for job in jobs if (job > len(plan.members)) == are_final])
+        await asyncio.gather(*(run_jobs(waiting, gpu) for gpu in gpus))
+    return failures
 
 
-def status(plan, running, n_slots):
-    """What is left, and how long it will take, in a line."""
-    left, seconds, unknown = [], 0.0, []
-    tasks = plan.tasks([])
-    for kind in ("search", "selection", "final"):
-        of_kind = [task for task in tasks if task.kind == kind]
-        over = [task for task in of_kind if plan.summary(task)]
-        n_left = plan.count_of(kind) - len(over)
-        if n_left:
-            left.append(f"{n_left} of {plan.count_of(kind)} {kind} runs")
-            epochs = n_left * plan.epochs_of(kind) - sum(task.epochs_done() for task in of_kind if task not in over)
-            rate = seconds_per_epoch(plan, kind, over, running)
-            unknown += [kind] if rate is None else []
-            seconds += epochs * (rate or 0.0)
-    if not left:
-        return "nothing is left"
-    times = [f"about {timedelta(seconds=round(seconds / n_slots))}"] if seconds else []
-    times += [f"no time is known yet of {' and '.join(unknown)} runs"] if unknown else []
-    return f"left: {', '.join(left)}; {', '.join(times)}"
+async def run_child(task: Task, gpu: str | None, n_gpus: int, stop_signals: list[signal.Signals]) -> int:
+    """Run a task in a process of its own, and return its exit code. Its errors are printed by this process.
+
+    n_gpus: how many runs share the CPU cores; stop_signals: when there is one, the run is asked to save and to end.
+    """
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_gpus)))
+    process = subprocess.Popen(
+        task.command(),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # the run writes a log
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 -- a single system call
+    )
+    while process.poll() is None and not stop_signals:
+        await asyncio.sleep(POLL_SECONDS)
+    process.terminate()  # no effect if it is over; not SIGINT, since Ctrl-C sent it one, and a second ends it at once
+    while process.poll() is None:
+        await asyncio.sleep(POLL_SECONDS)
+    return process.returncode
 
 
-def seconds_per_epoch(plan, kind, over, running):
-    """Of a kind of run: measured on those that are over, else on those that are running; None where nothing is."""
-    rates = [plan.summary(task)["seconds"] / plan.summary(task)["epochs"] for task in over]
-    rates = rates or [rate for child in running if child.task.kind == kind and (rate := child.seconds_per_epoch())]
-    if rates:
-        return sum(rates) / len(rates)
-    if kind == "final":  # on all training images
-        selections = [task for task in plan.tasks([]) if task.kind == "selection" and plan.summary(task)]
-        rate = seconds_per_epoch(plan, "selection", selections, running)
-        return rate and rate / (1 - plan.options.hold_out)
-    return None
+def end_with_parent() -> None:
+    """Kill this process when its parent ends. Otherwise the protocol, started again, would run the task twice."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def say(line):
+def say(line: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
 

@@ -20,7 +20,7 @@ from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from 
     plot,
     write_picture,
 )
-from run.folder import RunFolder, check_file, read_json
+from run.folder import RunFolder, check_file, read_json, reading
 
 
 def main():
@@ -69,15 +69,14 @@ def write_report(folders, output):
 
 def write_comparison(files, output):
     """Write the report of protocols, by default beside the file of a single one, and print its path."""
-    from report.comparison import check, write  # here, since it imports torch and matplotlib
+    from report.comparison import write  # here, since it imports torch and matplotlib
 
-    contents = {file: read_json(file) for file in files}
-    for file, content in contents.items():
-        check(content, file)
+    contents = [read_json(file) for file in files]
     path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
     if not output:
         check_file(path)
-    write(list(contents.values()), path)
+    with reading(", ".join(files)):
+        write(contents, path)
     print(path)
 
 

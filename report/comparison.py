@@ -4,7 +4,6 @@
 """
 
 import html
-import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -14,12 +13,11 @@ from string import Template
 from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from evidence.intervals import difference_interval, mean_interval
-from experiment.members import CHANCE, RESULTS, have_other_images
+from experiment.members import CHANCE
 from genotypes import from_str
 from report import figures
 from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
 from report.story import KINDS
-from run.forms import misfit
 
 NONE = "-"  # in a table
 KINDS_OF_RUNS = ("search", "selection", "final")
@@ -103,8 +101,9 @@ def what_differs(a, b):
     """Why two results can't be compared: the names of the conditions that differ."""
     ours, others = conditions(a), conditions(b)
     names = [name for name in ours if ours[name] != others[name]]
-    pairs = itertools.product(fingerprints(a).items(), fingerprints(b).items())
-    return names + ["images"] * any(have_other_images(*ours, *others) for ours, others in pairs)
+    images_a, images_b = fingerprints(a), fingerprints(b)
+    have_other_images = any(images_a[kind] != images_b[kind] for kind in images_a.keys() & images_b.keys())
+    return names + ["images"] * have_other_images
 
 
 def conditions(results):
@@ -134,13 +133,6 @@ def changed(options, config):
     """The options other than the defaults of `config`, as text, which options of later versions do not change."""
     defaults = vars(config.defaults())
     return json.dumps({name: value for name, value in options.items() if value != defaults.get(name)}, sort_keys=True)
-
-
-def check(results, path):
-    """Raise UserError, which names the file, unless this is the content of a results.json."""
-    found = misfit(results, RESULTS)
-    if found:
-        raise UserError(f"{path} is no results.json of protocol.py, or one of another version: {found}")
 
 
 def column(group):

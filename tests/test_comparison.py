@@ -171,9 +171,8 @@ A, B = "0123456789abcdef", "fedcba9876543210"
         ("selection", {"training": A, "held_out": A}, "selection", {"training": A, "held_out": A}, True),
         ("selection", {"training": A, "held_out": A}, "selection", {"training": B, "held_out": A}, False),
         ("selection", {"training": A, "held_out": A}, "selection", {"training": A, "held_out": B}, False),
-        ("selection", {"training": A, "held_out": A}, "selection", {}, True),  # of an older version: not known
+        ("selection", {"training": A, "held_out": A}, "selection", {}, True),  # not known
         ("final", {"training": A, "test": A}, "final", {"training": A, "test": B}, False),
-        ("search", {"training": A}, "final", {"training": B, "test": B}, False),
         ("search", {"training": A}, "final", {"training": A, "test": B}, True),
         ("search", {"training": A}, "selection", {"training": B, "held_out": B}, True),  # all but those held out
     ],
@@ -306,7 +305,7 @@ def test_visualize_writes_several_results_side_by_side(tmp_path):
     assert run_script("visualize.py", "a/results.json", cwd=tmp_path).stdout == "a/report.html\n"
     write_json(tmp_path / "b/results.json", {"members": [{}]})
     assert_one_line_error(
-        run_script("visualize.py", "b/results.json", cwd=tmp_path), "b/results.json is no results.json"
+        run_script("visualize.py", "b/results.json", cwd=tmp_path), "b/results.json is not as this program writes it"
     )
 
 
@@ -335,8 +334,6 @@ def test_the_tables_of_our_own_results_are_those_of_their_files():
     named = re.search(r"python visualize.py (.*) --output docs/results.svg", page)[1].split()
     assert sorted(named) == sorted(f"docs/results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.json"))
     all_results = [json.loads((ROOT / name).read_text()) for name in named]
-    for results, name in zip(all_results, named):
-        comparison.check(results, name)
     (group,) = comparison.grouped(all_results)
     for images in comparison.IMAGES:
         assert comparison.markdown(comparison.methods_of(group), images) in page
