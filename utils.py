@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from command_line.errors import UserError
+from command_line.errors import UserError, warn
 from images.data_sets import DATASETS, hold_out_of_training, pixel_statistics
-from images.image_folder import listed
+from images.image_folder import distinguishable, listed
 from images.loading import Images
 from models.costs import param_size
 from preproc import data_transforms
@@ -40,23 +40,27 @@ def get_data(
     crops=False,
     mean_std=None,
     hold_out=0.0,
+    augmentation=None,
+    resize="crop",
 ):
     """Load a data set: [input_size, input_channels, n_classes, train_data], and valid_data if `validation`.
 
     dataset: a key of `DATASETS`; data_path: its folder; cutout_length: in pixels, for training, reduced to half of the
     image's side if it is larger; seed: of the augmentation; mean_std: per channel, to normalise by instead of the data
     set's. For the data set `folder` only: image_size (pixels a side) and image_channels (1 or 3); skip_bad_images:
-    leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet. hold_out: a
-    fraction of the training images which then are valid_data, in the place of the test images: these are not opened.
-    train_data and valid_data are `Images`. Raises UserError if the data set is unknown or cannot be loaded.
+    leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet; resize: how an
+    image that is not square gets its size, see `open_image`. hold_out: a fraction of the training images which then are
+    valid_data, in the place of the test images: these are not opened. augmentation: see `data_transforms`. train_data
+    and valid_data are `Images`. Raises UserError if the data set is unknown or cannot be loaded.
     """
-    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops}
+    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "resize": resize}
     size, channels, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
     source, labels, n_classes = load(train=True)
     if hold_out:
         source, labels, *held_out = hold_out_of_training(source, labels, hold_out)
     mean_std = mean_std or DATASETS[dataset].mean_std or pixel_statistics(source)
-    train, valid = data_transforms(dataset, min(cutout_length, size // 2), size, mean_std, crops)
+    cutout_length = min(cutout_length, size // 2)
+    train, valid = data_transforms(dataset, cutout_length, size, mean_std, crops, augmentation, resize)
     data = [size, channels, n_classes, Images(source, labels, train, valid, seed)]
     if validation and hold_out:
         data.append(Images(*held_out, valid, valid, seed))
@@ -65,8 +69,10 @@ def get_data(
         data.append(Images(source, labels, valid, valid, seed))
         differing = set(data[3].class_names(n_classes)) ^ set(data[4].class_names(n_test_classes))
         if differing:
-            names = listed(sorted(differing))
+            names = listed(distinguishable(sorted(differing)))
             raise UserError(f"{data_path}: train/ and val/ must hold the same classes; only one has {names}")
+        if data[4].is_copy_of(data[3]):
+            warn(f"{data_path}: val/ has the images of train/, so its accuracy says nothing about other images")
     return data
 
 
@@ -78,12 +84,13 @@ def get_test_data(
     image_channels=None,
     skip_bad_images=False,
     crops=False,
+    resize="crop",
 ):
     """Only the test images, as the valid_data of `get_data`. A `folder` with val/ needs no train/ then."""
-    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops}
+    folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "resize": resize}
     size, _, load = _data_set(dataset, data_path, image_size, image_channels, folder_options)
     source, labels, _ = load(train=False)
-    _, valid = data_transforms(dataset, 0, size, mean_std, crops)
+    _, valid = data_transforms(dataset, 0, size, mean_std, crops, resize=resize)
     return Images(source, labels, valid, valid, seed=0)
 
 

@@ -71,16 +71,18 @@ def load_digits(path, train, size, channels):
     return *subset(list(zip(images, labels)), labels, train_indices if train else test_indices), 10
 
 
-def load_folder(path, train, size, channels, skip_bad_images=False, whole=False):
+def load_folder(path, train, size, channels, skip_bad_images=False, whole=False, resize="crop"):
     """Images in `path`/train/CLASS/ and `path`/val/CLASS/. Without val/, about a fifth of train/ is the test set.
 
-    whole: do not resize the images; skip_bad_images: see `list_folder`. Without val/, the test images are those whose
-    names have a hash in the lowest of `HELD_OUT` equal ranges: so an image that is added moves at most one other.
+    whole: leave the images as large as they are; resize, skip_bad_images: see `list_folder`. Without val/, the test
+    images are those whose names have a hash in the lowest of `HELD_OUT` equal ranges: so an image that is added moves
+    at most one other.
     """
     root = Path(path)
     has_val = (root / "val").is_dir()
     split = "val" if has_val and not train else "train"
-    folder = list_folder(root / split, None if whole else size, {1: "L", 3: "RGB"}[channels], skip_bad_images)
+    mode = {1: "L", 3: "RGB"}[channels]
+    folder = list_folder(root / split, None if whole else size, mode, resize, skip_bad_images)
     others = {other.name for other in root.glob("[!.]*/")} - {"train", "val", *SYSTEM_NAMES}
     if others:
         without_val = "" if has_val else ", and without val/ a fifth of train/ is held out"

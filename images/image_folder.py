@@ -5,7 +5,9 @@ Listing reads file names only, in time linear in their number. An image is read 
 
 import functools
 import os
+import unicodedata
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +40,8 @@ class ImageFolder:
     """The images in root/CLASS/ and its subfolders, sorted by class and path. folder[i] is (PIL image, label).
 
     classes: the names of the classes, sorted, with bytes that are not UTF-8 written as \\xNN; names: the files' paths
-    relative to root, with slashes; labels: for each image an index into `classes`; size, mode: see `open_image`.
+    relative to root, with slashes; labels: for each image an index into `classes`; size, mode, resize: see
+    `open_image`.
     """
 
     root: str
@@ -47,28 +50,32 @@ class ImageFolder:
     labels: list[int]
     size: int | None
     mode: str
+    resize: str = "crop"
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        return open_image(os.path.join(self.root, self.names[i]), self.size, self.mode), self.labels[i]
+        file = os.path.join(self.root, self.names[i])
+        return open_image(file, self.size, self.mode, self.resize), self.labels[i]
 
     def subset(self, indices: list[int]) -> "ImageFolder":
         """An `ImageFolder` with only the images of these indices."""
         return replace(self, names=[self.names[i] for i in indices], labels=[self.labels[i] for i in indices])
 
 
-def list_folder(root: str | Path, size: int | None, mode: str, skip_bad_images: bool = False) -> ImageFolder:
+def list_folder(
+    root: str | Path, size: int | None, mode: str, resize: str = "crop", skip_bad_images: bool = False
+) -> ImageFolder:
     """List the `ImageFolder` at `root`, following links. A warning names what is left out, hidden files excepted.
 
-    size, mode: see `open_image`; skip_bad_images: read all images first, and leave out those that cannot be read, with
-    a warning that counts them. Raises UserError unless there are at least two classes, each with an image.
+    size, mode, resize: see `open_image`; skip_bad_images: read all images first, and leave out those that cannot be
+    read, with a warning that counts them. Raises UserError unless there are at least two classes, each with an image.
     """
     root = str(root)
     if not os.path.isdir(root):
         raise UserError(f"image folder {root} does not exist; --data-path must name a folder that holds train/CLASS/*")
-    folder = ImageFolder(root, [], [], [], size, mode)
+    folder = ImageFolder(root, [], [], [], size, mode, resize)
     left_out = []  # paths
     for entry in _visible_entries(root, left_out):
         if entry.is_dir():
@@ -146,18 +153,26 @@ def _readable_images(folder):
     return folder.subset([i for i, error in enumerate(errors) if not error])
 
 
+def distinguishable(names: list[str]) -> list[str]:
+    """The names, but with escapes in those that look like another, such as composed and decomposed letters."""
+    looks = [" ".join(unicodedata.normalize("NFKC", name).split()) for name in names]
+    counts = Counter(looks)
+    return [ascii(name) if counts[look] > 1 else name for name, look in zip(names, looks)]
+
+
 def listed(words: list[str]) -> str:
     """The words, separated by commas; only the first `MAX_LISTED`, and how many more there are."""
     more = f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else ""
     return ", ".join(words[:MAX_LISTED]) + more
 
 
-def open_image(file: str | Path, size: int | None, mode: str) -> Image.Image:
-    """The middle square of an image, scaled to `size` pixels a side; the whole image if size is None.
+def open_image(file: str | Path, size: int | None, mode: str, resize: str = "crop") -> Image.Image:
+    """An image file as an image of `size` pixels a side; if size is None, as one of its own size.
 
-    mode: "L" or "RGB". The image is turned by its EXIF orientation. Transparent parts are blended with white. Of 16
-    bits the upper 8 are used without rescaling, so a camera's 12 bits in a 16-bit file become nearly black. Of several
-    frames or pages the first is used. Raises UserError if the image cannot be read.
+    mode: "L" or "RGB"; resize: "crop", the middle square of the image, or "squeeze", the whole of it, whose height and
+    width are scaled differently if it is not square. The image is turned by its EXIF orientation. Transparent parts are
+    blended with white. Of 16 bits the upper 8 are used without rescaling, so a camera's 12 bits in a 16-bit file become
+    nearly black. Of several frames or pages the first is used. Raises UserError if the image cannot be read.
     """
     try:
         with Image.open(file, formats=FORMATS) as opened:
@@ -170,6 +185,8 @@ def open_image(file: str | Path, size: int | None, mode: str) -> Image.Image:
         raise UserError(f"cannot read the image {file}: {reason}; --skip-bad-images goes on without it") from None
     if size is None:
         return image
+    if resize == "squeeze":
+        return image.resize((size, size), Image.Resampling.BILINEAR)
     scale = size / min(image.size)
     if scale != 1:
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)

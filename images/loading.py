@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from command_line.errors import UserError
-from images.image_folder import listed
+from images.image_folder import distinguishable, listed
 from machine import ranks
 from machine.signals import STOP_SIGNALS
 
@@ -72,7 +72,8 @@ class Images(Dataset):
 
     def describe_classes(self) -> str:
         """The first classes with their numbers of images, for a log line."""
-        return listed([f"{name} {count}" for name, count in self.class_counts().items()])
+        counts = self.class_counts()
+        return listed([f"{name} {count}" for name, count in zip(distinguishable(list(counts)), counts.values())])
 
     def fingerprint(self) -> dict:
         """A dict of built-in types, saved with a run to check later whether the images are still the same.
@@ -84,6 +85,12 @@ class Images(Dataset):
         lines = (os.fsencode(name) + b"\0%d\n" % label for name, label in zip(names, self.labels))
         digest = hashlib.sha256(b"".join(lines)).hexdigest()
         return {"classes": self.class_counts(), "sha256": digest}
+
+    def is_copy_of(self, other: "Images") -> bool:
+        """Whether names and labels are equal, and the pixels of about ten images."""
+        if len(self) != len(other) or self.fingerprint() != other.fingerprint():
+            return False
+        return all(self.source[i] == other.source[i] for i in range(0, len(self), math.ceil(len(self) / 10)))
 
     def normalisation(self) -> tuple[tuple, tuple]:
         """The (mean, std) per channel that normalise the pixels, which are in [0, 1]."""
@@ -102,7 +109,8 @@ def check_unchanged(images: dict[str, Images], results: dict) -> None:
         before, after = saved["classes"], now["classes"]
         changed = [label for label in before | after if before.get(label) != after.get(label)]
         if changed:
-            counts = listed([f"{label} {before.get(label, 0)} -> {after.get(label, 0)}" for label in changed])
+            counts = [f"{before.get(label, 0)} -> {after.get(label, 0)}" for label in changed]
+            counts = listed([f"{label} {count}" for label, count in zip(distinguishable(changed), counts)])
             raise UserError(f"the {name} images are no longer those of the run; images of a class: {counts}")
         if saved != now:
             raise UserError(f"the {name} images are no longer those of the run: they have other names or labels")

@@ -240,6 +240,55 @@ def test_training_images_of_one_value_are_warned_of(image_folder, capsys):
     assert "in a channel all pixels of the training images are equal" in capsys.readouterr().err
 
 
+def test_class_names_that_look_alike_are_told_apart(image_folder):
+    root = image_folder(splits=("train",), classes=("Gr\u00f6\u00dfe", "a", "b"))
+    image_folder(root, splits=("val",), classes=("Gro\u0308\u00dfe", "a ", "c"))
+    with pytest.raises(UserError) as error:
+        get_data("folder", root, 0, True)
+    assert str(error.value).endswith("only one has 'Gro\\u0308\\xdfe', 'Gr\\xf6\\xdfe', 'a', 'a ', b, c")
+
+
+def test_a_warning_says_that_val_is_a_copy_of_train(image_folder, capsys):
+    root = image_folder()  # the same names, other pixels
+    get_data("folder", root, 0, True)
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train", root / "val")
+    get_data("folder", root, 0, True)
+    assert "val/ has the images of train/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_the_augmentation_of_any_data_set_can_be_chosen(crops, image_folder):
+    options = {"image_size": 16, "crops": crops}
+    root = image_folder()
+    *_, data = get_data("folder", root, 0, False, augmentation="none", **options)
+    assert torch.equal(data[1, 0][0], data.without_augmentation()[0][0])
+    *_, flipped = get_data("folder", root, 0, False, augmentation="flip", **options)
+    views = torch.stack([flipped[epoch, 0][0] for epoch in range(20)])
+    plain = data[0][0]
+    assert all(torch.equal(view, plain) or torch.equal(view, plain.flip(2)) for view in views)
+    assert len(views.unique(dim=0)) == 2
+    *_, moved = get_data("digits", "", 0, False, augmentation="crop+affine")
+    assert "RandomCrop" in str(moved.transform)
+    assert "RandomAffine" in str(moved.transform)
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_the_ends_of_a_long_image_are_seen_if_it_is_squeezed(crops, tmp_path):
+    for name, grey in (("dark", 0), ("bright", 255)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        image = Image.new("L", (128, 32), 100)
+        image.paste(grey, (0, 0, 16, 32))
+        for i in range(2):
+            image.save(tmp_path / "train" / name / f"{i}.png")
+    for resize, differ in (("crop", False), ("squeeze", True)):
+        *_, data = get_data("folder", tmp_path, 0, False, image_size=32, crops=crops, resize=resize)
+        bright, dark = (data.without_augmentation()[i][0] for i in range(2))
+        assert bright.shape == (3, 32, 32)
+        assert (not torch.equal(bright, dark)) == differ
+
+
 def test_test_images_are_read_without_train(image_folder):
     root = image_folder()
     *_, val = get_data("folder", root, 0, True)

@@ -4,8 +4,9 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+import preproc
 from command_line.errors import UserError
 from images.image_folder import open_image
 
@@ -126,6 +127,43 @@ def test_of_several_frames_or_pages_the_first_is_read(ending, tmp_path):
     options = {"lossless": True} if ending == "webp" else {}
     frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **options)
     assert pixels(tmp_path / f"x.{ending}", "RGB")[0, 0].tolist() == [255, 0, 0]
+
+
+def follow(file, size, channels, crops, resize):
+    """What `preproc.preprocessing` says, done with Pillow and NumPy alone."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert({1: "L", 3: "RGB"}[channels])
+    if resize == "squeeze":
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    shorter = size * 8 // 7 if crops else size
+    sides = [side * shorter / min(image.size) for side in image.size]
+    image = image.resize([int(side) if crops else round(side) for side in sides], Image.Resampling.BILINEAR)
+    left, top = ((side - size) // 2 for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize("resize", preproc.RESIZES)
+@pytest.mark.parametrize("crops", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_said_of_the_preprocessing_can_be_followed(channels, crops, resize, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 84, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "phone.jpg", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "transparent.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "16 bits.png")
+    text = preproc.preprocessing("folder", 28, channels, crops, resize)
+    for mention in ("EXIF", "white", "16 bits", "antialiased", "28 x 28"):
+        assert mention in text
+    _, transform = preproc.data_transforms("folder", 0, 28, None, crops, resize=resize)
+    for file in tmp_path.iterdir():
+        image = open_image(file, None if crops else 28, {1: "L", 3: "RGB"}[channels], resize)
+        seen = (transform(image) * 255).round().byte().permute(1, 2, 0).numpy().squeeze()
+        assert np.abs(seen.astype(int) - follow(file, 28, channels, crops, resize)).max() <= 1, file
 
 
 def test_files_that_are_not_images_are_one_line_and_damaged_ones_too_or_an_image(tmp_path):
