@@ -89,7 +89,7 @@ def augment(network):
         "genotype": config.genotype,
         "input_size": size,
         "input_channels": channels,
-        "preprocessing": preprocessing(config.dataset, size, config.stem == "imagenet"),
+        "preprocessing": preprocessing(config.dataset, size, channels, config.stem == "imagenet"),
         "classes": val_data.class_names(n_classes),
         "data": {"training": trn_data.fingerprint(), config.measured_on: val_data.fingerprint()},
     }

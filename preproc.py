@@ -30,7 +30,6 @@ class Cutout:
         return f"Cutout(length={self.length})"
 
 
-RESIZES = ("crop", "squeeze")  # how an image that is not square gets its size; see `images.image_folder.open_image`
 AUGMENTATIONS = {  # name -> function of the side of the images, in pixels, that returns a random transform
     "none": lambda size: transforms.Compose([]),
     "crop": lambda size: transforms.RandomCrop(size, padding=size // 8),  # 4 pixels at 32
@@ -82,7 +81,7 @@ def data_transforms(
     it has none, images are not normalised, which is why `get_data` computes them); crops: the images have any size,
     which these transforms change to `size`; augmentation: names of `AUGMENTATIONS`, joined by +, in the order in which
     they are applied (default: that of the data set; with `crops` random resized crops, flips and colour changes);
-    resize: one of `RESIZES`, with `crops` only. Raises ValueError for an unknown data set.
+    resize: one of `images.image_folder.RESIZES`, with `crops` only. Raises ValueError for an unknown data set.
 
     All randomness is drawn from torch's global generator, which `images.loading.Images` seeds for each sample.
     """

@@ -20,6 +20,7 @@ from command_line.errors import UserError, warn
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # accepted formats of the content of a file
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini")  # ignored as hidden names are
+RESIZES = ("crop", "squeeze")  # how an image that is not square gets its size; see `open_image`
 MAX_LISTED = 10  # the largest number of names in a message
 UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

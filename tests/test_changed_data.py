@@ -32,10 +32,8 @@ def test_a_search_is_not_resumed_on_other_images(image_folder, tmp_path):
     log = succeed(*SEARCH, 1, "--data-path", images, cwd=tmp_path)
     assert "images of each class: left 12, right 12" in log
     shutil.copy(images / "train/left/000.png", images / "train/left/new.png")
-    before = (run / "log.txt").read_bytes()
     resumed = run_script("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
     assert_one_line_error(resumed, "training images", "left 12 -> 13")
-    assert (run / "log.txt").read_bytes() == before
     (images / "train/left/new.png").unlink()
     succeed("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
 
