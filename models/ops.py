@@ -195,18 +195,18 @@ class PartialMixedOp(MixedOp):
     def forward(self, x, weights):
         if self.K == 1:
             return super().forward(x, weights)
-        return self.joined(super().forward(self.seen(x), weights), weights.sum() * self.passed(x))
+        return self.merge(super().forward(self.select(x), weights), weights.sum() * self.bypass(x))
 
-    def seen(self, x):
+    def select(self, x):
         """The channels that the candidates see."""
         return x[:, : x.shape[1] // self.K]
 
-    def passed(self, x):
+    def bypass(self, x):
         """The channels that pass by, of ceil(size / stride) pixels a side."""
         rest = x[:, x.shape[1] // self.K :]
         return F.max_pool2d(rest, 2, ceil_mode=True) if self.stride == 2 else rest
 
-    def joined(self, mixed, passed):
+    def merge(self, mixed, passed):
         """All channels, shuffled in K groups; linear, so that a node's edges can be summed first."""
         x = torch.cat([mixed, passed], dim=1)
         return x.unflatten(1, (self.K, -1)).transpose(1, 2).flatten(1, 2)

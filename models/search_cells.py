@@ -61,7 +61,7 @@ class SearchCell(nn.Module):
         Returns the concatenation of the nodes, (N, n_nodes * C, H, W).
         """
         s0, s1 = self.preproc0(s0), self.preproc1(s1)
-        if self.execution == "fused" and search_cell.can_run(s0):
+        if self.execution == "fused" and search_cell.can_run(self.dag, s0, w_dag):
             nodes = search_cell.fused_nodes(self.dag, s0, s1, w_dag)
         else:
             nodes = plain_nodes(self.dag, s0, s1, w_dag)

@@ -12,18 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.fast import native
+from models.fast.depthwise import convolve, dense_gradient, every_second, pixels_read
 
 CC = os.environ.get("CC") or "cc"
 COMPILE = native._library.__wrapped__
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4}
 
-
-needs_compiler = pytest.mark.skipif(not native.knows(torch.float32), reason="needs a C compiler")
-pytestmark = needs_compiler
+pytestmark = pytest.mark.skipif(not native.knows(torch.float32), reason="needs a C compiler")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def keeps_threads():
+def threads_of_other_tests():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -44,30 +43,24 @@ def close(found, expected, dtype, magnitudes=None):
 sizes = {
     "N": st.integers(1, 5),
     "H": st.integers(1, 14),
-    "W": st.integers(1, 14),
+    "W": st.one_of(st.integers(1, 14), st.sampled_from([127, 128, 129, 1025])),  # C sums over blocks of pixels
     "C": st.integers(1, 37),
     "seed": st.integers(0, 2**31),
     "dtype": st.sampled_from(list(DTYPES)),
     "threads": st.integers(1, 7),
 }
+several = st.integers(1, 4)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    K=st.integers(1, 37),
-    edges=st.integers(1, 4),
-    terms=st.integers(1, 3),
-    with_bases=st.booleans(),
-    with_shifts=st.booleans(),
-    **sizes,
-)
+@given(K=st.integers(1, 37), edges=several, terms=several, with_bases=st.booleans(), with_shifts=st.booleans(), **sizes)
 def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, edges, terms, with_bases, with_shifts, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    channels = [K + i for i in range(terms)]
-    given_terms = [
-        ([images(N, k, H, W, dtype) for _ in range(edges)], torch.randn(edges, k, C, dtype=dtype)) for k in channels
-    ]
+    given_terms = []
+    for i in range(terms):
+        xs = [images(N, K + i, H, W, dtype) for _ in range(edges)]
+        given_terms.append((xs, torch.randn(edges, K + i, C, dtype=dtype)))
     bases = [images(N, C, H, W, dtype) for _ in range(edges)] if with_bases else None
     shifts = torch.randn(edges, C, dtype=dtype) if with_shifts else None
     found = native.mix(given_terms, bases, shifts)
@@ -79,7 +72,7 @@ def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, edges, terms, with_bases
 
 
 @settings(max_examples=60, deadline=None)
-@given(K=st.integers(1, 37), pairs=st.integers(1, 4), **sizes)
+@given(K=st.integers(1, 37), pairs=several, **sizes)
 def test_products_are_sums_over_pixels(N, H, W, C, K, pairs, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -91,20 +84,8 @@ def test_products_are_sums_over_pixels(N, H, W, C, K, pairs, seed, dtype, thread
     close(products, exact, dtype, magnitudes)
 
 
-@pytest.mark.parametrize("pixels", [1, 127, 128, 129, 1023, 1024, 1025, 1153, 2500])
-def test_products_of_many_pixels(pixels):
-    torch.manual_seed(0)
-    a, b = images(1, 3, 1, pixels), images(pixels, 5, 1, 1)
-    b = b.permute(2, 1, 3, 0)  # as a's, but not channels-last
-    sums, products = native.products([a], [b])
-    close(sums[0], a.sum((0, 2, 3)), torch.float64)
-    close(products[0], torch.einsum("nkhw,nchw->kc", a, b), torch.float64)
-    (y,) = native.mix([([a], products)], [b], sums.new_ones(1, 5))
-    close(y, torch.einsum("nkhw,kc->nchw", a, products[0]) + b + 1, torch.float64)
-
-
 @settings(max_examples=60, deadline=None)
-@given(T=st.integers(1, 4), edges=st.integers(1, 4), **sizes)
+@given(T=several, edges=several, **sizes)
 def test_blends_and_dots_are_weighted_sums_and_their_gradient(N, H, W, C, T, edges, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -125,20 +106,18 @@ def test_blends_and_dots_are_weighted_sums_and_their_gradient(N, H, W, C, T, edg
     n=st.integers(2, 60),
     C=st.integers(1, 18),
     K=st.integers(1, 18),
-    edges=st.integers(1, 3),
-    terms=st.integers(1, 3),
+    edges=several,
+    terms=several,
     scales=st.sampled_from(["none", "one", "each"]),
     with_bias=st.booleans(),
     seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from(list(DTYPES)),
 )
-def test_fold_is_batch_normalisation_of_products_and_its_gradient(
-    n, C, K, edges, terms, scales, with_bias, seed, dtype
-):
-    """z are numbers of float32, so that both types see the same, and of a mean apart from 0."""
+def test_fold_is_batch_normalisation_of_products(n, C, K, edges, terms, scales, with_bias, seed, dtype):
+    """And `fold_gradients` its gradient. z are numbers of float32, so that both types see the same."""
 
     def near(one, other):
-        """Of numbers around 1, small ones are differences."""
+        """Small numbers are differences of numbers around 1."""
         assert (one.double() - other).norm() <= DTYPES[dtype] * (other.norm() + other.numel() ** 0.5)
 
     torch.manual_seed(seed)
@@ -157,39 +136,34 @@ def test_fold_is_batch_normalisation_of_products_and_its_gradient(
     near(mean, u.mean(1))
     near(var, u.var(1))
     found = (z.double() @ A.double()).unflatten(0, (terms, edges)).sum(0) + shifts.double()[:, None]
-    expected = y.unflatten(0, (terms, edges)).sum(0)
-    near(found, expected if bias is None else expected + bias[:, None])
+    near(found, y.unflatten(0, (terms, edges)).sum(0) + (bias.double()[:, None] if with_bias else 0))
 
     dz, dM, dscale = torch.autograd.grad(y, (exact_z, exact_M, exact_scale), g.double())
     of_g = g.double().sum(1), g.double().mT @ z.double()
-    wants_scale = scale is not None
     found_dscale, found_dM, A, D, shift = native.fold_gradients(
-        *of_g, float(n), M, scale, moments, wants_scale, True, True
+        *of_g, float(n), M, scale, moments, scale is not None, True, True
     )
     near(found_dM, dM)
-    if wants_scale:
+    if scale is not None:
         near(found_dscale, dscale)
     near(g.double() @ A.double() + z.double() @ D.double() + shift.double()[:, None], dz)
 
 
+kernels = st.tuples(
+    st.sampled_from([1, 3, 5, 7]),
+    st.integers(1, 3),  # stride
+    st.integers(1, 3),  # dilation
+    st.lists(st.integers(0, 2), min_size=1),  # for each of several kernels the image that it convolves
+)
+
+
 @pytest.mark.long
 @settings(max_examples=60, deadline=None)
-@given(
-    kernels=st.lists(
-        st.tuples(
-            st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(0, 2), min_size=1)
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    relus=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    **sizes,
-)
+@given(kernels=st.lists(kernels, min_size=1, max_size=4), relus=st.tuples(*[st.booleans()] * 3), **sizes)
 def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relus, seed, dtype, threads):
-    """Three images; each of the kernels' rows convolves one of them."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    xs = [images(N, C, H, W, dtype) for _ in relus]
+    xs = [images(N, C, H, min(W, 14), dtype) for _ in relus]
     weights = [torch.randn(len(rows), C, 1, k, k, dtype=dtype) for k, _, _, rows in kernels]
     convolutions = [
         (image, place, row, (stride, dilation * (k // 2), dilation))
@@ -214,6 +188,39 @@ def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relus, 
                 close(one, gradient, dtype)
             else:
                 assert one is None
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("k", [3, 5])
+def test_a_convolution_of_the_pixels_that_it_reads_is_the_convolution(k, dilation, stride):
+    torch.manual_seed(0)
+    geometry = stride, dilation * (k // 2), dilation
+    for size in ((1, 1), (2, 2), (3, 5), (8, 8), (9, 13)):
+        x, weight = images(3, 5, *size).requires_grad_(), torch.randn(5, 1, k, k).double().requires_grad_()
+        expected = F.conv2d(x, weight, None, *geometry, 5)
+        reads_every_second, settings_of_c = pixels_read(*geometry)
+        (z,) = convolve([every_second(x) if reads_every_second else x], [False], [weight], [(0, 0, 0, settings_of_c)])
+        towards = torch.randn_like(expected)
+        for a, b in zip(
+            (z, *torch.autograd.grad(z, (x, weight), towards)),
+            (expected, *torch.autograd.grad(expected, (x, weight), towards)),
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_views_have_the_strides_of_their_tensors():
+    x = images(2, 3, 7, 8).requires_grad_()
+    g = images(2, 9, 7, 8)[:, 3:6]
+    (dense,) = torch.autograd.grad(dense_gradient(x), x, g)
+    assert torch.equal(dense, g)
+    assert dense.stride() == x.stride() != g.stride()
+    for first in (0, 1):
+        assert torch.equal(every_second(x, first), x[..., first::2, first::2])
+        (gradient,) = torch.autograd.grad(every_second(x, first).sum(), x)
+        (expected,) = torch.autograd.grad(x[..., first::2, first::2].sum(), x)
+        assert torch.equal(gradient, expected)
+        assert gradient.stride() == x.stride()
 
 
 def only(weight, geometry):
@@ -242,104 +249,42 @@ def test_the_number_of_threads_changes_nothing():
         torch.set_num_threads(threads)
         convolution = only(weight, (1, 2, 1))
         (z,) = native.depthwise([x], [True], *convolution)
-        (dx,), (dweight,) = native.depthwise_gradients([x], [True], *convolution, [z], [True], [True])
-        found.append(
-            (
-                z,
-                dx,
-                dweight,
-                *native.products([x], [x]),
-                *native.mix([([x], weight[None, :, 0, 0])]),
-                *(fold := native.fold(*sums, 9.0, M, None, None, 0.1, 12)),
-                *native.fold_gradients(*sums, 9.0, M, None, fold[-1], False, True, True)[1:],
-                native.dots([x], [x]),
-            )
-        )
+        dimages, dkernels = native.depthwise_gradients([x], [True], *convolution, [z], [True], [True])
+        fold = native.fold(*sums, 9.0, M, None, None, 0.1, 12)
+        gradients = native.fold_gradients(*sums, 9.0, M, None, fold[-1], False, True, True)[1:]
+        mixed = native.mix([([x], weight[None, :, 0, 0])])
+        found.append([z, *dimages, *dkernels, *native.products([x], [x]), *mixed, *fold, *gradients])
+        found[-1].append(native.dots([x], [x]))
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others))
 
 
-def test_an_empty_batch_gives_an_empty_batch():
-    empty = images(0, 5, 6, 6)
-    (z,) = native.depthwise([empty], [False], *only(torch.randn(5, 1, 3, 3).double(), (2, 1, 1)))
-    assert z.shape == (0, 5, 3, 3)
-    convolution = only(torch.randn(5, 1, 3, 3).double(), (1, 1, 1))
-    (dx,), (dweight,) = native.depthwise_gradients([empty], [False], *convolution, [empty], [True], [True])
-    assert dx.shape == (0, 5, 6, 6)
-    assert not dweight.any()
-    assert native.mix([([empty], torch.randn(1, 5, 2).double())])[0].shape == (0, 2, 6, 6)
-    assert not any(found.any() for found in native.products([empty], [empty]))
+X, Y, A = images(2, 9, 6, 6, torch.float32), images(2, 3, 6, 6, torch.float32), torch.randn(1, 9, 3)
+GRAMS, M = torch.rand(1, 9, 9).double(), torch.randn(1, 3, 9)
 
 
 @pytest.mark.parametrize(
-    ("weight", "padding"),
+    "wrong",
     [
-        (torch.randn(4, 1, 3, 3), 1),
-        (torch.randn(9, 1, 3, 3).double(), 1),
-        (torch.randn(9, 1, 3, 5), 1),
-        (torch.randn(9, 1, 4, 4), 1),
-        (torch.randn(9, 1, 3, 3), 0),
-        (torch.randn(9, 1, 3, 3).mT, 1),
+        lambda: native.depthwise([X], [False], *only(torch.randn(4, 1, 3, 3), (1, 1, 1))),
+        lambda: native.depthwise([X], [False], *only(torch.randn(9, 1, 3, 3).double(), (1, 1, 1))),
+        lambda: native.depthwise([X], [False], *only(torch.randn(9, 1, 3, 5), (1, 1, 1))),
+        lambda: native.depthwise([X, X[..., 1:]], [False] * 2, *only(torch.randn(9, 1, 3, 3), (1, 1, 1))),
+        lambda: native.mix([([X], A[:, :4])]),
+        lambda: native.mix([([X], A.double())]),
+        lambda: native.mix([([X], A)], [Y[:1]]),
+        lambda: native.mix([([X], A)], [Y.double()]),
+        lambda: native.blend([X, Y], torch.randn(1, 2)),
+        lambda: native.dots([X], [Y]),
+        lambda: native.products([X], [X[:1]]),
+        lambda: native.products([X], [X.double()]),
+        lambda: native.fold(GRAMS[:, 0], GRAMS[:, :8], 9.0, M, None, None, 0.1, 1),
+        lambda: native.fold(GRAMS[:, 0], GRAMS, 9.0, M, torch.rand(1, 3).double(), None, 0.1, 1),
+        lambda: native.fold(GRAMS[:, 0], GRAMS, 9.0, M, None, torch.rand(1, 2), 0.1, 1),
     ],
 )
-def test_kernels_that_do_not_fit_are_refused(weight, padding):
-    x = images(2, 9, 6, 6, torch.float32)
-    with pytest.raises(ValueError, match="must be"):
-        native.depthwise([x], [False], *only(weight, (1, padding, 1)))
-
-
-def test_a_kernel_may_convolve_several_images():
-    xs, kernel = [images(2, 9, 6, 6), images(2, 9, 6, 6)], torch.randn(9, 1, 3, 3).double()
-    both = [(0, 0, 0, (1, 1, 1)), (1, 0, 0, (1, 1, 1))]
-    dzs = [torch.randn_like(x) for x in xs]
-    _, (found,) = native.depthwise_gradients(xs, [False] * 2, [kernel], both, dzs, [False] * 2, [True])
-    each = [
-        native.depthwise_gradients([x], [False], *only(kernel, (1, 1, 1)), [dz], [False], [True])[1][0]
-        for x, dz in zip(xs, dzs)
-    ]
-    close(found, sum(each), torch.float64)
-
-
-def test_tensors_that_do_not_fit_together_are_refused():
-    x, A = images(2, 9, 6, 6, torch.float32), torch.randn(1, 9, 3)
-    y, shift = images(2, 3, 6, 6, torch.float32), torch.randn(1, 3)
-    native.mix([([x], A)], [y], shift)
-    for xs, matrices in (([x], A[:, :4]), ([x, x], A), ([x, x[:1]], torch.randn(2, 9, 3)), ([x], A.double())):
-        with pytest.raises(ValueError, match="must be"):
-            native.mix([(xs, matrices)])
-    for bases, shifts in (([y[:1]], None), ([x], None), ([y.double()], None), ([y, y], None), (None, shift[:, :2])):
-        with pytest.raises(ValueError, match="must be"):
-            native.mix([([x], A)], bases, shifts)
-    for wrong in (
-        lambda: native.blend([x], shift),
-        lambda: native.blend([x, y], shift[:, :2]),
-        lambda: native.dots([x], [y]),
-    ):
-        with pytest.raises(ValueError, match="must be"):
-            wrong()
-    for a, b in (([x, x], [x]), ([x], [x[:1]]), ([x, x[..., 1:]], [x, x]), ([x], [x.double()])):
-        with pytest.raises(ValueError, match="must be"):
-            native.products(a, b)
-    kernels, convolutions = only(torch.randn(9, 1, 3, 3), (1, 1, 1))
-    with pytest.raises(ValueError, match="must be"):
-        native.depthwise([x, x[..., 1:]], [False, False], kernels, convolutions)
-    sums, grams, M = torch.rand(1, 9).double(), torch.rand(1, 9, 9).double(), torch.randn(1, 3, 9)
-    scale, bias = torch.rand(1, 3), torch.rand(1, 3)
-    *_, moments = native.fold(sums, grams, 9.0, M, scale, bias, 0.1, 1)
-    for wrong in (
-        (sums[:, :8], grams, M, scale, bias),
-        (sums.float(), grams, M, scale, bias),
-        (sums, grams[:, :8], M, scale, bias),
-        (sums, grams, M.to("meta"), scale, bias),
-        (sums, grams, M, scale[:, :2], bias),
-        (sums, grams, M, scale.double(), bias),
-        (sums, grams, M, scale, bias[:, :2]),
-        (sums, grams, M, scale, bias.double()),
-    ):
-        with pytest.raises(ValueError, match="must be"):
-            native.fold(*wrong[:2], 9.0, *wrong[2:], 0.1, 1)
-    for wrong in ((scale[:, :2], sums[:, :3]), (scale, sums[:, :2]), (scale.double(), sums[:, :3])):
-        with pytest.raises(ValueError, match="must be"):
-            native.fold_gradients(wrong[1], M.double(), 9.0, M, wrong[0], moments, True, True, True)
+def test_tensors_that_do_not_belong_together_are_refused_before_c_reads_them(wrong):
+    with pytest.raises(ValueError, match="tensors must be"):
+        wrong()
 
 
 @pytest.fixture
@@ -348,22 +293,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "darts"
 
 
-def script(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", "'unbalanced", "silent", "empty", "slow"])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", "'unbalanced", "slow"])
 def test_without_a_compiler_one_line_says_so(compiler, cache, tmp_path, monkeypatch, log_lines):
-    """Missing, failing with and without a message, building a library without the functions, hanging."""
-    scripts = {
-        "silent": "exit 3",
-        "empty": f'[ "$1" = --version ] && exit; for last; do :; done; echo | {CC} -x c - -shared -o "$last"',
-        "slow": "sleep 60",
-    }
-    if compiler in scripts:
-        compiler = str(script(tmp_path / compiler, scripts[compiler]))
+    """Missing, failing, making nothing, hanging."""
+    if compiler == "slow":
+        script = tmp_path / "slow"
+        script.write_text("#!/bin/sh\nexec sleep 60\n")
+        script.chmod(0o755)
+        compiler = str(script)
     monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
     monkeypatch.setenv("CC", compiler)
     assert COMPILE(torch.float32) is None
@@ -372,41 +309,25 @@ def test_without_a_compiler_one_line_says_so(compiler, cache, tmp_path, monkeypa
     assert "\n" not in line
 
 
-def test_what_is_compiled_is_kept_and_found_again(cache, tmp_path, monkeypatch):
-    assert COMPILE(torch.float32) is not None
-    (kept,) = cache.iterdir()
-    run = subprocess.run
-
-    def only_version(command, **options):
-        assert command[-1] == "--version", "nothing is to be compiled"
-        return run(command, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", only_version)
-        assert COMPILE(torch.float32) is not None
-    assert list(cache.iterdir()) == [kept]
-    failing = script(tmp_path / "cc", f'[ "$1" = --version ] && exec {CC} --version; exit 1')
-    monkeypatch.setenv("CC", str(failing))  # another compiler, another library
-    assert COMPILE(torch.float32) is None
-
-
-@pytest.mark.parametrize("change", ["source", "options"])
-def test_another_source_or_other_options_are_compiled_anew(change, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", ["nothing", "source", "compiler"])
+def test_what_is_compiled_is_kept_for_the_same_source_and_compiler(change, cache, tmp_path, monkeypatch):
     COMPILE(torch.float32)
+    (kept,) = cache.iterdir()
+    inode = kept.stat().st_ino
     if change == "source":
         changed = tmp_path / "native.c"
         changed.write_text(native.SOURCE.read_text() + "/* changed */\n")
         monkeypatch.setattr(native, "SOURCE", changed)
-    else:
-        monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-g"))
-    COMPILE(torch.float32)
-    assert len(list(cache.iterdir())) == 2
+    elif change == "compiler":
+        monkeypatch.setenv("CC", f"{CC} -g")
+    assert COMPILE(torch.float32) is not None
+    assert len(list(cache.iterdir())) == (1 if change == "nothing" else 2)
+    assert kept.stat().st_ino == inode
 
 
-def test_a_folder_that_is_not_the_users_own_is_not_trusted(cache):
+def test_a_folder_that_others_can_write_to_is_not_trusted(cache):
     cache.mkdir()
     cache.chmod(0o777)
-    assert native._cache_folder() is None
     assert COMPILE(torch.float32) is not None  # for this process alone
     assert not list(cache.iterdir())
 

@@ -6,26 +6,26 @@ from torch import nn
 from models.fast import native
 from models.fast.depthwise import convolve, dense_gradient, every_second, pixels_read
 from models.fast.folded_bn import normalised_product
-from models.fast.modules import geometry, has_global_hooks, is_overridden, is_standard_link, links_of, signature
+from models.fast.modules import geometry, is_changed, is_standard_link, links_of, signature
 from models.ops import DilConv, SepConv
 
 
-def fused_node(ops, states):
+def fused_node(ops: nn.ModuleList, states: list[torch.Tensor]) -> torch.Tensor:
     """A node of an augment cell: the sum of its operations, each applied to the state of index `s_idx`."""
     return dense_gradient(sum(run(op, states[op.s_idx]) for op in ops))
 
 
-def run(op, x):
+def run(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Compute op(x); the modules of an `nn.Sequential` run one after the other.
 
     In training on channels-last CPU images SepConv and DilConv run in C: ReLU and depthwise convolution in one call,
     pointwise convolution and BN in another. The numbers are the same.
     """
-    if type(op) is nn.Sequential and not is_overridden(op) and not has_global_hooks():
-        for part in op:
-            x = run(part, x)
+    if type(op) is nn.Sequential and not is_changed(op):
+        for module in op:
+            x = run(module, x)
         return x
-    if not (type(op) in (SepConv, DilConv) and op.training and _is_for_native(x) and _is_relu_chain(op, x.dtype)):
+    if not (type(op) in (SepConv, DilConv) and op.training and _runs_in_c(x) and _is_relu_chain(op, x.dtype)):
         return op(x)
     for link in links_of(op):
         reads_every_second, settings = pixels_read(*geometry(link.depthwise))
@@ -35,13 +35,14 @@ def run(op, x):
     return x
 
 
-def _is_for_native(x):
+def _runs_in_c(x):
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return native.can_read(x) and is_channels_last and native.knows(x.dtype) and not torch.is_autocast_enabled("cpu")
 
 
 def _is_relu_chain(op, dtype):
-    if has_global_hooks() or any(weight.dtype != dtype or not weight.is_cpu for weight in op.parameters()):
+    """Whether all links of an operation are standard, with ReLU, BN in training, and weights of this type."""
+    if any(weight.dtype != dtype or not weight.is_cpu for weight in op.parameters()):
         return False
     known = signature(op)
     if known not in _RELU_CHAINS:
@@ -52,4 +53,4 @@ def _is_relu_chain(op, dtype):
     return _RELU_CHAINS[known]
 
 
-_RELU_CHAINS = {}  # signature -> whether all links of the operation are standard, with ReLU
+_RELU_CHAINS = {}  # signature -> the answer

@@ -9,26 +9,32 @@ import torch
 import torch.nn.functional as F
 
 from models.fast.depthwise import pixels_read
-from models.fast.layout import Inputs, Layout, add, batch_norm, recorded_scale
-from models.fast.modules import geometry, separate_output
+from models.fast.layout import Layout, add, batch_norm
+from models.fast.modules import geometry
 
 
 class Batched(Layout):
     weights_by_channel = True
 
-    def mixed(self, states, edges, statistics):
+    def mixed(self, states, group, statistics):
         source = (torch.stack(states, 1) if len(states) > 1 else states[0].unsqueeze(1)).contiguous()
-        shared, total = self._without_weights(source, edges.candidates, statistics)
-        bases = None if total is None else total.unflatten(1, (-1, edges.n)).sum(1)
-        if shared:
-            bases = add(bases, _blended(edges.shared_weights.view(-1, edges.n).T, shared))
-        return self._add_chains(bases, Inputs([source], edges.n, self._repeat), edges, statistics).unbind(1)
+        n, bases = group.n_targets, None
+        equal = self._equal_outputs(source, group.candidates, statistics)
+        if equal:
+            bases = _blended(group.weights_of_equal.view(-1, n).T, equal)
+        for candidate in group.candidates:
+            if candidate.kind in ("pool by edge", "separate"):
+                for s, x in enumerate(source.unbind(1)):
+                    here = candidate.from_source(s, n)
+                    outputs = torch.stack(here.outputs_by_edge(x), 1)
+                    bases = add(bases, outputs * here.weights[:, None, None, None])
+        return list(self._add_chains(bases, [source], group, statistics).unbind(1))
 
-    def _repeat(self, sources, n):
+    def _repeated(self, sources, n):
         return [source.unsqueeze(2).expand(-1, -1, n, -1, -1, -1).contiguous().flatten(1, 2) for source in sources]
 
     def _depthwise(self, jobs):
-        """Of each job (links, kernels, images): their depthwise convolutions, or the images if there are no kernels."""
+        """For each job (links, kernels, images) the convolved images, or the images if there are no kernels."""
         outputs = []
         for links, kernels, images in jobs:
             outputs.append(images)
@@ -39,35 +45,20 @@ class Batched(Layout):
 
     def _activated(self, product, zs, statistics):
         """The activation of BN(M z) for the z of each chain: a list with one tensor (N, E, C, H, W) for each."""
-        y, bns = _multiplied(product.M, zs), product.bns
-        y = self._batch_norm(y, bns, statistics) if bns[0].training else _affine(y, *recorded_scale(bns))
-        return [[product.activation(part)] for part in y.split(len(bns) // len(zs), 1)]
+        y = self._batch_norm(_multiplied(product.M, zs), product.bns, statistics)
+        return [[product.activation(part)] for part in y.split(len(product.bns) // len(zs), 1)]
 
-    def _add_mixture(self, bases, product, zs, n, statistics):
-        """bases + the sum of w BN(M z) over the chains and sources: for each target, (N, n, C, h, w)."""
-        y, bns = _multiplied(product.M, zs), product.bns
-        w = product.weights[:, : y.shape[2]]
-        if bns[0].training:
-            y = self._batch_norm(y, bns, statistics, w.flatten())
-        else:
-            y = _affine(y, *recorded_scale(bns, w))
-        return add(bases, y.unflatten(1, (-1, n)).sum(1))
+    def _add_mixture(self, bases, product, zs, n_targets, statistics):
+        """bases + the sum of w BN(M z) over the chains and sources: for each target, (N, n_targets, C, h, w)."""
+        y = _multiplied(product.M, zs)
+        y = self._batch_norm(y, product.bns, statistics, product.weights[:, : y.shape[2]].flatten())
+        return add(bases, y.unflatten(1, (-1, n_targets)).sum(1))
 
-    def _apply(self, function, x):
-        """Apply to x a function of images (N, C, H, W) that treats each channel separately, such as pooling."""
-        return function(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
-
-    def _scaled(self, x, factor, shift):
-        """factor x + shift for each edge; x: the S sources."""
-        return _affine(x.repeat_interleave(len(factor) // x.shape[1], 1), factor, shift)
-
-    def _separately(self, ops, x, weights):
-        sources = (x[:, i * x.shape[1] // len(ops)] for i in range(len(ops)))
-        outputs = torch.stack([separate_output(op, source) for op, source in zip(ops, sources)], 1)
-        return outputs * weights[:, None, None, None]
+    def _pooled(self, pool, x):
+        return pool(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
     def _batch_norm(self, x, bns, statistics, scale=None):
-        """PyTorch's BN of x with the batch's statistics, times scale, (E * C,)."""
+        """PyTorch's BN of x, times scale, (E * C,)."""
         return batch_norm(x.flatten(1, 2), bns, scale, statistics).view_as(x)
 
 
@@ -75,10 +66,6 @@ def _multiplied(M, zs):
     """Pointwise convolutions of all edges of the zs, by M, (E, C, K)."""
     z = torch.cat([x for (x,) in zs], 1) if len(zs) > 1 else zs[0][0]
     return (M @ z.flatten(3)).unflatten(3, z.shape[3:])
-
-
-def _affine(x, factor, shift):
-    return x * factor[:, :, None, None] + shift[:, :, None, None]
 
 
 def _blended(weights, terms):

@@ -13,52 +13,58 @@ from torch import nn
 from models.fast import native
 from models.fast.depthwise import convolve, pixels_read
 from models.fast.folded_bn import Mixture
-from models.fast.layout import Inputs, Layout, batch_norm, recorded_scale
-from models.fast.modules import geometry, is_synced, separate_output
+from models.fast.layout import Layout, add, batch_norm
+from models.fast.modules import geometry, is_synced
 from models.sync_bn import refuse_second_derivatives
 
 
 class EdgeByEdge(Layout):
-    folded_activations = (nn.ReLU,)
+    activations_of_depthwise = (nn.ReLU,)
 
-    def mixed(self, states, edges, statistics):
-        n = edges.n
+    def mixed(self, states, group, statistics):
+        n = group.n_targets
         sources = [state.contiguous(memory_format=torch.channels_last) for state in states]
-        bases = []
-        weights = edges.shared_weights.view(-1, len(sources), n)
-        for i, (source, w) in enumerate(zip(sources, weights.unbind(1))):
-            from_source = [candidate.of_source(i, n) for candidate in edges.candidates]
-            shared, total = self._without_weights(source, from_source, statistics)
-            blended = _Blend.apply(w.T, *shared) if shared else [0] * n
-            if shared or total is not None:
-                bases += blended if total is None else map(torch.add, total.unbind(), blended)
-        outputs = self._add_chains(bases, Inputs(sources, n, self._repeat), edges, statistics)
+        weights_of_equal = group.weights_of_equal.view(-1, len(sources), n)
+        bases = []  # for each edge, the sum of the candidates that are not chains
+        for s, source in enumerate(sources):
+            candidates = [candidate.from_source(s, n) for candidate in group.candidates]
+            equal = self._equal_outputs(source, candidates, statistics)
+            sums = list(_Blend.apply(weights_of_equal[:, s].T, *equal)) if equal else [None] * n
+            for candidate in candidates:
+                if candidate.kind in ("pool by edge", "separate"):
+                    for t, y in enumerate(candidate.outputs_by_edge(source)):
+                        sums[t] = add(sums[t], candidate.weights[t] * y)
+            bases += [total for total in sums if total is not None]
+        outputs = self._add_chains(bases, sources, group, statistics)
         return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
 
-    def _repeat(self, sources, n):
+    def _repeated(self, sources, n):
         return [source for source in sources for _ in range(n)]
 
     def _depthwise(self, jobs):
-        """Of each job (links, kernels, E images): a list of E convolved images, or the images if there are no kernels.
+        """For each job (links, kernels, E images) the E convolved images, or the images if there are no kernels.
 
-        All convolutions of images of the same size are one call of C code.
+        All convolutions of images of the same size are one call of C code, which reads each image once.
         """
-        by_size = {}
+        outputs = [images if kernels is None else [] for _, kernels, images in jobs]
+        jobs_by_size = {}
         for j, (_, kernels, images) in enumerate(jobs):
             if kernels is not None:
-                by_size.setdefault(images[0].shape, []).append(j)
-        outputs = [images if kernels is None else [] for _, kernels, images in jobs]
-        for indices in by_size.values():
-            inputs, convolutions, job_of_output = {}, [], []  # inputs: each image once, (index, image, relu)
+                jobs_by_size.setdefault(images[0].shape, []).append(j)
+        for indices in jobs_by_size.values():
+            images, relus, places = [], [], {}  # places: (id of an image, whether its ReLU is convolved) -> index
+            convolutions, job_of_output = [], []
             for kernel_index, j in enumerate(indices):
-                links, _, images = jobs[j]
-                relu = type(links[0].activation) in self.folded_activations
+                links, _, images_of_job = jobs[j]
+                relu = type(links[0].activation) in self.activations_of_depthwise
                 _, settings = pixels_read(*geometry(links[0].depthwise))
-                for row, image in enumerate(images):
-                    index, *_ = inputs.setdefault((id(image), relu), (len(inputs), image, relu))
-                    convolutions.append((index, kernel_index, row, settings))
+                for row, image in enumerate(images_of_job):
+                    if (id(image), relu) not in places:
+                        places[id(image), relu] = len(images)
+                        images.append(image)
+                        relus.append(relu)
+                    convolutions.append((places[id(image), relu], kernel_index, row, settings))
                     job_of_output.append(j)
-            _, images, relus = zip(*inputs.values())
             kernels = [jobs[j][1] for j in indices]
             for j, z in zip(job_of_output, convolve(images, relus, kernels, convolutions)):
                 outputs[j].append(z)
@@ -71,29 +77,22 @@ class EdgeByEdge(Layout):
             mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, product.M, *images)
             statistics.add(bns, mean, var)
         else:
-            ys = _scaled_products(product.M, images, *recorded_scale(bns))
-        return _rows(list(map(product.activation, ys)), len(zs[0]))
+            ys = _recorded_products(product, images)
+        return _split([product.activation(y) for y in ys], len(zs[0]))
 
-    def _add_mixture(self, bases, product, zs, n, statistics):
-        """bases + the sum of w BN(M z) over the chains: for each edge, not yet for each of the n targets."""
+    def _add_mixture(self, bases, product, zs, n_targets, statistics):
+        """bases + the sum of w BN(M z) over the chains, for each edge: sources are not yet added up for a target."""
         images, bns, edges, w = list(itertools.chain(*zs)), product.bns, len(zs[0]), product.weights
         if bns[0].training:
             mean, var, *bases = Mixture.apply(bns[0].eps, is_synced(bns[0]), edges, w, None, product.M, *images, *bases)
             statistics.add(bns, mean, var)
         else:
-            for ys in _rows(_scaled_products(product.M, images, *recorded_scale(bns, w)), edges):
+            for ys in _split(_recorded_products(product, images, w), edges):
                 bases = [base + y for base, y in zip(bases, ys)] if bases else ys
         return bases
 
-    def _apply(self, function, x):
-        return function(x)
-
-    def _scaled(self, x, factor, shift):
-        """factor x + shift for each edge, (E, N, C, H, W); factor, shift: (E, C)."""
-        return x * factor[:, None, :, None, None] + shift[:, None, :, None, None]
-
-    def _separately(self, ops, x, weights):
-        return torch.stack([separate_output(op, x) for op in ops]) * weights[:, None, None, None, None]
+    def _pooled(self, pool, x):
+        return pool(x)
 
     def _batch_norm(self, x, bns, statistics):
         """PyTorch's BN of x with the batch's statistics."""
@@ -119,12 +118,16 @@ class _Blend(torch.autograd.Function):
         return dweights, *(native.blend(list(gs), weights.T) if wants_images else [None] * len(images))
 
 
-def _scaled_products(M, images, factor, shift):
-    """factor M z + shift for each product. M: (products, C, K); factor, shift: (products, C)."""
-    A = factor.unsqueeze(-1) * M
-    return [F.conv2d(z, A_k[:, :, None, None], shift_k) for z, A_k, shift_k in zip(images, A, shift)]
+def _recorded_products(product, images, weights=None):
+    """weights * BN(M z) with running statistics, for each z: one convolution each. weights: (products, 1) or None."""
+    outputs = []
+    for i, (z, M, bn) in enumerate(zip(images, product.M, product.bns)):
+        factor = (bn.running_var + bn.eps).rsqrt()
+        factor = factor if weights is None else weights[i] * factor
+        outputs.append(F.conv2d(z, (factor[:, None] * M)[:, :, None, None], -factor * bn.running_mean))
+    return outputs
 
 
-def _rows(tensors, n):
+def _split(tensors, n):
     """Split a list into lists of n."""
     return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]

@@ -1,217 +1,222 @@
-"""What the two ways of running a search cell's edges share: what runs in which order, and what the modules record.
+"""What the two layouts share: which operations of a search cell run together, in which order, and what BN records.
 
-A way, a subclass of `Layout`, says how the images of E edges lie in memory and how each step is done there.
+A layout, a subclass of `Layout`, says how the images of E edges lie in memory and how each step is computed on them.
 """
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.fast.depthwise import every_second, pixels_read
-from models.fast.modules import POOLS, geometry, is_standard_bn, is_standard_link, is_synced, links_of, signature
+from models.fast.modules import POOLS, Link, geometry, is_standard_bn, is_standard_link, is_synced, links_of, signature
 from models.ops import Identity, PoolBN, Zero
 from models.sync_bn import batch_norm as synced_batch_norm
 
 
-@dataclass(eq=False)  # a key of dictionaries
+@dataclass(eq=False)  # so that it can be a key of a dictionary
 class Candidate:
-    """One candidate on all E edges that run together: its operation on each, and their weights of it, (E,).
+    """One candidate on all E edges of a group: the operation on each edge, and its weights, (E,).
 
-    kind: how it runs: `skip`, `zero`, `pool`, `chain`, or `separate`, each operation by its own forward. Of a chain,
-    links[t]: the edges' `Link`s of step t; kernels[t]: (E, C, 1, k, k), or None without depthwise convolutions.
+    kind: how it runs: `skip`, `zero`, `pool`, `pool by edge` (BN uses running statistics, which may differ from edge to
+    edge), `chain`, or `separate` (each operation by its own `forward`). Only for a chain: links[t], the edges' `Link`s
+    of step t; kernels[t], their depthwise kernels as one tensor (E, C, 1, k, k), or None if the step has none.
     """
 
-    ops: list
+    ops: list[nn.Module]
     weights: torch.Tensor
     kind: str
-    links: list | None = None
-    kernels: list | None = None
+    links: list[tuple[Link, ...]] = field(default_factory=list)
+    kernels: list[torch.Tensor | None] = field(default_factory=list)
 
-    def is_shared(self):
-        """Whether all edges from a source have the same output. BN by recorded statistics can differ."""
-        return self.kind == "skip" or (self.kind == "pool" and self.ops[0][1].training)
-
-    def of_source(self, i, n):
-        """The part of it on the n edges from the i-th source."""
-        edges = slice(i * n, (i + 1) * n)
+    def from_source(self, s: int, n_targets: int) -> "Candidate":
+        """This candidate on the edges from source s alone."""
+        edges = slice(s * n_targets, (s + 1) * n_targets)
         return Candidate(self.ops[edges], self.weights[edges], self.kind)
+
+    def outputs_by_edge(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The output on each edge, all from x, of the kinds `pool by edge` and `separate`."""
+        if self.kind == "separate":
+            return [separate_output(op, x) for op in self.ops]
+        pooled = self.ops[0][0](x)
+        return [op[1](pooled) for op in self.ops]
 
 
 @dataclass
 class Product:
-    """Pointwise convolutions of several chains, all followed by the same kinds of BN and activation, as one product.
+    """Pointwise convolutions of one or several chains as one matrix product, with the BN and activation that follow.
 
-    links: of all edges of each chain in turn; activation: what follows, None after a chain's last step; M: the links'
-    matrices, (links, C, K); weights: after a last step, the candidates', (links, 1), or (links, at least C) by channel.
+    links: of all edges of the first chain, then of the second, ...; activation: None after a chain's last step; M: the
+    matrices, (links, C, K); weights: after a last step, the candidates' weights, (links, 1) or (links, at least C).
     """
 
-    chains: list
-    links: list
+    kind: tuple
     activation: nn.Module | None
+    chains: list[Candidate] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
     M: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
     @property
-    def bns(self):
+    def bns(self) -> list[nn.BatchNorm2d]:
         return [link.bn for link in self.links]
 
 
 @dataclass
-class Edges:
-    """Edges that run together, from each of S sources to each of n targets: edge s * n + t is from s to t.
+class EdgeGroup:
+    """Edges that run together, from each of S sources to each of n_targets nodes.
 
-    products[t]: the `Product`s of step t of the chains that have another; products[-1]: of the last steps of all
-    chains; shared_weights: of the candidates that are shared, (candidates * S * n, 1).
+    They are numbered source by source: edge s * n_targets + t is from source s to target t.
+    products[t]: step t of the chains that have more steps than t + 1; products[-1]: the last step of every chain;
+    weights_of_equal: the weights of the candidates with equal outputs, (candidates * S * n_targets, 1).
     """
 
-    n: int
-    candidates: list
-    chains: list
-    products: list
-    shared_weights: torch.Tensor | None = None
+    n_targets: int
+    candidates: list[Candidate]
+    chains: list[Candidate]
+    products: list[list[Product]]
+    weights_of_equal: torch.Tensor | None = None
 
 
 class Layout:
-    """A way of running the edges from some sources.
+    """A way to run the edges from some sources.
 
-    A subclass has `mixed(states, edges, statistics)`: the weighted sum of the candidates' outputs for each target, as a
-    list of tensors (N, C, h, w). states: the sources, (N, C, H, W); edges: an `Edges`; statistics: a
+    A subclass has `mixed(states, group, statistics)`, the weighted sum of the candidates' outputs for each target: a
+    list of tensors (N, C, h, w). states: the sources, (N, C, H, W); group: an `EdgeGroup`; statistics: a
     `RunningStatistics`.
     """
 
-    folded_activations = ()  # those that `_depthwise` does itself
+    activations_of_depthwise = ()  # classes of activations that `_depthwise` computes too
     weights_by_channel = False  # whether the weights of chains are repeated for each channel
 
-    def prepared(self, operations, weights):
-        """The cell's `Edges`; all that needs only weights is done here, by one step for the cell.
+    def prepared(self, operations, weights) -> list[EdgeGroup]:
+        """The groups of a cell, with all that needs no images, which takes a few calls for the whole cell.
 
-        operations: of each group of edges that run together, operations[s][t]: the candidates from source s to target
-        t; weights: (candidates, edges), the edges of the first group, source by source, then those of the next, ...
+        operations: for each group, operations[s][t] are the candidates on the edge from source s to target t; weights:
+        (candidates, edges), the edges of the first group, source by source, then those of the second, ...
         """
         sizes = [len(ops) * len(ops[0]) for ops in operations]
-        columns = weights.flatten().split(sizes * len(weights))
-        groups = [self._edges(ops, columns[g :: len(sizes)]) for g, ops in enumerate(operations)]
+        parts = weights.flatten().split(sizes * len(weights))  # candidate 0 in each group, 1 in each, ...
+        groups = [self._group(ops, parts[g :: len(sizes)]) for g, ops in enumerate(operations)]
         _stack_parameters(groups)
-        shared = [[candidate for candidate in edges.candidates if candidate.is_shared()] for edges in groups]
-        for edges, joined in zip(groups, _joined_weights(shared)):
-            edges.shared_weights = joined
-        products = [product for edges in groups for product in edges.products[-1]]
+        equal = [
+            [candidate for candidate in group.candidates if candidate.kind in ("skip", "pool")] for group in groups
+        ]
+        for group, joined in zip(groups, _joined_weights(equal)):
+            group.weights_of_equal = joined
+        products = [product for group in groups for product in group.products[-1]]
         C = max((product.M.shape[1] for product in products), default=1) if self.weights_by_channel else 1
         for product, joined in zip(products, _joined_weights([product.chains for product in products], C)):
             product.weights = joined
         return groups
 
-    def _edges(self, operations, weights):
-        """The `Edges` of a group; weights: of each candidate, (edges,)."""
-        candidates = candidates_of(operations, weights)
+    def _group(self, operations, weights):
+        """An `EdgeGroup`, yet without stacked tensors. weights: for each candidate, (edges,)."""
+        by_candidate = zip(*itertools.chain(*operations), strict=True)
+        candidates = [Candidate(list(ops), w, kind_of(ops)) for ops, w in zip(by_candidate, weights, strict=True)]
         chains = [candidate for candidate in candidates if candidate.kind == "chain"]
         for chain in chains:
             chain.links = list(zip(*map(links_of, chain.ops)))
-        steps = [[] for _ in range(max((len(chain.links) for chain in chains), default=1))]
+        products = [[] for _ in range(max((len(chain.links) for chain in chains), default=1))]
         for chain in chains:
-            for inner, links, (following, *_) in zip(steps, chain.links, chain.links[1:]):
-                inner.append((chain, links, self._activation(following)))
-        steps[-1] = [(chain, chain.links[-1], None) for chain in sorted(chains, key=lambda chain: len(chain.links))]
-        return Edges(len(operations[0]), candidates, chains, list(map(_products, steps)))
+            for t, following in enumerate(chain.links[1:]):
+                _add_to_products(products[t], chain, chain.links[t], self._activation(following[0]))
+        for chain in sorted(chains, key=lambda chain: len(chain.links)):
+            _add_to_products(products[-1], chain, chain.links[-1], None)
+        return EdgeGroup(len(operations[0]), candidates, chains, products)
 
-    def _without_weights(self, x, candidates, statistics):
-        """The candidates that have no weights of their own, on all edges from x.
-
-        Returns (shared, total): the outputs of those that are shared, still to be weighted, and the weighted sum of the
-        others, edges first; None without others.
-        """
-        shared, total = [], None
-        only_zeros = {candidate.kind for candidate in candidates} == {"zero"}
+    def _equal_outputs(self, x, candidates, statistics):
+        """The outputs of skip connections and pools, which are equal on all edges from x."""
+        outputs = []
         for candidate in candidates:
             if candidate.kind == "skip":
-                shared.append(x)
+                outputs.append(x)
             elif candidate.kind == "pool":
-                pooled = self._apply(candidate.ops[0][0], x)
                 bns = [op[1] for op in candidate.ops]
-                if candidate.is_shared():
-                    shared.append(self._batch_norm(pooled, bns, statistics))
-                else:
-                    scale = recorded_scale(bns, candidate.weights.unsqueeze(1))
-                    total = add(total, self._scaled(pooled, *scale))
-            elif candidate.kind == "separate" or only_zeros:
-                total = add(total, self._separately(candidate.ops, x, candidate.weights))
-        return shared, total
+                outputs.append(self._batch_norm(self._pooled(candidate.ops[0][0], x), bns, statistics))
+        return outputs
 
-    def _add_chains(self, bases, inputs, edges, statistics):
-        """bases plus the chains, weighted. inputs: an `Inputs`."""
-        images = {}
-        for chain in edges.chains:
-            link = chain.links[0][0]
-            images[chain] = inputs.read_by(link, self._activation(link))
-        for t, products in enumerate(edges.products):
-            chains = [chain for chain in edges.chains if chain.links[t:]]
+    def _add_chains(self, bases, sources, group, statistics):
+        """bases plus the weighted outputs of all chains of a group."""
+        images = dict(zip(group.chains, self._first_images(sources, group)))
+        for t, products in enumerate(group.products):
+            chains = [chain for chain in group.chains if len(chain.links) > t]
             jobs = [(chain.links[t], chain.kernels[t], images[chain]) for chain in chains]
             images.update(zip(chains, self._depthwise(jobs)))
             for product in products:
                 zs = [images[chain] for chain in product.chains]
                 if product.activation is None:
-                    bases = self._add_mixture(bases, product, zs, edges.n, statistics)
+                    bases = self._add_mixture(bases, product, zs, group.n_targets, statistics)
                 else:
                     images.update(zip(product.chains, self._activated(product, zs, statistics)))
         return bases
 
+    def _first_images(self, sources, group):
+        """For each chain of a group what its first step convolves: the activated sources, repeated for each target.
+
+        Chains that need the same get the same tensors.
+        """
+        images, computed = [], {}
+        for chain in group.chains:
+            link = chain.links[0][0]
+            activation, pixels = self._activation(link), _pixels_of(link)
+            kind = signature(activation), pixels
+            if kind not in computed:
+                activated = [activation(source) for source in sources]
+                computed[kind] = self._repeated(
+                    [pixels(x) for x in activated] if pixels else activated, group.n_targets
+                )
+            images.append(computed[kind])
+        return images
+
     def _activation(self, link):
-        """What is still to be done before a link's `_depthwise`."""
-        is_folded = link.depthwise is not None and type(link.activation) in self.folded_activations
-        return _IDENTITY if is_folded else link.activation
+        """The activation that is still to be computed before a link's `_depthwise`."""
+        is_computed_there = link.depthwise is not None and type(link.activation) in self.activations_of_depthwise
+        return _IDENTITY if is_computed_there else link.activation
 
 
 _IDENTITY = nn.Identity()
 
 
-class Inputs:
-    """What chains start with: activations of the sources, repeated by `repeat` for the n edges of each."""
-
-    def __init__(self, sources, n, repeat):
-        self.sources, self.n, self.repeat, self.computed = sources, n, repeat, {}
-
-    def read_by(self, link, activation):
-        """What a chain with this first link convolves: all pixels, or those that it reads."""
-        if link.depthwise is None:
-            pixels = even_and_odd
-        else:
-            pixels = every_second if pixels_read(*geometry(link.depthwise))[0] else None
-        kind = signature(activation), pixels
-        if kind not in self.computed:
-            activated = [activation(source) for source in self.sources]
-            self.computed[kind] = self.repeat([pixels(x) for x in activated] if pixels else activated, self.n)
-        return self.computed[kind]
+def _pixels_of(link):
+    """The function that selects the pixels which a first link reads; None if it reads all."""
+    if link.depthwise is None:
+        return even_and_odd
+    reads_every_second, _ = pixels_read(*geometry(link.depthwise))
+    return every_second if reads_every_second else None
 
 
 class RunningStatistics:
-    """Means and unbiased variances on their way to the modules' running statistics."""
+    """Means and unbiased variances of batches, which become part of the modules' running statistics at the end."""
 
     def __init__(self):
         self.bns, self.means, self.variances = [], [], []
         self.zeros = None  # not used yet
 
-    def moments(self, n, like):
-        """Two rows of n zeros, cut from a larger tensor."""
+    def moments(self, n: int, like: torch.Tensor) -> torch.Tensor:
+        """Two rows of n zeros, cut from a larger tensor, since each allocation of zeros would be a launch on CUDA."""
         if self.zeros is None or self.zeros.shape[1] < n:
             self.zeros = like.new_zeros(2, max(n, 8192))
         moments, self.zeros = self.zeros.split([n, self.zeros.shape[1] - n], 1)
         return moments
 
-    def add(self, bns, means, variances):
-        """means, variances: (..., C), each for as many of the bns in a row as there are for one."""
+    def add(self, bns: list[nn.BatchNorm2d], means: torch.Tensor, variances: torch.Tensor) -> None:
+        """Note the statistics of some BN layers.
+
+        means, variances: (rows, C), for equally many layers each: the first row for the first of them, and so on.
+        """
         if bns[0].track_running_stats:
+            repeats = len(bns) // len(means)
             self.bns += bns
-            for rows, moments in ((self.means, means), (self.variances, variances)):
-                new = moments.flatten(0, -2).unbind()
-                rows += [row for row in new for _ in range(len(bns) // len(new))]
+            self.means += [row for row in means.unbind() for _ in range(repeats)]
+            self.variances += [row for row in variances.unbind() for _ in range(repeats)]
 
     @torch.no_grad()
-    def record(self):
-        """Update them as the modules would: towards the batch's by `momentum`."""
+    def record(self) -> None:
+        """Update the running statistics as the modules would: towards the batch's by `momentum`."""
         for momentum in {bn.momentum for bn in self.bns}:
             indices = [i for i, bn in enumerate(self.bns) if bn.momentum == momentum]
             bns = [self.bns[i] for i in indices]
@@ -222,61 +227,69 @@ class RunningStatistics:
                 torch._foreach_add_(counts, 1)
 
 
-def candidates_of(operations, weights):
-    """The `Candidate`s of some edges; see `Layout._edges`."""
-    columns = zip(*itertools.chain(*operations), strict=True)
-    return [Candidate(list(ops), w, kind_of(ops)) for ops, w in zip(columns, weights, strict=True)]
-
-
-def kind_of(ops):
+def kind_of(ops: tuple[nn.Module, ...]) -> str:
     """How these operations, the same candidate on several edges, run; see `Candidate`."""
     signatures = [signature(op) for op in ops]
     if signatures[0] is None or signatures.count(signatures[0]) < len(signatures):
         return "separate"
     if signatures[0] not in _KINDS:
-        _KINDS[signatures[0]] = _classify(ops[0])
+        _KINDS[signatures[0]] = _kind_by_class(ops[0])
     return _KINDS[signatures[0]]
 
 
 _KINDS = {}  # signature -> kind
 
 
-def _classify(op):
-    if type(op) in (Identity, Zero):
-        return "skip" if type(op) is Identity else "zero"
-    if type(op) is PoolBN:
-        is_standard = len(op) == 2 and type(op[0]) in POOLS and _is_without_weight(op[1])
-        return "pool" if is_standard else "separate"
+def _kind_by_class(op):
+    if type(op) is Identity:
+        return "skip"
+    if type(op) is Zero:
+        return "zero"
+    if type(op) is PoolBN and len(op) == 2 and type(op[0]) in POOLS and _is_bn_without_weight(op[1]):
+        return "pool" if op[1].training else "pool by edge"
     links = links_of(op)
-    is_chain = links and all(is_standard_link(link) and _is_without_weight(link.bn) for link in links)
-    if not is_chain:
-        logging.getLogger("darts").info(f"operations that the fused execution does not know run by themselves: {op}")
-    return "chain" if is_chain else "separate"
+    if links and all(is_standard_link(link) and _is_bn_without_weight(link.bn) for link in links):
+        return "chain"
+    logging.getLogger("darts").info(f"operations that the fused execution does not know run by themselves: {op}")
+    return "separate"
 
 
-def _is_without_weight(bn):
-    """Whether this is BN as a search cell has it."""
+def _is_bn_without_weight(bn):
     return is_standard_bn(bn) and bn.weight is None
 
 
-def _products(steps):
-    """The `Product`s of steps, each a chain, its links and the activation that follows."""
+def separate_output(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """op(x). Raises ValueError unless it has the shape that an operation must give, since a sum may broadcast it."""
+    y = op(x)
+    half = [-(-side // 2) for side in x.shape[2:]]
+    if y.shape[:2] != x.shape[:2] or list(y.shape[2:]) not in (list(x.shape[2:]), half):
+        raise ValueError(
+            f"an operation must keep images and channels, and leave ceil(size / stride) pixels a side: of "
+            f"{tuple(x.shape)} it made {tuple(y.shape)}: {op}"
+        )
+    return y
 
-    def kind(step):
-        _, (link, *_), activation = step
-        shapes = [conv.weight.shape for conv in link.pointwise]
-        return shapes, signature(link.bn), activation and signature(activation)
 
-    alike = [list(zip(*group)) for _, group in itertools.groupby(steps, kind)]
-    return [Product(chains, list(itertools.chain(*links)), activation) for chains, links, (activation, *_) in alike]
+def _add_to_products(products, chain, links, activation):
+    """Add a step of a chain to the last of the products, or to a new one if it is of another kind."""
+    link = links[0]
+    shapes = [conv.weight.shape for conv in link.pointwise]
+    kind = shapes, signature(link.bn), activation and signature(activation)
+    if not products or products[-1].kind != kind:
+        products.append(Product(kind, activation))
+    products[-1].chains.append(chain)
+    products[-1].links += links
 
 
 def _stack_parameters(groups):
-    """Set the kernels of all chains and the matrices of all products, by one step."""
-    chains = [chain for edges in groups for chain in edges.chains]
-    products = [product for edges in groups for product in itertools.chain(*edges.products)]
-    steps = [links for chain in chains for links in chain.links if links[0].depthwise is not None]
-    tensors = [[link.depthwise.weight for link in links] for links in steps]
+    """Set the kernels of all chains and the matrices of all products, with one call for all tensors."""
+    chains = [chain for group in groups for chain in group.chains]
+    products = [product for group in groups for product in itertools.chain(*group.products)]
+    tensors = []  # lists of weights of one shape
+    for chain in chains:
+        tensors += [
+            [link.depthwise.weight for link in links] for links in chain.links if links[0].depthwise is not None
+        ]
     for product in products:
         tensors += zip(*([conv.weight for conv in link.pointwise] for link in product.links))
     stacks = iter(_Stacks.apply(list(map(len, tensors)), *itertools.chain(*tensors)) if tensors else [])
@@ -288,7 +301,7 @@ def _stack_parameters(groups):
 
 
 def _joined_weights(lists, C=1):
-    """The weights of each list of candidates, repeated for C channels, by one step: (weights, C) for each list."""
+    """The weights of each list of candidates as one tensor (weights, C), C equal columns; one call for all lists."""
     weights = [[candidate.weights for candidate in candidates] for candidates in lists]
     joined = torch.cat(list(itertools.chain(*weights))) if any(weights) else torch.zeros(0)
     return joined.unsqueeze(1).expand(-1, C).contiguous().split([sum(map(len, part)) for part in weights])
@@ -300,8 +313,7 @@ def _block_diagonal(A, B):
 
 
 class _Stacks(torch.autograd.Function):
-    """Stacks of the first tensors, of the next ones, ...: a step and its gradient where PyTorch's would be one for each
-    tensor."""
+    """The stack of the first sizes[0] tensors, of the next sizes[1], ...: one call where PyTorch needs one a stack."""
 
     @staticmethod
     def forward(ctx, sizes, *tensors):
@@ -317,8 +329,8 @@ class _Stacks(torch.autograd.Function):
         return None, *itertools.chain(*[[None] * n if g is None else g.unbind() for n, g in zip(ctx.sizes, grads)])
 
 
-def even_and_odd(x):
-    """What FactorizedReduce's two convolutions read: even and odd pixels, as channels side by side."""
+def even_and_odd(x: torch.Tensor) -> torch.Tensor:
+    """What FactorizedReduce's two convolutions read: the even and the odd pixels, one after the other as channels."""
     H, W = x.shape[-2:]
     odd = every_second(x, 1)
     if H % 2 or W % 2:
@@ -327,31 +339,26 @@ def even_and_odd(x):
 
 
 def batch_norm(images, bns, scale, statistics):
-    """PyTorch's BN by the statistics of the batch, times a scale (E * C,), of images (N, E * C, ...) of E edges.
+    """PyTorch's BN, times a scale (E * C,), of images (N, E * C, ...) of E edges.
 
-    Means and variances go to `statistics`, if the modules record any.
+    In training the means and variances go to `statistics`, if the modules record any.
     """
-    shape = 2, -1, bns[0].num_features
+    if not bns[0].training:
+        mean, var = (torch.cat(values) for values in zip(*((bn.running_mean, bn.running_var) for bn in bns)))
+        return F.batch_norm(images, mean, var, scale, None, False, 0.0, bns[0].eps)
+    shape = -1, bns[0].num_features
     if is_synced(bns[0]):
         y, *moments = synced_batch_norm(images, scale, None, bns[0].eps)
-        statistics.add(bns, *(values.to(bns[0].running_mean.dtype).view(shape[1:]) for values in moments))
+        statistics.add(bns, *(values.to(bns[0].running_mean.dtype).view(shape) for values in moments))
         return y
     if not bns[0].track_running_stats:
         return F.batch_norm(images, None, None, scale, None, True, 1.0, bns[0].eps)
     moments = statistics.moments(images.shape[1], like=bns[0].running_mean)
     y = F.batch_norm(images, *moments, scale, None, True, 1.0, bns[0].eps)
-    statistics.add(bns, *moments.unflatten(1, shape[1:]))
+    statistics.add(bns, *moments.unflatten(1, shape))
     return y
 
 
-def recorded_scale(bns, weights=None):
-    """BN by running statistics, times weights (BN, 1 or C), as y = factor * u + shift: two tensors (BN, C)."""
-    mean = torch.stack([bn.running_mean for bn in bns])
-    factor = torch.stack([(bn.running_var + bn.eps).rsqrt() for bn in bns])
-    factor = factor if weights is None else factor * weights
-    return factor, -factor * mean
-
-
 def add(total, term):
-    """total + term, where total is None at the start."""
+    """total + term; total may be None, the empty sum."""
     return term if total is None else total + term

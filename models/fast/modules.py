@@ -1,95 +1,68 @@
-"""Recognises the modules that the fused execution supports. All others run by their own `forward`.
+"""Which modules the fused execution supports. All others run by their own `forward`.
 
-A chain is an operation as a list of `Link`s: (activation, depthwise convolution, pointwise convolutions, BN). Modules
-with equal `signature`s may run together. The signature is None for a module that must run by its own `forward`.
+A module is supported if its class is exactly one of those below, not a subclass, and if nobody has changed what it
+does: it has no hooks, and no `forward` was set on the instance.
 """
 
 from dataclasses import dataclass
 from operator import itemgetter
 
-import torch
 from torch import nn
 
-from models.ops import DilConv, FactorizedReduce, Identity, MixedOp, PartialMixedOp, PoolBN, SepConv, Zero
+from models.ops import DilConv, FactorizedReduce, SepConv, Zero
 from models.sync_bn import SyncBatchNorm2d
 
-ACTIVATIONS = (nn.ReLU, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh)  # elementwise, so they work in any layout
+ACTIVATIONS = (nn.ReLU, nn.Softplus)  # Softplus replaces ReLU in networks that must be smooth
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
-
-# `forward` of the classes that the fused execution replaces, as it was at import: a class that is patched later is not
-# replaced. A class must be added here if it is to be replaced.
-FORWARDS = {
-    kind: kind.forward
-    for kind in (
-        *(
-            MixedOp,
-            PartialMixedOp,
-            Identity,
-            Zero,
-            PoolBN,
-            SepConv,
-            DilConv,
-            FactorizedReduce,
-            nn.Sequential,
-            nn.Conv2d,
-        ),
-        *(*BATCH_NORMS, *ACTIVATIONS, *POOLS),
-    )
-}
-CALL, CALL_IMPL, CONV_FORWARD = nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward
 
 
 @dataclass(frozen=True)
 class Link:
-    """A step of a chain. depthwise: a convolution, or None in FactorizedReduce, which has two pointwise ones."""
+    """A step of a chain: activation, depthwise convolution, pointwise convolution, BN.
+
+    FactorizedReduce is a link too: it has no depthwise convolution (None) and two pointwise ones.
+    """
 
     activation: nn.Module
-    depthwise: nn.Module | None
-    pointwise: list
-    bn: nn.Module
+    depthwise: nn.Conv2d | None
+    pointwise: list[nn.Conv2d]
+    bn: nn.BatchNorm2d
 
 
-def links_of(op):
-    """The links of a SepConv, DilConv or FactorizedReduce; [] for other operations, or if their parts were replaced."""
-    kind, parts = type(op), list(op.children())
-    if kind is SepConv and [type(half) for half in parts] == [DilConv, DilConv]:
-        halves = [links_of(half) for half in parts]
-        return halves[0] + halves[1] if all(halves) else []
-    if kind is DilConv and len(parts) == 4:
-        activation, depthwise, pointwise, bn = parts
+def links_of(op: nn.Module) -> list[Link]:
+    """The links of a SepConv, DilConv or FactorizedReduce; [] for another operation, or if its parts were replaced."""
+    children = list(op.children())
+    if type(op) is SepConv and [type(half) for half in children] == [DilConv, DilConv]:
+        first, second = map(links_of, children)
+        return first + second if first and second else []
+    if type(op) is DilConv and len(children) == 4:
+        activation, depthwise, pointwise, bn = children
         return [Link(activation, depthwise, [pointwise], bn)]
-    return [Link(op.relu, None, [op.conv1, op.conv2], op.bn)] if kind is FactorizedReduce else []
+    if type(op) is FactorizedReduce:
+        return [Link(op.relu, None, [op.conv1, op.conv2], op.bn)]
+    return []
 
 
-def is_overridden(module):
-    """Whether a module has hooks, a `forward` set on the instance, or a class whose `forward` was patched."""
-    attributes, kind = vars(module), type(module)
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` that was set on the instance."""
+    attributes = vars(module)
     return bool(
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
         or "forward" in attributes
-        or kind.forward is not FORWARDS.get(kind, kind.forward)
     )
 
 
-def has_global_hooks():
-    """Whether every call of any module must run hooks, as profilers install them, or calls themselves were patched."""
-    hooks = torch.nn.modules.module
-    return (
-        any(getattr(hooks, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
-        or any(kind.__call__ is not CALL for kind in FORWARDS)
-        or nn.Module._call_impl is not CALL_IMPL
-        or nn.Conv2d._conv_forward is not CONV_FORWARD
-    )
+def signature(module: nn.Module) -> tuple | None:
+    """A hashable description of what a module computes, without its weights; None if it or a part of it is changed.
 
-
-def signature(module):
-    """A hashable description of what a module computes, without its weights: see the top of this file."""
+    Modules with equal signatures can run together.
+    """
     kind, attributes = type(module), vars(module)
-    if is_overridden(module):
+    if is_changed(module):
         return None
     if attributes["_modules"]:
         parts = [signature(part) for part in attributes["_modules"].values()]
@@ -99,20 +72,20 @@ def signature(module):
 
 
 def _conv_settings(attributes):
-    return (*_OF_CONV(attributes), attributes["_parameters"]["bias"] is None)
+    return (*_CONV_ATTRIBUTES(attributes), attributes["_parameters"]["bias"] is not None)
 
 
 def _bn_settings(attributes):
     parameters, buffers = attributes["_parameters"], attributes["_buffers"]
-    missing = (parameters["weight"] is None, parameters["bias"] is None, buffers["running_mean"] is None)
-    return (*_OF_BN(attributes), *missing)
+    missing = parameters["weight"] is None, parameters["bias"] is None, buffers["running_mean"] is None
+    return (*_BN_ATTRIBUTES(attributes), *missing)
 
 
-_OF_CONV = itemgetter(
+_CONV_ATTRIBUTES = itemgetter(
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
 )
-_OF_BN = itemgetter("num_features", "eps", "momentum", "training", "track_running_stats")
-_SETTINGS = {  # class -> f(attributes) that returns the settings in the signature; `is_standard_link` checks no others
+_BN_ATTRIBUTES = itemgetter("num_features", "eps", "momentum", "training", "track_running_stats")
+_SETTINGS = {  # class -> a function of a module's attributes that returns its settings
     nn.Conv2d: _conv_settings,
     nn.BatchNorm2d: _bn_settings,
     SyncBatchNorm2d: _bn_settings,
@@ -120,15 +93,12 @@ _SETTINGS = {  # class -> f(attributes) that returns the settings in the signatu
     nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     Zero: itemgetter("stride"),
     nn.ReLU: itemgetter("inplace"),
-    nn.SiLU: itemgetter("inplace"),
     nn.Softplus: itemgetter("beta", "threshold"),
-    nn.ELU: itemgetter("alpha", "inplace"),
-    nn.GELU: itemgetter("approximate"),
 }
 
 
-def is_standard_link(link):
-    """Whether a link has the form that `models.ops` gives it, with any of `ACTIVATIONS`."""
+def is_standard_link(link: Link) -> bool:
+    """Whether a link is as `models.ops` builds it, with any of `ACTIVATIONS`."""
     return (
         type(link.activation) in ACTIVATIONS
         and not vars(link.activation).get("inplace")
@@ -139,28 +109,24 @@ def is_standard_link(link):
 
 
 def _is_standard_depthwise(conv):
-    return (
-        type(conv) is nn.Conv2d
-        and conv.bias is None
-        and conv.padding_mode == "zeros"
-        and conv.groups == conv.in_channels == conv.out_channels
-        and all(
-            type(size) is tuple and size[0] == size[1]
-            for size in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        )
-        and conv.kernel_size[0] % 2 == 1
-        and conv.padding[0] == conv.dilation[0] * (conv.kernel_size[0] // 2)
-    )
+    if type(conv) is not nn.Conv2d:
+        return False
+    C, k = conv.in_channels, conv.kernel_size[0]
+    return k % 2 == 1 and signature(conv) == _conv_signature(C, C, k, conv.stride[0], conv.dilation[0], groups=C)
 
 
 def _is_standard_pointwise(conv):
-    shape = conv.kernel_size, conv.stride, conv.padding
-    return type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1 and shape == ((1, 1), (1, 1), (0, 0))
+    return type(conv) is nn.Conv2d and signature(conv) == _conv_signature(conv.in_channels, conv.out_channels, k=1)
 
 
-def is_standard_bn(bn):
-    """Whether this is `nn.BatchNorm2d` or `SyncBatchNorm2d` with running statistics, a momentum, and both of weight and
-    bias or neither."""
+def _conv_signature(C_in, C_out, k, stride=1, dilation=1, groups=1):
+    """The signature of a square convolution without bias that leaves ceil(size / stride) pixels a side."""
+    square = [(value, value) for value in (k, stride, dilation * (k // 2), dilation)]
+    return nn.Conv2d, (C_in, C_out, *square, groups, "zeros", False)
+
+
+def is_standard_bn(bn: nn.Module) -> bool:
+    """Whether this is BN with running statistics, a momentum, and both of weight and bias or neither."""
     return (
         type(bn) in BATCH_NORMS
         and bn.momentum is not None
@@ -169,23 +135,11 @@ def is_standard_bn(bn):
     )
 
 
-def is_synced(bn):
+def is_synced(bn: nn.Module) -> bool:
     """Whether BN uses the statistics of the global batch."""
     return type(bn) is SyncBatchNorm2d
 
 
-def separate_output(op, x):
-    """op(x); raises ValueError unless it has the shape that an operation must give, which no sum may stretch it to."""
-    y = op(x)
-    half = [-(-side // 2) for side in x.shape[2:]]
-    if y.shape[:2] != x.shape[:2] or list(y.shape[2:]) not in (list(x.shape[2:]), half):
-        raise ValueError(
-            f"an operation must keep images and channels, and leave ceil(size / stride) pixels a side: of "
-            f"{tuple(x.shape)} it made {tuple(y.shape)}: {op}"
-        )
-    return y
-
-
-def geometry(conv):
+def geometry(conv: nn.Conv2d) -> tuple[int, int, int]:
     """(stride, padding, dilation) of a square convolution."""
     return conv.stride[0], conv.padding[0], conv.dilation[0]

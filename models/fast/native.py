@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import tempfile
 from array import array
@@ -28,16 +27,6 @@ SOURCE = Path(__file__).with_name("native.c")
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 COMPILE_SECONDS = 120  # time limit of a call of the compiler
 MALLOPT = {-3: 2**25, -1: 2**31 - 1}  # glibc's M_MMAP_THRESHOLD, with its largest value, and M_TRIM_THRESHOLD
-ARGUMENTS = {
-    "depthwise": "pnnnnnpn",
-    "depthwise_gradients": "pnnnnnpn",
-    "mix": "pnpnnn",
-    "products": "pnppnnn",
-    "fold": "ppdppnpdppnpppnnn",
-    "fold_gradients": "ppdppnppppppnnn",
-    "blend": "pnpnpn",
-    "dots": "pnpnpn",
-}  # argument types of native.c's functions; p: a pointer, n: a long, d: a double
 
 
 def knows(dtype):
@@ -58,8 +47,8 @@ def depthwise(images, relus, kernels, convolutions):
     tensors (C, 1, k, k), or (rows, C, 1, k, k) with several kernels; convolutions: tuples (index in images, index in
     kernels, row of that tensor, (stride, padding, dilation)).
     """
-    _check_convolutions(images, kernels, convolutions)
-    images = _channels_last(images)
+    _check_convolutions(images, kernels)
+    images, kernels = _channels_last(images), _contiguous(*kernels)
     N, C, H, W = images[0].shape
     zs = [_empty(images[0], C, -(-H // stride), -(-W // stride)) for *_, (stride, _, _) in convolutions]
     table = _convolution_table(convolutions, kernels, zs, [None] * len(kernels), max(H, W))
@@ -70,8 +59,8 @@ def depthwise(images, relus, kernels, convolutions):
 
 def depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
     """The gradients ([dimage], [dkernel]) of `depthwise`, from those of its outputs, dzs; None for those not wanted."""
-    _check_convolutions(images, kernels, convolutions)
-    images, dzs = _channels_last(images), _channels_last(dzs)
+    _check_convolutions(images, kernels)
+    images, dzs, kernels = _channels_last(images), _channels_last(dzs), _contiguous(*kernels)
     N, C, H, W = images[0].shape
     dimages = [_empty(x, C, H, W) if wanted else None for x, wanted in zip(images, wants_images)]
     dkernels = [torch.zeros_like(weight) if wanted else None for weight, wanted in zip(kernels, wants_kernels)]
@@ -90,12 +79,9 @@ def mix(terms, bases=None, shifts=None):
     (x, *_), A = terms[0]
     edges, _, C = A.shape
     for images, A in terms:
-        _check(images, edges, (len(x), A.shape[1], *x.shape[2:]), x.dtype)
-        _check([A], 1, (edges, A.shape[1], C), x.dtype)
-    if bases:
-        _check(bases, edges, (len(x), C, *x.shape[2:]), x.dtype)
-    if shifts is not None:
-        _check([shifts], 1, (edges, C), x.dtype)
+        _check(images, (len(x), A.shape[1], *x.shape[2:]), x.dtype)
+        _check([A], (edges, A.shape[1], C), x.dtype)
+    _check(bases or [], (len(x), C, *x.shape[2:]), x.dtype)
     ys = [_empty(x, C, *x.shape[2:]) for _ in range(edges)]
     terms = [(_channels_last(images), A.contiguous()) for images, A in terms]
     bases = bases and _channels_last(bases)
@@ -113,8 +99,8 @@ def products(a, b):
 
     a, b: lists of images of K and of C channels, all of one size. Returns two tensors, (pairs, K) and (pairs, K, C).
     """
-    _check(a, len(a), a[0].shape, a[0].dtype)
-    _check(b, len(a), (len(a[0]), b[0].shape[1], *a[0].shape[2:]), a[0].dtype)
+    _check(a, a[0].shape, a[0].dtype)
+    _check(b, (len(a[0]), b[0].shape[1], *a[0].shape[2:]), a[0].dtype)
     a, b = _channels_last(a), _channels_last(b)
     K, C = a[0].shape[1], b[0].shape[1]
     sums, matrices = (torch.empty(shape, dtype=torch.float64) for shape in ((len(a), K), (len(a), K, C)))
@@ -132,9 +118,11 @@ def fold(sums, grams, n, M, scale, bias, eps, edges):
     variance of M z, (products, C) each; and moments, which `fold_gradients` takes.
     """
     count, C, K = M.shape
-    _check_fold(sums, (count, K), grams, (count, K, K), M, scale)
+    _check([grams], (count, K, K), torch.float64)
+    if scale is not None:
+        _check([scale], (count, scale.shape[1]), M.dtype)
     if bias is not None:
-        _check([bias], 1, (edges, C), M.dtype)
+        _check([bias], (edges, C), M.dtype)
     sums, grams, M, scale, bias = _contiguous(sums, grams, M, scale, bias)
     A, shifts, mean, var = (M.new_empty(shape) for shape in ((count, K, C), (edges, C), (count, C), (count, C)))
     moments = M.new_empty(count, K + C * K + C, dtype=torch.float64)
@@ -151,7 +139,6 @@ def fold_gradients(sums, products, n, M, scale, moments, wants_scale, wants_M, w
     moments: from `fold`. A: (products, C, K); D: (products, K, K); shift: (products, K).
     """
     count, C, K = M.shape
-    _check_fold(sums, (count, C), products, (count, C, K), M, scale)
     sums, products, M, scale = _contiguous(sums, products, M, scale)
     dscale = torch.empty_like(scale) if wants_scale else None
     dM = torch.empty_like(M) if wants_M else None
@@ -163,7 +150,7 @@ def fold_gradients(sums, products, n, M, scale, moments, wants_scale, wants_M, w
 
 def blend(images, weights):
     """E weighted sums of T images of one size, as a list. weights: (E, T)."""
-    _check(images, weights.shape[1], images[0].shape, weights.dtype)
+    _check(images, images[0].shape, weights.dtype)
     images, weights = _channels_last(images), weights.contiguous()
     ys = [_empty(images[0], *images[0].shape[1:]) for _ in weights.unbind()]
     inputs = _pointers(images), len(images), weights.data_ptr()
@@ -173,39 +160,24 @@ def blend(images, weights):
 
 def dots(a, b):
     """The dot products of each of E images a with each of T images b, all of one size: (E, T), in float64."""
-    _check(a + b, len(a) + len(b), a[0].shape, a[0].dtype)
+    _check(a + b, a[0].shape, a[0].dtype)
     a, b = _channels_last(a), _channels_last(b)
     sums = torch.empty(len(a), len(b), dtype=torch.float64)
     _call(a[0].dtype, "dots", _pointers(a), len(a), _pointers(b), len(b), sums.data_ptr(), a[0].numel())
     return sums
 
 
-def _check(tensors, n, shape, dtype):
-    """Raise ValueError unless there are n tensors, of this shape and dtype, on the CPU."""
-    if len(tensors) != n or any(
-        tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu for tensor in tensors
-    ):
-        raise ValueError(f"there must be {n}, {tuple(shape)} each, of {dtype}, on the CPU")
+def _check(tensors, shape, dtype):
+    """Raise ValueError unless all tensors have this shape and dtype and are on the CPU: C reads them unchecked."""
+    if any(tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu for tensor in tensors):
+        raise ValueError(f"tensors must be {tuple(shape)}, of {dtype}, on the CPU")
 
 
-def _check_convolutions(images, kernels, convolutions):
-    x = images[0]
-    _check(images, len(images), x.shape, x.dtype)
-    for _, index, _, (_, padding, dilation) in convolutions:
-        kernel = kernels[index]
-        k = kernel.shape[-1]
-        if kernel.shape[-4:] != (x.shape[1], 1, k, k) or k % 2 == 0 or padding != dilation * (k // 2):
-            raise ValueError("kernels must be (..., C, 1, k, k) with an odd k, and the padding dilation * (k // 2)")
-        if not kernel.is_contiguous() or (kernel.dtype, kernel.device) != (x.dtype, x.device):
-            raise ValueError("kernels must be contiguous, of the images' type, on the CPU")
-
-
-def _check_fold(sums, sums_shape, products, products_shape, M, scale):
-    _check([sums], 1, sums_shape, torch.float64)
-    _check([products], 1, products_shape, torch.float64)
-    _check([M], 1, M.shape, M.dtype)
-    if scale is not None:
-        _check([scale], 1, (len(M), 1 if scale.shape[1:] == (1,) else M.shape[1]), M.dtype)
+def _check_convolutions(images, kernels):
+    _check(images, images[0].shape, images[0].dtype)
+    C = images[0].shape[1]
+    for kernel in kernels:
+        _check([kernel], (*kernel.shape[:-4], C, 1, kernel.shape[-1], kernel.shape[-1]), images[0].dtype)
 
 
 def _channels_last(images):
@@ -258,8 +230,15 @@ def _pointer(tensor, row=0):
 
 def _call(dtype, name, *arguments):
     function = getattr(_library(dtype), name)
-    if function(*[value.buffer_info()[0] if type(value) is array else value for value in arguments]):
+    if function(*map(_c_value, arguments)):
         raise MemoryError(f"no memory for {name}")
+
+
+def _c_value(value):
+    """A double for a float; a long for a whole number, an address, and for an array, whose address is passed."""
+    if type(value) is array:
+        value = value.buffer_info()[0]
+    return ctypes.c_double(value) if type(value) is float else ctypes.c_long(value)
 
 
 @functools.cache
@@ -269,13 +248,13 @@ def _library(dtype):
         return None
     compiler = os.environ.get("CC") or "cc"
     try:
-        library = _declared(_compiled(shlex.split(compiler), REAL[dtype]))
-    except (AttributeError, OSError, ValueError, subprocess.SubprocessError) as error:
+        library = _compiled(shlex.split(compiler), REAL[dtype])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error" in line), lines[0])
         logging.getLogger("darts").warning(
-            f"no {SOURCE.name} by the C compiler {compiler!r} (a gcc with OpenMP is needed; CC names it), so that what "
-            f"runs on the CPU takes longer: {reason}"
+            f"{SOURCE.name} was not compiled with {compiler!r} (a gcc with OpenMP is needed; CC names it), so steps on "
+            f"the CPU take longer: {reason}"
         )
         return None
     _keep_freed_memory()
@@ -283,7 +262,7 @@ def _library(dtype):
 
 
 def _compiled(compiler, real):
-    """Load native.c as compiled by this compiler for this processor; compile it first unless the cache folder has it.
+    """Load native.c as compiled with this compiler for this processor; compile it first unless the cache folder has it.
 
     The file's name contains a hash of everything that it depends on. It gets that name once it is complete, so that
     several processes may compile it at the same time. If there is no safe cache folder, it is compiled into a temporary
@@ -292,29 +271,23 @@ def _compiled(compiler, real):
     command = [*compiler, *OPTIONS, f"-DREAL={real}"]
     version = _run([*compiler, "--version"]).stdout.encode()
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), repr(command).encode(), version, _processor()])).hexdigest()
-    with contextlib.ExitStack() as stack:
-        folder = _cache_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        path = folder / f"native-{real}-{key[:32]}.so"
+    cache = _cache_folder()
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        path = Path(cache or scratch, f"native-{real}-{key[:32]}.so")
         if not path.is_file():
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-            compiled, library = scratch / "native.o", scratch / "native.so"
-            for words in ([*command, "-c", SOURCE, "-o", compiled], [*compiler, "-shared", compiled, "-o", library]):
-                # not linked to an OpenMP library, so that it uses the one that PyTorch has loaded, with its threads
-                _run(words).check_returncode()
+            compiled, library = Path(scratch, "native.o"), Path(scratch, "native.so")
+            _run([*command, "-c", SOURCE, "-o", compiled])
+            # not linked to an OpenMP library, so that it uses the one that PyTorch has loaded, with its threads
+            _run([*compiler, "-shared", compiled, "-o", library])
             os.replace(library, path)
         return ctypes.CDLL(path)
 
 
 def _run(words):
-    """Run the compiler; after `COMPILE_SECONDS` end it, with all that it has started, and raise TimeoutExpired."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, **pipes, text=True, errors="replace", start_new_session=True) as process:
-        try:
-            output = process.communicate(timeout=COMPILE_SECONDS)
-        except BaseException:  # an interrupt too
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-            raise
-    return subprocess.CompletedProcess(words, process.returncode, *output)
+    """Run the compiler; raise SubprocessError if it fails or takes longer than `COMPILE_SECONDS`."""
+    return subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True
+    )
 
 
 def _cache_folder():
@@ -348,11 +321,3 @@ def _keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, size in MALLOPT.items():
             mallopt(parameter, size)
-
-
-def _declared(library):
-    """The library, with its functions' argument types declared. Raises AttributeError if a function is missing."""
-    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double}
-    for function, arguments in ARGUMENTS.items():
-        getattr(library, function).argtypes = [kinds[kind] for kind in arguments]
-    return library
