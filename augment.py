@@ -200,7 +200,7 @@ def train(epoch, run, net, loader, optim):
 
     net.train()
     for X, y, n in loader.epoch(epoch, meters.steps_done):
-        net.shared_batch(n, ranks.rows(n))  # drop path draws its mask for the global batch, on every rank
+        net.set_drop_path_rows(n, ranks.rows(n))  # drop path draws its mask for the global batch, on every rank
         optim.zero_grad()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
             logits, aux_logits = net(X)

@@ -4,18 +4,26 @@ import torch
 from torch import nn
 
 from models.fast import augment_cell
-from models.genotype import to_dag
+from models.genotype import Genotype, to_dag
 from models.search_cells import cell_inputs, check_execution
 
 
 class AugmentCell(nn.Module):
     """A cell built from the genotype's `reduce` gene if `reduction`, else from its `normal` gene.
 
-    execution: `plain` runs one operation at a time and is the definition; `fused` computes the same sums with the same
-    modules by `models.fast`. The other arguments are as in `SearchCell`.
+    The other arguments are those of `SearchCell`.
     """
 
-    def __init__(self, genotype, C_pp, C_p, C, reduction_p, reduction, execution="fused"):
+    def __init__(
+        self,
+        genotype: Genotype,
+        C_pp: int,
+        C_p: int,
+        C: int,
+        reduction_p: bool,
+        reduction: bool,
+        execution: str = "fused",
+    ):
         super().__init__()
         check_execution(execution)
         self.execution = execution
@@ -25,8 +33,8 @@ class AugmentCell(nn.Module):
         self.dag = to_dag(C, gene, reduction)
         self.C_out = C * len(self.concat)
 
-    def forward(self, s0, s1):
-        """s0, s1: outputs of cells k-2, k-1. Returns the concatenation of the nodes in `concat`, (N, C_out, H, W)."""
+    def forward(self, s0: torch.Tensor, s1: torch.Tensor) -> torch.Tensor:
+        """The concatenation of the nodes in `concat`, (N, C_out, H, W). s0, s1: as in `SearchCell`."""
         states = [self.preproc0(s0), self.preproc1(s1)]
         node = augment_cell.fused_node if self.execution == "fused" else plain_node
         for ops in self.dag:
@@ -34,6 +42,6 @@ class AugmentCell(nn.Module):
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 
-def plain_node(ops, states):
+def plain_node(ops: nn.ModuleList, states: list[torch.Tensor]) -> torch.Tensor:
     """A node: the sum of its operations, each applied to the state of index `s_idx`."""
     return sum(op(states[op.s_idx]) for op in ops)

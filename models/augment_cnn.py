@@ -1,10 +1,11 @@
 """The network that augment.py trains: a stack of cells of one genotype, and an auxiliary head (DARTS, app. A.2.1)."""
 
+import torch
 from torch import nn
 
 from models.augment_cells import AugmentCell
 from models.choices import STEMS
-from models.genotype import check
+from models.genotype import Genotype, check
 from models.ops import DropPath_, StdConv
 from models.search_cnn import check_positive, reduction_cells
 
@@ -16,7 +17,7 @@ class AuxiliaryHead(nn.Module):
     windows to 2x2, as in the authors' code; other sizes by adaptive pooling to 2x2.
     """
 
-    def __init__(self, input_size, C, n_classes):
+    def __init__(self, input_size: int, C: int, n_classes: int):
         super().__init__()
         if input_size in (7, 8):
             pool = nn.AvgPool2d(5, stride=input_size - 5, padding=0, count_include_pad=False)
@@ -34,11 +35,11 @@ class AuxiliaryHead(nn.Module):
         )
         self.linear = nn.Linear(768, n_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.net(x).flatten(1))
 
 
-def cifar_stem(C_in, C):
+def cifar_stem(C_in: int, C: int) -> nn.Module:
     """The stem for CIFAR-10, as in the authors' code: its output, of C channels, is both inputs of the first cell."""
     return nn.Sequential(nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
 
@@ -49,7 +50,7 @@ class ImageNetStem(nn.Module):
     Returns the two inputs of the first cell, each of C channels: at a quarter and at an eighth of the images' size.
     """
 
-    def __init__(self, C_in, C):
+    def __init__(self, C_in: int, C: int):
         super().__init__()
         self.quarter = nn.Sequential(
             nn.Conv2d(C_in, C // 2, 3, stride=2, padding=1, bias=False),
@@ -60,7 +61,7 @@ class ImageNetStem(nn.Module):
         )
         self.eighth = StdConv(C, C, 3, 2, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s0 = self.quarter(x)
         return s0, self.eighth(s0)
 
@@ -68,24 +69,26 @@ class ImageNetStem(nn.Module):
 class AugmentCNN(nn.Module):
     """The augment network: a stack of cells of one genotype.
 
-    input_size: height and width of the images, in pixels, at least 8; auxiliary: whether there is an auxiliary head,
-    after cell 2 * n_layers // 3; stem: one of `STEMS`; `imagenet` needs images of at least 64 pixels, and cells get an
-    eighth of that size; execution: see `AugmentCell`. The other arguments are as in `SearchCNN`. Raises
-    ValueError if a number is too small or the stem unknown, and GenotypeError if the genotype is invalid.
+    input_size: height and width of the images, in pixels, at least 8
+    auxiliary: whether there is an auxiliary head, after cell 2 * n_layers // 3
+    stem: one of `STEMS`; `imagenet` needs images of at least 64 pixels, and its cells get an eighth of that size
+
+    The other arguments are those of `SearchCNN`. Raises ValueError if a number is too small or the stem or execution is
+    unknown, and GenotypeError if the genotype is invalid.
     """
 
     def __init__(
         self,
-        input_size,
-        C_in,
-        C,
-        n_classes,
-        n_layers,
-        auxiliary,
-        genotype,
-        stem_multiplier=3,
-        stem="cifar",
-        execution="fused",
+        input_size: int,
+        C_in: int,
+        C: int,
+        n_classes: int,
+        n_layers: int,
+        auxiliary: bool,
+        genotype: Genotype,
+        stem_multiplier: int = 3,
+        stem: str = "cifar",
+        execution: str = "fused",
     ):
         super().__init__()
         if stem not in STEMS:
@@ -101,7 +104,7 @@ class AugmentCNN(nn.Module):
         check(genotype)
         self.aux_pos = 2 * n_layers // 3 if auxiliary else None
         self.aux_head = None
-        self.batch = None  # see `shared_batch`
+        self.batch = None  # see `set_drop_path_rows`
 
         imagenet = stem == "imagenet"
         C_cur = C if imagenet else stem_multiplier * C
@@ -122,7 +125,7 @@ class AugmentCNN(nn.Module):
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(C_p, n_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images (N, C_in, H, W) -> (logits, aux_logits), each (N, n_classes); aux_logits is None in eval."""
         aux_logits = None
         stem = self.stem(x)
@@ -133,13 +136,16 @@ class AugmentCNN(nn.Module):
                 aux_logits = self.aux_head(s1)
         return self.linear(self.gap(s1).flatten(1)), aux_logits
 
-    def drop_path_prob(self, p):
+    def drop_path_prob(self, p: float) -> None:
         """Set the drop path probability of every operation."""
         for module in self._drop_paths():
             module.p = p
 
-    def shared_batch(self, n, rows):
-        """Tell the drop path modules that the next batch is the slice `rows` of a global batch of n samples."""
+    def set_drop_path_rows(self, n: int, rows: slice) -> None:
+        """Tell the drop path modules that the next batch is the slice `rows` of a global batch of n samples.
+
+        Then several processes together drop the samples that one process would drop (see `drop_path_`).
+        """
         if (n, rows) != self.batch:
             self.batch = n, rows
             for module in self._drop_paths():

@@ -5,6 +5,7 @@ import statistics
 import time
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 BATCH_SIZES = (1, 64)  # for the latency
@@ -12,13 +13,13 @@ LONG_PASS = 1e3  # in milliseconds: a slower forward pass is timed only once
 LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be slower is not timed
 
 
-def param_size(model):
+def param_size(model: nn.Module) -> float:
     """The number of parameters in millions, without the auxiliary head, as papers count them."""
     names = (name for name, _ in model.named_parameters() if not name.startswith("aux_head."))
     return sum(model.get_parameter(name).numel() for name in names) / 1e6
 
 
-def cost(net, channels, size):
+def cost(net: nn.Module, channels: int, size: int) -> dict[str, float]:
     """The cost of an augment network for one image: parameters_M and multiply_adds_M (millions), activations_MB.
 
     parameters_M: without the auxiliary head; multiply_adds_M: of convolutions and the linear layer in a forward pass
@@ -36,7 +37,7 @@ def cost(net, channels, size):
     }
 
 
-def describe(costs):
+def describe(costs: dict[str, float]) -> str:
     """The result of `cost` in words."""
     return (
         f"{costs['parameters_M']:.3f} M parameters, {costs['multiply_adds_M']:.1f} M multiply-adds an image, "
@@ -44,7 +45,7 @@ def describe(costs):
     )
 
 
-def activation_bytes(net, x):
+def activation_bytes(net: nn.Module, x: torch.Tensor) -> int:
     """Bytes that a forward pass saves for the backward pass, without parameters and buffers; each tensor once."""
     parameters = {storage_of(tensor) for tensor in (*net.parameters(), *net.buffers())}
     saved = {}
@@ -65,7 +66,7 @@ def storage_of(tensor):
 
 
 @torch.no_grad()
-def latency(net, x, rounds):
+def latency(net: nn.Module, x: torch.Tensor, rounds: int) -> list[float]:
     """Milliseconds of each of `rounds` forward passes, after a warm-up. If the warm-up is slow, only its time."""
     x = x.to(memory_format=torch.channels_last)
     net.eval()
@@ -87,7 +88,7 @@ def median_and_range(values):
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def describe_latency(net, channels, size, rounds=5):
+def describe_latency(net: nn.Module, channels: int, size: int, rounds: int = 5) -> str:
     """The latency of a forward pass on the device that the network is on, in words."""
     device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
     times, milliseconds_per_image = [], 0.0

@@ -8,24 +8,36 @@ Sources 0 and 1 are the outputs of the two previous cells, sources 2, 3, ... are
 """
 
 from collections import namedtuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from models.choices import PRIMITIVES
 
+if TYPE_CHECKING:
+    import torch
+
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+Gene = list[list[tuple[str, int]]]
 
 
 class GenotypeError(ValueError):
     """A genotype that cannot be read or built; the message says where and what is allowed."""
 
 
-def parse(alpha, k, primitives=PRIMITIVES):
+def n_edges(n_nodes: int) -> int:
+    """The number of edges of a search cell, in which node i has i + 2: from both inputs and from each earlier node."""
+    return n_nodes * (n_nodes + 3) // 2
+
+
+def parse(alpha: Iterable["torch.Tensor"], k: int, primitives: Sequence[str] = PRIMITIVES) -> Gene:
     """Derive a gene from the strengths of the operations on the edges (DARTS, section 2.4).
 
-    alpha: a tensor per node, node i's of shape (i + 2, len(primitives)). `SearchCNN.genotype` passes `edge_weights`
-    (softmax weights), since raw alphas are not comparable across edges. primitives: the operation of each column. On
-    each edge the best candidate is the strongest one other than none. Each node keeps the k edges whose best candidates
-    are strongest (all, if it has fewer), strongest first; ties go to the smaller index. Returns a list of nodes, each a
-    list of (operation, source).
+    On each edge the best candidate is the strongest one other than none. Each node has the k edges whose best
+    candidates are strongest (all, if it has fewer), strongest first; ties go to the smaller index.
+
+    alpha: a tensor for each node, node i's of shape (i + 2, len(primitives)). `SearchCNN.genotype` passes
+        `edge_weights` (softmax weights), since raw alphas are not comparable across edges.
+    primitives: the operation of each column
     """
     candidates = [column for column, primitive in enumerate(primitives) if primitive != "none"]
     gene = []
@@ -37,11 +49,12 @@ def parse(alpha, k, primitives=PRIMITIVES):
     return gene
 
 
-def to_dag(C_in, gene, reduction):
-    """Build the operations of a cell: a ModuleList of nodes, each a ModuleList of operations with an attribute `s_idx`.
+def to_dag(C_in: int, gene: Gene, reduction: bool) -> "torch.nn.ModuleList":
+    """Build the operations of a cell: a ModuleList of nodes, each a ModuleList of operations.
 
-    s_idx: index of the source; C_in: channels of the cell. In a reduction cell the operations on the two inputs have
-    stride 2. Every operation but the identity is followed by drop path (DARTS, appendix A.2.1).
+    Each operation has C_in input and output channels, and its source as attribute `s_idx`. In a reduction cell the
+    operations on the two inputs have stride 2. Every operation except the identity is followed by drop path (DARTS,
+    appendix A.2.1).
     """
     from torch import nn
 
@@ -60,7 +73,7 @@ def to_dag(C_in, gene, reduction):
     return dag
 
 
-def check(genotype):
+def check(genotype: Genotype) -> Genotype:
     """Return the genotype if it is valid; else raise GenotypeError, which says what is wrong and what is allowed."""
     for kind in ("normal", "reduce"):
         gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")

@@ -1,7 +1,9 @@
 """The candidate operations of the search space (DARTS, section 3.1), and their mixture on an edge.
 
-To add an operation, add an entry to `OPS`, and a class if none of those here will do. Tests run on every entry.
+To add an operation, add an entry to `OPS`, and a class if none of those here computes it. Tests run on every entry.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from models.choices import PRIMITIVES
 
 # name -> f(C, stride, affine), which returns a module with C input and C output channels; its output has
 # ceil(size / stride) pixels a side. `affine` is passed by this name.
-OPS = {
+OPS: dict[str, Callable[..., nn.Module]] = {
     "max_pool_3x3": lambda C, stride, affine: PoolBN("max", C, 3, stride, 1, affine),
     "avg_pool_3x3": lambda C, stride, affine: PoolBN("avg", C, 3, stride, 1, affine),
     "skip_connect": lambda C, stride, affine: Identity() if stride == 1 else FactorizedReduce(C, C, affine),
@@ -25,7 +27,9 @@ OPS = {
 }
 
 
-def drop_path_(x, drop_prob, training, batch=None):
+def drop_path_(
+    x: torch.Tensor, drop_prob: float, training: bool, batch: tuple[int, slice] | None = None
+) -> torch.Tensor:
     """Zero whole samples of `x` with probability `drop_prob`, in place; divide the others by the keep probability.
 
     x: (N, ...), on any device. batch: (n, rows) if x is the slice `rows` of a global batch of n samples that several
@@ -47,7 +51,7 @@ def drop_path_(x, drop_prob, training, batch=None):
 class DropPath_(nn.Module):
     """`drop_path_` as a module, in place. `AugmentCNN` sets `p` (its drop_prob) and `batch` (see `drop_path_`)."""
 
-    def __init__(self, p=0.0):
+    def __init__(self, p: float = 0.0):
         super().__init__()
         self.p = p
         self.batch = None
@@ -172,41 +176,44 @@ class MixedOp(nn.Module):
     C: channels; stride: 1, or 2 on the edges from the inputs of a reduction cell; primitives: the candidates' names.
     """
 
-    def __init__(self, C, stride, primitives=PRIMITIVES):
+    def __init__(self, C: int, stride: int, primitives: Iterable[str] = PRIMITIVES):
         super().__init__()
         self._ops = nn.ModuleList(OPS[primitive](C, stride, affine=False) for primitive in primitives)
 
-    def forward(self, x, weights):
+    def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x: (N, C, H, W); weights: (len(primitives),), this edge's row of `SearchCNN.edge_weights`."""
         return sum(weight * op(x) for weight, op in zip(weights, self._ops, strict=True))
 
 
 class PartialMixedOp(MixedOp):
-    """A mixture on the first C / K channels, the others passed by, halved by max pooling at stride 2 (PC-DARTS, eq. 2).
+    """A mixture on the first C / K of the channels; the others bypass the candidates (PC-DARTS, eq. 2):
 
-    All are scaled by the sum of the weights, 1 for those of a softmax, the edge's weight where edges are normalised.
-    Then channels are shuffled, so that the next edge's candidates see others. C must be divisible by K.
+        y = shuffle(concat(sum over candidates o of w_o o(select(x)), (sum over o of w_o) bypass(x)))
+
+    `bypass` halves the image at stride 2. The sum of the weights is 1 if they are a softmax, and the edge's weight if
+    edges are normalised. The channels are shuffled so that other channels have candidates on the next edge. C must be
+    divisible by K.
     """
 
-    def __init__(self, C, stride, primitives=PRIMITIVES, K=4):
+    def __init__(self, C: int, stride: int, primitives: Iterable[str] = PRIMITIVES, K: int = 4):
         super().__init__(C // K, stride, primitives)
         self.K, self.stride = K, stride
 
-    def forward(self, x, weights):
+    def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.K == 1:
             return super().forward(x, weights)
         return self.merge(super().forward(self.select(x), weights), weights.sum() * self.bypass(x))
 
-    def select(self, x):
-        """The channels that the candidates see."""
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """The channels that have candidates."""
         return x[:, : x.shape[1] // self.K]
 
-    def bypass(self, x):
-        """The channels that pass by, of ceil(size / stride) pixels a side."""
+    def bypass(self, x: torch.Tensor) -> torch.Tensor:
+        """The other channels, of ceil(size / stride) pixels a side."""
         rest = x[:, x.shape[1] // self.K :]
         return F.max_pool2d(rest, 2, ceil_mode=True) if self.stride == 2 else rest
 
-    def merge(self, mixed, passed):
-        """All channels, shuffled in K groups; linear, so that a node's edges can be summed first."""
-        x = torch.cat([mixed, passed], dim=1)
+    def merge(self, mixed: torch.Tensor, bypassed: torch.Tensor) -> torch.Tensor:
+        """All channels, shuffled in K groups. This is linear, so the edges of a node can be summed before it."""
+        x = torch.cat([mixed, bypassed], dim=1)
         return x.unflatten(1, (self.K, -1)).transpose(1, 2).flatten(1, 2)

@@ -1,7 +1,9 @@
 """The search network: a stack of search cells, and the architecture parameters alpha that they share."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +16,19 @@ from models.ops import OPS, MixedOp
 from models.search_cells import SearchCell
 
 
-def reduction_cells(n_layers):
+def reduction_cells(n_layers: int) -> set[int]:
     """Indices of the reduction cells: at one and two thirds of the depth (DARTS, section 3.1)."""
     return {n_layers // 3, 2 * n_layers // 3}
 
 
-def check_positive(**numbers):
+def check_positive(**numbers: int) -> None:
     """Raise ValueError, with its name, for the first argument that is not a whole number of at least 1."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
 
 
-def check_primitives(primitives):
+def check_primitives(primitives: Sequence[str]) -> None:
     """Raise ValueError unless all names are in `OPS`, all are different, and at least one is not none."""
     unknown = [name for name in primitives if name not in OPS]
     if unknown:
@@ -40,13 +42,17 @@ def check_primitives(primitives):
 class SearchCNN(nn.Module):
     """The continuous relaxation: a network that holds every candidate on every edge (DARTS, section 2.2).
 
-    C_in: image channels; C: channels of a node in the first cells, doubled by each reduction cell; n_classes: number of
-    classes; n_layers: number of cells; criterion: f(logits, y) -> loss; n_nodes: nodes of a cell; stem_multiplier: the
-    stem has stem_multiplier * C channels; primitives: the candidates on every edge, keys of `OPS`. Images may have any
-    size from 8x8 pixels.
-
-    execution: `fused` or `plain`, which give the same numbers (see `SearchCell`); recompute: keep only the inputs of
-    the cells for the backward pass, which then runs each cell forward again (gradient checkpointing).
+    C_in: channels of the images, which may have any size from 8x8 pixels
+    C: channels of a node in the first cells; each reduction cell doubles them
+    n_classes: number of classes
+    n_layers: number of cells
+    criterion: f(logits, y) -> loss
+    n_nodes: nodes of a cell
+    stem_multiplier: the stem has stem_multiplier * C channels
+    execution: `fused` or `plain`, which give the same numbers (see `SearchCell`)
+    recompute: keep only the inputs of the cells for the backward pass, which then runs each cell forward again
+        (gradient checkpointing): less memory, more time
+    primitives: the candidates on every edge, keys of `OPS`
 
     `alpha_normal[i]` and `alpha_reduce[i]` are the alphas of node i's edges, of shape (i + 2, len(primitives)).
     Raises ValueError if a number is below 1, or `check_primitives` rejects the primitives.
@@ -55,21 +61,22 @@ class SearchCNN(nn.Module):
     course of a search, `begin_epoch`. For another edge, set the class attribute `mixed_op`.
     """
 
-    mixed_op = MixedOp  # the class of the edges (a class: a function would become a method)
+    # the class of the edges; it must be a class: a function set here would be bound as a method
+    mixed_op: type[nn.Module] = MixedOp
     alphas_learn = True  # whether the training loop takes alpha's steps in this epoch
 
     def __init__(
         self,
-        C_in,
-        C,
-        n_classes,
-        n_layers,
-        criterion,
-        n_nodes=4,
-        stem_multiplier=3,
-        execution="fused",
-        recompute=False,
-        primitives=PRIMITIVES,
+        C_in: int,
+        C: int,
+        n_classes: int,
+        n_layers: int,
+        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        n_nodes: int = 4,
+        stem_multiplier: int = 3,
+        execution: str = "fused",
+        recompute: bool = False,
+        primitives: Sequence[str] = PRIMITIVES,
     ):
         super().__init__()
         check_positive(
@@ -100,17 +107,17 @@ class SearchCNN(nn.Module):
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(C_p, n_classes)
 
-    def edge_weights(self, noise=None):
+    def edge_weights(self, noise: Any = None) -> dict[str, list[torch.Tensor]]:
         """The weights of the candidates on every edge: the softmax of DARTS, eq. 2. Alphas become weights only here.
 
-        noise: what `draw_noise` returned; None in evaluation, for the genotype and in logs. Returns a dict from the
+        noise: the result of `draw_noise`; None in evaluation, for the genotype and in logs. Returns a dict from the
         kind of cell, "normal" or "reduce", to a list with a tensor for each node, node i's of shape
         (i + 2, len(primitives)). Here each row is a softmax; an override may return any numbers.
         """
         alphas = {"normal": self.alpha_normal, "reduce": self.alpha_reduce}
         return {kind: [F.softmax(edges, dim=-1) for edges in alpha] for kind, alpha in alphas.items()}
 
-    def draw_noise(self):
+    def draw_noise(self) -> Any:
         """Draw the random numbers that `edge_weights` needs. Returns None here: DARTS needs none.
 
         The training loop calls this once per step and stores the result in `noise`, since all forward passes of a step
@@ -119,14 +126,14 @@ class SearchCNN(nn.Module):
         """
         return None
 
-    def begin_epoch(self, epoch, epochs):
-        """Prepare for an epoch, from 1 to `epochs`; the script calls it before training, also of a resumed epoch."""
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Prepare for an epoch, from 1 to `epochs`. The script calls it before training, and before a resumed epoch."""
 
-    def operation_weights(self, noise=None):
-        """The weights of all operations on every edge: `edge_weights`, unless edges have more than the candidates."""
+    def operation_weights(self, noise: Any = None) -> dict[str, list[torch.Tensor]]:
+        """As `edge_weights`, plus a column for each operation that cannot be chosen (DARTS- has one, others none)."""
         return self.edge_weights(noise)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, (N, n_classes), of images (N, C_in, H, W)."""
         weights = self.operation_weights(self.noise if self.training else None)
         s0 = s1 = self.stem(x)
@@ -139,39 +146,39 @@ class SearchCNN(nn.Module):
             return cell(*inputs)
 
         def contexts():  # for the first run of the cell, and for the second in the backward pass
-            return contextlib.nullcontext(), UnmovedBuffers(cell)
+            return contextlib.nullcontext(), UnchangedBuffers(cell)
 
         return checkpoint(cell, *inputs, use_reentrant=False, context_fn=contexts)
 
-    def loss(self, X, y):
+    def loss(self, X: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of a batch: the paper's L_train for a training batch, its L_val for a validation batch."""
         return self.criterion(self(X), y)
 
-    def alphas(self):
+    def alphas(self) -> Iterator[nn.Parameter]:
         """The architecture parameters: the normal cell's, then the reduction cell's."""
         yield from self.alpha_normal
         yield from self.alpha_reduce
 
-    def weights(self):
-        """The network weights w: all parameters but the alphas, and but those that are frozen (require no gradient)."""
+    def weights(self) -> Iterator[nn.Parameter]:
+        """The network weights w: all trainable parameters except the alphas."""
         alphas = set(map(id, self.alphas()))
         return (parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in alphas)
 
-    def genotype(self, k=2):
-        """Derive the discrete cells: each node keeps the k edges with the strongest operations (see `parse`)."""
+    def genotype(self, k: int = 2) -> Genotype:
+        """Derive the discrete cells: each node has the k edges with the strongest operations (see `parse`)."""
         concat = range(2, 2 + self.n_nodes)
         weights = self.edge_weights()
         normal, reduce = (parse(weights[kind], k, self.primitives) for kind in ("normal", "reduce"))
         return Genotype(normal, concat, reduce, concat)
 
 
-def tracking(net):
+def tracking(net: nn.Module) -> list[nn.Module]:
     """The BN layers of a network that record running statistics."""
     return [module for module in net.modules() if vars(module).get("track_running_stats")]
 
 
 @contextlib.contextmanager
-def frozen_statistics(modules):
+def frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, these BN layers (see `tracking`) use the batch's statistics, as in training, but record none."""
     dicts = [vars(module) for module in modules]  # assigned to directly, since nn.Module.__setattr__ is slow
     try:
@@ -183,14 +190,14 @@ def frozen_statistics(modules):
             attributes["track_running_stats"] = True
 
 
-class UnmovedBuffers:
-    """Inside, no buffer changes, though the modules compute as ever: a cell's second run by gradient checkpointing.
+class UnchangedBuffers:
+    """A context in which modules change copies of their buffers, which are dropped afterwards.
 
-    The modules update copies of their buffers, as BN its running statistics; BN whose statistics are frozen has none to
-    update. It can be entered again, by a second backward pass.
+    Gradient checkpointing runs a cell a second time; this prevents that BN records the batch's statistics twice. BN
+    layers with frozen statistics change nothing and are left out. A second backward pass may enter the context again.
     """
 
-    def __init__(self, net):
+    def __init__(self, net: nn.Module):
         self.net = net
 
     def __enter__(self):
@@ -207,9 +214,9 @@ class UnmovedBuffers:
 
 @torch.no_grad()
 def _copies(tensors):
-    """An iterator of copies of tensors, made by one call for each dtype."""
+    """An iterator of copies of tensors, made with one call for each dtype."""
     copies = list(map(torch.empty_like, tensors))
     for dtype in {tensor.dtype for tensor in tensors}:
-        of_type = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        torch._foreach_copy_([copies[i] for i in of_type], [tensors[i] for i in of_type])
+        same = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        torch._foreach_copy_([copies[i] for i in same], [tensors[i] for i in same])
     return iter(copies)

@@ -1,11 +1,18 @@
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import batch, small_net
+from conftest import ROOT, batch, small_net
 from torch import nn
 
 from genotypes import DARTS_V1, DARTS_V2, Genotype, GenotypeError, parse
 from models.augment_cells import AugmentCell
 from models.augment_cnn import AugmentCNN, AuxiliaryHead
+from models.choices import EXECUTIONS
+from models.genotype import n_edges
 from models.ops import DropPath_, Identity
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
@@ -43,6 +50,11 @@ def test_alphas_start_as_a_thousandth_of_normal_noise():
     assert abs(alphas.mean().item()) < 1.4e-4
 
 
+def test_a_cell_has_as_many_edges_as_alphas_have_rows():
+    for n_nodes in (1, 2, 4, 7):
+        assert n_edges(n_nodes) == sum(len(alpha) for alpha in small_net(n_nodes=n_nodes).alpha_normal)
+
+
 def test_weights_and_alphas_are_all_parameters_and_share_none():
     net = small_net()
     weights, alphas = set(map(id, net.weights())), set(map(id, net.alphas()))
@@ -72,12 +84,6 @@ def test_augment_network_takes_any_size_from_8_up_and_any_depth(size, n_layers):
     assert aux_logits is None
 
 
-def test_the_imagenet_stem_takes_even_and_odd_numbers_of_channels():
-    for C in (2, 5):
-        logits, _ = AugmentCNN(64, 3, C, 4, 3, True, DARTS_V2, stem="imagenet")(torch.randn(2, 3, 64, 64))
-        assert logits.shape == (2, 4)
-
-
 @pytest.mark.parametrize(("n_layers", "expected"), [(8, {2, 5}), (20, {6, 13}), (3, {1, 2}), (2, {0, 1}), (1, {0})])
 def test_cells_at_a_third_and_two_thirds_halve_the_size_and_double_the_channels(n_layers, expected):
     net = small_net(n_layers=n_layers, C=2, dtype=torch.float32)
@@ -103,13 +109,20 @@ def test_search_cell_is_the_sum_of_its_weighted_edges():
     assert torch.allclose(cell(s0, s1, weights), torch.cat([node0, node1], 1), rtol=1e-12)
 
 
-def test_networks_take_channels_last_and_give_the_same():
-    net = small_net(C_in=3)
-    X, y = batch(channels=3)
-    expected = torch.autograd.grad(net.loss(X, y), list(net.parameters()))
-    net.to(memory_format=torch.channels_last)
-    found = torch.autograd.grad(net.loss(X.to(memory_format=torch.channels_last), y), list(net.parameters()))
-    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(found, expected))
+@pytest.mark.parametrize("size", [8, 13])
+@pytest.mark.parametrize("stage", ["search", "augment"])
+def test_networks_give_the_same_channels_last(stage, size):
+    X, _ = batch(size=size)
+    values = {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = small_net(C=3) if stage == "search" else AugmentCNN(size, 1, 4, 3, 4, True, DARTS_V2).double()
+        output = net.to(memory_format=memory_format)(X.to(memory_format=memory_format))
+        logits = torch.cat(output) if stage == "augment" else output
+        logits.square().sum().backward()
+        values[memory_format] = [logits, *(p.grad for p in net.parameters()), *net.buffers()]
+    for a, b in zip(*values.values()):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-8, atol=1e-11)
 
 
 def test_genotype_is_read_off_softmax_weights_not_raw_alphas():
@@ -134,6 +147,12 @@ def test_search_network_refuses_numbers_below_one(change, value):
         small_net(**{change: value})
 
 
+def test_the_imagenet_stem_takes_even_and_odd_numbers_of_channels():
+    for C in (2, 5):
+        logits, _ = AugmentCNN(64, 3, C, 4, 3, True, DARTS_V2, stem="imagenet")(torch.randn(2, 3, 64, 64))
+        assert logits.shape == (2, 4)
+
+
 def test_augment_network_refuses_bad_numbers_and_genotypes():
     with pytest.raises(ValueError, match="C must be"):
         AugmentCNN(8, 1, 0, 2, 2, False, DARTS_V2)
@@ -141,19 +160,16 @@ def test_augment_network_refuses_bad_numbers_and_genotypes():
         AugmentCNN(8, 1, 2, 2, 2, False, DARTS_V2._replace(normal=[[("skip_connect", 2)]]))
 
 
-def test_auxiliary_head_pools_7_and_8_by_5x5_windows_and_others_to_2x2():
+def test_auxiliary_head_stands_after_cell_two_thirds_and_pools_to_2x2():
+    net = AugmentCNN(32, 3, 4, 10, 20, True, DARTS_V2)
+    assert net.aux_pos == 13
+    assert net.aux_head.net[2].in_channels == 4 * 4 * 4  # 4 nodes of C = 4, doubled twice
     for size, stride in ((7, 2), (8, 3)):
         pool = AuxiliaryHead(size, 4, 10).net[1]
         assert (pool.kernel_size, pool.stride) == (5, stride)
         assert pool(torch.randn(1, 4, size, size)).shape == (1, 4, 2, 2)
     for size in (2, 3, 6, 9, 16):
         assert AuxiliaryHead(size, 4, 10)(torch.randn(2, 4, size, size)).shape == (2, 10)
-
-
-def test_auxiliary_head_stands_after_cell_two_thirds():
-    net = AugmentCNN(32, 3, 4, 10, 20, True, DARTS_V2)
-    assert net.aux_pos == 13
-    assert net.aux_head.net[2].in_channels == 4 * 4 * 4  # 4 nodes of C = 4, doubled twice
 
 
 def test_drop_path_probability_reaches_every_op_but_the_identity():
@@ -173,15 +189,36 @@ def test_augment_cell_concatenates_the_named_nodes_and_feeds_sources():
     assert torch.equal(cell(s0, s1), expected)
 
 
-@pytest.mark.parametrize("size", [8, 13, 16])
-def test_augment_network_gives_the_same_channels_last(size):
-    # where depthwise convolutions and FactorizedReduce have code of their own on the CPU
-    found = {}
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        net = AugmentCNN(size, 1, 4, 3, 4, True, DARTS_V2).double().to(memory_format=memory_format)
-        logits, aux_logits = net(batch(size=size)[0].to(memory_format=memory_format))
-        (logits.square().sum() + aux_logits.square().sum()).backward()
-        found[memory_format] = [logits, aux_logits, *(p.grad for p in net.parameters()), *net.buffers()]
-    for a, b in zip(*found.values()):
-        assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-11)
+def test_networks_have_either_execution_and_no_other():
+    for execution in EXECUTIONS:
+        augment_net = AugmentCNN(8, 1, 4, 3, 2, False, DARTS_V2, execution=execution)
+        assert {cell.execution for cell in (*augment_net.cells, *small_net(execution=execution).cells)} == {execution}
+    with pytest.raises(ValueError, match="fused, plain"):
+        AugmentCNN(8, 1, 4, 3, 2, False, DARTS_V2, execution="faster")
+    with pytest.raises(ValueError, match="fused, plain"):
+        small_net(execution="faster")
+
+
+IN_ANOTHER_PROJECT = """
+import torch
+from torch import nn
+from models.augment_cnn import AugmentCNN
+from models.search_cnn import SearchCNN
+
+X, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+for execution in ("plain", "fused"):
+    search = SearchCNN(3, 4, 3, 3, nn.CrossEntropyLoss(), execution=execution)
+    for net in (search, AugmentCNN(8, 3, 4, 3, 3, False, search.genotype(), execution=execution)):
+        net.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        logits = net(X) if net is search else net(X)[0]
+        nn.functional.cross_entropy(logits, y).backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.process
+def test_the_folder_of_the_networks_works_in_another_project(tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROJECT], cwd=tmp_path, env=environment, check=True)

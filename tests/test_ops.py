@@ -10,16 +10,8 @@ from models.ops import OPS, DropPath_, FactorizedReduce, MixedOp, PoolBN, drop_p
 
 
 def test_primitives_are_the_papers_in_the_fixed_order():
-    assert list(PRIMITIVES) == [
-        "max_pool_3x3",
-        "avg_pool_3x3",
-        "skip_connect",
-        "sep_conv_3x3",
-        "sep_conv_5x5",
-        "dil_conv_3x3",
-        "dil_conv_5x5",
-        "none",
-    ]
+    names = "max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5 none"
+    assert " ".join(PRIMITIVES) == names
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -66,11 +58,6 @@ def test_average_pool_does_not_count_the_padding():
     assert torch.equal(pool(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
 
 
-def test_pool_type_is_checked():
-    with pytest.raises(ValueError, match="'max' or 'avg'"):
-        PoolBN("min", 1, 3, 1, 1)
-
-
 @pytest.mark.parametrize("size", [(7, 7), (8, 8), (7, 10), (6, 9)])
 def test_factorized_reduce_reads_even_and_odd_pixels_and_zeros_past_an_odd_border(size):
     reduce = FactorizedReduce(1, 2)
@@ -87,12 +74,9 @@ def test_factorized_reduce_reads_even_and_odd_pixels_and_zeros_past_an_odd_borde
     assert torch.equal(odd, expected)
 
 
-@pytest.mark.parametrize("C_out", [2, 3, 5])
-def test_factorized_reduce_makes_any_number_of_channels_from_two_up(C_out):
-    assert FactorizedReduce(3, C_out)(torch.randn(2, 3, 9, 9)).shape == (2, C_out, 5, 5)
-
-
-def test_factorized_reduce_refuses_a_single_channel():
+def test_factorized_reduce_makes_any_number_of_channels_from_two_up():
+    for C_out in (2, 3, 5):
+        assert FactorizedReduce(3, C_out)(torch.randn(2, 3, 9, 9)).shape == (2, C_out, 5, 5)
     with pytest.raises(ValueError, match="at least 2"):
         FactorizedReduce(3, 1)
 
