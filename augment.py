@@ -37,7 +37,7 @@ from preproc import preprocessing
 from run.finite import check_finite, check_finite_mean
 from run.progress import Meters
 from run.run import Run
-from trained.evaluation import evaluate, load_trained, start_from
+from trained.evaluation import accuracy_by_class, evaluate, load_trained, start_from
 from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, param_size
 
 
@@ -72,7 +72,7 @@ def augment(network):
     net = build(network, config, run.device, size, channels, n_classes, genotype)
     if config.init_checkpoint and not ranks.on_rank_0(run.will_resume):
         checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint, network))
-        if checkpoint["genotype"] != genotype:
+        if checkpoint.genotype != genotype:
             raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint, val_data.class_names(n_classes))
     costs = cost(net, channels, size)
@@ -185,10 +185,10 @@ def print_accuracy(config):
     """Print the accuracy of a trained network, overall and by class."""
     data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
     evaluation = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
-    confusion = evaluation.confusion()
-    print(f"{evaluation.checkpoint}: top 1 {evaluation.top1:.2%} of {len(evaluation.labels)} {evaluation.part} images")
-    for name, row, hits in zip(evaluation.names, confusion, confusion.diagonal()):
-        print(f"{hits / max(row.sum(), 1):8.2%} of {row.sum():5}  {name}")
+    trained, n = evaluation.trained, len(evaluation.images)
+    print(f"{trained.path}: top 1 {evaluation.top1:.2%} of {n} {trained.measured_on} images")
+    for line in accuracy_by_class(evaluation.confusion(), trained.results["classes"]):
+        print(line)
 
 
 def train(epoch, run, net, loader, optim):

@@ -8,14 +8,14 @@ python cost.py DARTS_V2 --stem imagenet                        # at the size for
 from command_line.errors import OneLineParser, UserError, user_errors_in_one_line
 from config import IMAGENET
 from genotypes import PUBLISHED, resolve
-from machine.memory import check_memory
-from models.choices import STEM_STRIDES, STEMS
+from models.choices import STEMS
 from run.options import natural, option_name, positive_int
 
 DEFAULTS = {
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},
     "imagenet": {name: IMAGENET[name] for name in ("layers", "init_channels", "image_size")} | {"classes": 1000},
 }
+BATCH_SIZES = (1, 64)  # for the latency
 SMALLEST = {  # the smallest values that work with each stem
     "cifar": {"init_channels": 1, "image_size": 8},
     "imagenet": {"init_channels": 2, "image_size": 64},
@@ -25,13 +25,13 @@ SMALLEST = {  # the smallest values that work with each stem
 def main():
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("genotypes", nargs="*", metavar="GENOTYPE", help="as for augment.py; none: all published cells")
-    parser.add_argument("--stem", default="cifar", choices=STEMS, help="(default: %(default)s)")
-    parser.add_argument("--layers", type=positive_int, help="cells (default: 20, with the ImageNet stem 14)")
-    parser.add_argument("--init-channels", type=positive_int, help="of the first cells (default: 36, 48)")
-    parser.add_argument("--image-size", type=positive_int, help="pixels a side (default: 32, 224)")
-    parser.add_argument("--classes", type=positive_int, help="(default: 10, 1000)")
-    parser.add_argument("--device", default="auto", help="for the latency: auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument("--rounds", type=natural, default=10, help="forward passes timed; 0: none (default: 10)")
+    parser.add_argument("--stem", default="cifar", choices=STEMS, help="first layers (default: %(default)s)")
+    parser.add_argument("--layers", type=positive_int, help="cells (default: 20; ImageNet stem: 14)")
+    parser.add_argument("--init-channels", type=positive_int, help="channels of the first cells (default: 36; 48)")
+    parser.add_argument("--image-size", type=positive_int, help="pixels a side (default: 32; ImageNet stem: 224)")
+    parser.add_argument("--classes", type=positive_int, help="number of classes (default: 10; ImageNet stem: 1000)")
+    parser.add_argument("--device", default="auto", help="where latency is measured: auto, cpu, cuda (default: auto)")
+    parser.add_argument("--rounds", type=natural, default=10, help="forward passes to time; 0: none (default: 10)")
     args = parser.parse_args()
     for name, default in DEFAULTS[args.stem].items():
         setattr(args, name, getattr(args, name) or default)
@@ -40,29 +40,28 @@ def main():
             raise UserError(
                 f"--{option_name(name)} {getattr(args, name)}: the stem {args.stem} needs at least {smallest}"
             )
-    check_memory(args, 2, args.image_size // STEM_STRIDES[args.stem], images=1)
     print_table({name: resolve(name) for name in args.genotypes or PUBLISHED}, args)
 
 
-def print_table(cells, args):
+def print_table(cells: dict, args) -> None:
     """Print a table of the costs of networks of these cells. cells: name -> genotype; args: the parsed options."""
     import torch  # here, since this and the modules below take seconds to import
 
     from machine.devices import device_name, pick_device
     from models.augment_cnn import AugmentCNN
-    from models.costs import BATCH_SIZES, cost, latency, median_and_range
+    from models.costs import cost, latency, median_and_range
 
     device, C, size = pick_device(args.device), args.init_channels, args.image_size
-    network = f"{args.layers} cells, C = {C}, images of {size} x {size}, {args.classes} classes"
-    timing = f"; latency of a forward pass on {device_name(device)}, torch {torch.__version__}: median (range) of "
-    print(f"{network}, without the auxiliary head" + (f"{timing}{args.rounds}" if args.rounds else ""))
+    print(f"{args.layers} cells, C = {C}, images of {size} x {size}, {args.classes} classes, no auxiliary head")
+    if args.rounds:
+        print(f"latency on {device_name(device)}, torch {torch.__version__}: median (range) of {args.rounds} passes")
     batch_sizes = BATCH_SIZES if args.rounds else ()
     name_width = max(min(max(map(len, cells)), 40), len("cell"))
     latencies = "".join(f"   {f'ms, batch {n}':>24}" for n in batch_sizes)
     print(f"{'cell':{name_width}}   parameters M   multiply-adds M   activations MB{latencies}")
     for name, genotype in cells.items():
         net = AugmentCNN(size, 3, C, args.classes, args.layers, False, genotype, stem=args.stem)
-        net = net.to(device, memory_format=torch.channels_last).eval()
+        net = net.to(device, memory_format=torch.channels_last)
         costs = cost(net, 3, size)
         row = f"{costs['parameters_M']:12.3f}   {costs['multiply_adds_M']:15.1f}   {costs['activations_MB']:14.1f}"
         for n in batch_sizes:

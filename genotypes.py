@@ -18,6 +18,7 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 from command_line.errors import OneLineParser, user_errors_in_one_line
+from config import AugmentConfig
 from models.choices import PRIMITIVES
 from models.genotype import Genotype, GenotypeError, check, parse, shorten, to_dag
 from run.options import number
@@ -26,18 +27,17 @@ __all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "fro
 
 GENOTYPE_FILE = "genotype.json"  # in the folder of a search
 
-LARGEST_NUMBER = 10**6  # bound on the numbers in a genotype, and on the length of a text that is searched for one
+FORMS = ("nested", "flat", "json")
 
-FORMS = ("nested", "flat", "json", "name")
-
-SIZE_TOLERANCE = 0.05  # by which the parameters of a random cell may differ from those of the cell it is to be like
+SIZE_TOLERANCE = 0.05  # by which the parameters of a random cell may differ from those of the cell that it is like
 MAX_DRAWS = 10_000  # until such a cell must have been drawn
+MAX_NUMBER = 1000  # in range(a, b); so many nodes are in no cell
 
 Published = namedtuple("Published", "genotype source results")  # results: name -> number, as the source reports them
 
 
-def from_str(s):
-    """Read a genotype in any form that `to_str` writes: nested, flat, JSON, or the name of a published cell.
+def from_str(s: str) -> Genotype:
+    """Read a genotype: nested or flat, JSON, or the name of a published cell.
 
     Also accepts pasted text: with a name and `=` in front, as in a log, in quotes, or as `gt.Genotype(...)`. It never
     executes the string. Lists, tuples and ranges keep their types, so that from_str(str(genotype)) == genotype; JSON
@@ -47,63 +47,81 @@ def from_str(s):
     text = s.strip()
     if text in PUBLISHED:
         return PUBLISHED[text].genotype
-    return check(_from_json(text) if text.startswith("{") else _from_call(_call_alone(text)))
+    return check(_from_json(text) if text.startswith("{") else _from_call(_call_in(text)))
 
 
-def to_str(genotype, form="nested"):
-    """Write a genotype. form: `nested`, as by `str`; `flat`, one list of pairs as in the authors' code; `json`; `name`.
+def to_str(genotype: Genotype, form: str = "nested") -> str:
+    """Write a genotype. form: `nested`, as by `str`; `flat`, one list of pairs as in the authors' code; or `json`.
 
-    Raises GenotypeError if the form is impossible: `flat` needs two edges per node, `name` a published cell.
+    Raises GenotypeError if the form is `flat` and a node does not have two edges.
     """
-    if form == "nested":
-        return str(genotype)
     if form == "json":
         return json.dumps(as_lists(genotype))
-    if form == "name":
-        for name, cell in PUBLISHED.items():
-            if _same(cell.genotype, genotype):
-                return name
-        raise GenotypeError(f"genotype: it is none of the published cells, {', '.join(PUBLISHED)}")
-    if form != "flat":
-        raise GenotypeError(f"genotype: there is no form {form!r}; there are {', '.join(FORMS)}")
+    if form == "nested":
+        return str(genotype)
     if any(len(node) != 2 for node in (*genotype.normal, *genotype.reduce)):
         raise GenotypeError("genotype: the flat form needs two edges in each node")
     flat = {kind: [edge for node in getattr(genotype, kind) for edge in node] for kind in ("normal", "reduce")}
     return str(genotype._replace(**flat))
 
 
-# Genotype(...) with what stands around it where people copy it from: a name, a log's time, quotes, a module
-PASTED = re.compile(r"""(?:[^()]*\W)?(?P<call>Genotype\s*\(.*\))[\s"'`,;]*""", re.DOTALL)
+def as_lists(genotype: Genotype) -> dict[str, list]:
+    """The genotype as a dict of lists, for JSON."""
+    return {field: list(value) for field, value in genotype._asdict().items()}
 
 
-def _call_alone(text):
-    """`Genotype(...)` from a text such as `DARTS = Genotype(...)`; any other text unchanged."""
-    pasted = PASTED.fullmatch(text) if len(text) < LARGEST_NUMBER else None
-    return pasted["call"] if pasted else text
+def _call_in(text):
+    """`Genotype(...)` from a text such as `DARTS = gt.Genotype(...)`; any other text unchanged."""
+    match = re.search(r"\bGenotype\s*\(", text)
+    if match is None:
+        return text
+    depth = 0
+    for end in range(match.end() - 1, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[match.start() : end + 1]
+    return text[match.start() :]
 
 
 def _from_call(text):
-    """Genotype(normal=..., ...) as Python writes it, nested or flat."""
+    """The genotype of `Genotype(normal=..., ...)`, nested or flat."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about escapes and numbers in the text
-            tree = ast.parse(text.replace("\n", " "), mode="eval").body
+            call = ast.parse(text.replace("\n", " "), mode="eval").body
     except SyntaxError as error:
         raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {shorten(text)}") from None
     except (ValueError, RecursionError, MemoryError):
         raise GenotypeError(f"genotype: not readable: {shorten(text)}") from None
-    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "Genotype"):
+    if not isinstance(call, ast.Call) or ast.unparse(call.func) != "Genotype":
         raise GenotypeError(
             f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {shorten(text)}"
         )
-    arguments = [(keyword.arg, keyword.value) for keyword in tree.keywords]
-    if tree.args or sorted(str(name) for name, _ in arguments) != sorted(Genotype._fields):
+    names = [str(keyword.arg) for keyword in call.keywords]
+    if call.args or sorted(names) != sorted(Genotype._fields):
         raise GenotypeError(f"genotype: Genotype(...) takes each of {', '.join(Genotype._fields)} once, by name")
-    fields = {name: _read(node) for name, node in arguments}
+    fields = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
     return Genotype(**fields | {kind: _by_node(fields[kind], kind) for kind in ("normal", "reduce")})
 
 
+def _value(node):
+    """The value of a syntax tree of lists, tuples, strings and numbers, or of range(a, b). Nothing is executed."""
+    try:
+        if isinstance(node, ast.Call) and ast.unparse(node) == f"range({', '.join(map(ast.unparse, node.args))})":
+            bounds = [ast.literal_eval(bound) for bound in node.args]
+            if len(bounds) in (1, 2) and all(type(n) is int and abs(n) <= MAX_NUMBER for n in bounds):
+                return range(*bounds)
+        else:
+            return ast.literal_eval(node)
+    except (TypeError, ValueError, RecursionError, MemoryError):
+        pass
+    raise GenotypeError(
+        f"genotype: at column {node.col_offset + 1}: only lists, tuples, operation names, source numbers and "
+        "range(a, b) are allowed"
+    )
+
+
 def _from_json(text):
-    """A genotype from a JSON object that has the fields of `Genotype`, nested or flat. Other fields are ignored."""
+    """The genotype of a JSON object that has the fields of `Genotype`, nested or flat. Other fields are ignored."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -116,19 +134,12 @@ def _from_json(text):
     fields = {}
     for kind in ("normal", "reduce"):
         gene, concat = _by_node(content[kind], kind), content[f"{kind}_concat"]
-        is_nested = isinstance(gene, list) and all(isinstance(node, list) for node in gene)
-        fields[kind] = [[_pair(edge) for edge in node] for node in gene] if is_nested else gene
-        ends = (concat[0], concat[-1] + 1) if _is_integers(concat) else (0, 0)
-        fields[f"{kind}_concat"] = range(*ends) if ends[0] and concat == list(range(*ends)) else concat
+        if isinstance(gene, list) and all(isinstance(node, list) for node in gene):
+            gene = [[tuple(edge) if isinstance(edge, list) else edge for edge in node] for node in gene]
+        if isinstance(gene, list) and concat == list(range(2, len(gene) + 2)):
+            concat = range(2, len(gene) + 2)
+        fields |= {kind: gene, f"{kind}_concat": concat}
     return Genotype(**fields)
-
-
-def _pair(edge):
-    return tuple(edge) if isinstance(edge, list) else edge
-
-
-def _is_integers(values):
-    return isinstance(values, list) and values and all(type(n) is int and abs(n) < LARGEST_NUMBER for n in values)
 
 
 def _by_node(gene, kind):
@@ -141,119 +152,28 @@ def _by_node(gene, kind):
     return [list(gene[i : i + 2]) for i in range(0, len(gene), 2)]
 
 
-def _same(one, other):
-    """Whether two genotypes are equal when lists, tuples and ranges are not distinguished."""
-    return json.dumps(as_lists(one)) == json.dumps(as_lists(other))
+def _published():
+    """The cells of published_cells.json: name -> `Published`. A test checks that they are valid."""
+    cells = json.loads((Path(__file__).parent / "published_cells.json").read_text(encoding="utf-8"))
+    published = {}
+    for name, cell in cells.items():
+        results = {key: value for key, value in cell.items() if key not in (*Genotype._fields, "source")}
+        published[name] = Published(_from_json(json.dumps(cell)), cell["source"], results)
+    return published
 
 
-def as_lists(genotype):
-    """The genotype as a dict of lists, for JSON."""
-    return {field: list(value) for field, value in genotype._asdict().items()}
+PUBLISHED = _published()
+DARTS_V1, DARTS_V2 = PUBLISHED["DARTS_V1"].genotype, PUBLISHED["DARTS_V2"].genotype
 
 
-def random_genotypes(n, seed, like=None, n_nodes=None, primitives=PRIMITIVES, options=None):
-    """Draw n cells evenly from a search space, independently of each other: a list of genotypes.
-
-    Each of the n_nodes nodes has two different sources, all pairs being equally likely, and on each one of the
-    primitives other than none. A seed gives the same cells on every machine, and the same first cell for every n.
-
-    n_nodes: by default those of `like`'s normal cell, or 4; primitives: in any order.
-    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`, for ten
-    classes; all such cells are equally likely, and drawn independently of those without `like`. Raises GenotypeError
-    where they are too rare to be drawn.
-    options: the AugmentConfig whose size these networks have; None for augment.py's defaults.
-    """
-    n_nodes = n_nodes or (len(like.normal) if like else 4)
-    others = sorted(set(primitives) - set(PRIMITIVES))  # which a user's script adds
-    operations = [name for name in (*PRIMITIVES, *others) if name in primitives and name != "none"]
-    if like is None:
-        generator = random.Random(seed)
-        return [_random_genotype(generator, n_nodes, operations) for _ in range(n)]
-    from config import AugmentConfig  # here, since it imports this module
-
-    options = options or AugmentConfig.defaults()
-    generator = random.Random(f"{seed} like")
-    wanted, of_edges, genotypes = _parameters(like, options), _parameters_of_edges(operations, options), []
-    any_cell = _random_genotype(random.Random(0), n_nodes, operations)
-    of_all_else = _parameters(any_cell, options) - of_edges(any_cell)
-    for _ in range(n):
-        draws = (_random_genotype(generator, n_nodes, operations) for _ in range(MAX_DRAWS))
-        alike = (one for one in draws if abs(of_all_else + of_edges(one) - wanted) <= SIZE_TOLERANCE * wanted)
-        genotypes.append(next(alike, None))
-        if genotypes[-1] is None:
-            raise GenotypeError(
-                f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes and the operations "
-                f"{', '.join(operations)} has {wanted / 1e6:.3f} M parameters to {SIZE_TOLERANCE:.0%}; give another to "
-                "--like"
-            )
-    return genotypes
-
-
-def _random_genotype(generator, n_nodes, operations):
-    genes = [
-        [
-            [(generator.choice(operations), source) for source in generator.sample(range(i + 2), 2)]
-            for i in range(n_nodes)
-        ]
-        for _ in ("normal", "reduce")
-    ]
-    concat = range(2, n_nodes + 2)
-    return Genotype(genes[0], concat, genes[1], concat)
-
-
-def _parameters(genotype, options):
-    """Parameters, without the auxiliary head's, of the network for CIFAR-10 with these options of augment.py."""
-    import torch
-
-    with torch.device("meta"):  # shapes without values
-        net = network_of(genotype, 32, 3, 10, options)
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-def network_of(genotype, size, channels, n_classes, options=None):
-    """The network that augment.py makes of a genotype, without the auxiliary head.
-
-    options: the AugmentConfig whose size it has; None for the defaults.
-    """
-    from config import AugmentConfig
-    from models.augment_cnn import AugmentCNN
-
-    options = options or AugmentConfig.defaults()
-    C, layers, stem = options.init_channels, options.layers, options.stem
-    return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
-
-
-def _parameters_of_edges(operations, options):
-    """A function of a genotype of these operations: those of `_parameters` that its edges have, in all cells."""
-    import torch
-
-    from models.ops import OPS
-    from models.search_cnn import reduction_cells
-
-    C, numbers = options.init_channels, Counter()  # (kind of cell, operation, whether of an input) -> parameters
-    for layer in range(options.layers):
-        kind = "reduce" if layer in reduction_cells(options.layers) else "normal"
-        C = 2 * C if kind == "reduce" else C
-        for op, of_input in itertools.product(operations, (True, False)):
-            with torch.device("meta"):
-                module = OPS[op](C, 2 if of_input and kind == "reduce" else 1, affine=True)
-            numbers[kind, op, of_input] += sum(parameter.numel() for parameter in module.parameters())
-
-    def of_edges(genotype):
-        cells = {"normal": genotype.normal, "reduce": genotype.reduce}
-        return sum(numbers[kind, op, s < 2] for kind, gene in cells.items() for node in gene for op, s in node)
-
-    return of_edges
-
-
-def resolve(text):
+def resolve(text: str) -> Genotype:
     """Read a genotype from a text that `from_str` reads, from a file with such a text, or from the folder of a search.
 
     From a search the genotype of the last epoch is taken, or the one that --early-stop chose, not that of the best.
     `random:SEED` is the first cell that `random_genotypes` draws with this seed. Raises GenotypeError.
     """
-    name, _, seed = text.partition(":")
-    if name == "random":
+    if text.startswith("random:"):
+        seed = text.removeprefix("random:")
         if not (seed.isascii() and seed.isdecimal() and len(seed) <= 10):
             raise GenotypeError(f"genotype: {shorten(text)} must be random:SEED, SEED a whole number of at least 0")
         return random_genotypes(1, int(seed))[0]
@@ -271,58 +191,129 @@ def resolve(text):
             "string 'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
         )
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise GenotypeError(f"genotype: cannot read {path}: {error}") from None
-    try:
-        return from_str(_last(content))
+        return from_str(_last(path.read_text(encoding="utf-8")))
     except GenotypeError as error:
         raise GenotypeError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise GenotypeError(f"genotype: cannot read {path}: {error}") from None
 
 
 def _last(text):
     """The string of the last genotype if the text is a genotype.json of a search; any other text unchanged."""
     try:
-        last = json.loads(text)["last"]["string"]
+        return str(json.loads(text)["last"]["string"])
     except (ValueError, RecursionError, KeyError, TypeError):
         return text
-    if not isinstance(last, str):
-        raise GenotypeError(f"genotype: last.string must be a string, not {shorten(last)}")
-    return last
 
 
-def _read(node):
-    """Evaluate a syntax tree of lists, tuples, strings, integers and range(...); raise GenotypeError for others."""
-    if isinstance(node, ast.List):
-        return [_read(item) for item in node.elts]
-    if isinstance(node, ast.Tuple):
-        return tuple(_read(item) for item in node.elts)
-    if isinstance(node, ast.Constant):
-        value = node.value
-        if type(value) is str or (type(value) is int and value < LARGEST_NUMBER):
-            return value
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-        bounds = [_read(bound) for bound in node.args]
-        if not node.keywords and len(bounds) in (1, 2) and all(type(n) is int for n in bounds):
-            return range(*bounds)
-    raise GenotypeError(
-        f"genotype: at column {node.col_offset + 1}: only lists, tuples, operation names, source numbers and "
-        "range(a, b) are allowed"
-    )
+# Random cells
 
 
-def _published():
-    """The cells of published_cells.json: name -> `Published`. A test checks that they are valid."""
-    cells = json.loads((Path(__file__).parent / "published_cells.json").read_text(encoding="utf-8"))
-    published = {}
-    for name, cell in cells.items():
-        results = {key: value for key, value in cell.items() if key not in (*Genotype._fields, "source")}
-        published[name] = Published(_from_json(json.dumps(cell)), cell["source"], results)
-    return published
+def random_genotypes(
+    n: int,
+    seed: int,
+    like: Genotype | None = None,
+    n_nodes: int | None = None,
+    primitives: list[str] = PRIMITIVES,
+    options: AugmentConfig | None = None,
+) -> list[Genotype]:
+    """Draw n cells evenly from a search space, independently of each other.
+
+    Each of the n_nodes nodes has two different sources, all pairs being equally likely, and on each one of the
+    primitives other than none. A seed gives the same cells on every machine, and the same first cell for every n.
+
+    n_nodes: by default those of `like`'s normal cell, or 4; primitives: in any order.
+    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`, for ten
+    classes; all such cells are equally likely, and drawn independently of those without `like`. Raises GenotypeError
+    if they are too rare to be drawn.
+    options: the AugmentConfig whose size these networks have; None for augment.py's defaults.
+    """
+    n_nodes = n_nodes or (len(like.normal) if like else 4)
+    others = sorted(set(primitives) - set(PRIMITIVES))  # which a user's script adds
+    operations = [name for name in (*PRIMITIVES, *others) if name in primitives and name != "none"]
+    if like is None:
+        generator = random.Random(seed)
+        return [_random_genotype(generator, n_nodes, operations) for _ in range(n)]
+    generator, genotypes = random.Random(f"{seed} like"), []
+    wanted, size_of = _n_parameters(like, options), _size_function(n_nodes, operations, options)
+    for _ in range(n):
+        for _ in range(MAX_DRAWS):
+            genotype = _random_genotype(generator, n_nodes, operations)
+            if abs(size_of(genotype) - wanted) <= SIZE_TOLERANCE * wanted:
+                genotypes.append(genotype)
+                break
+        else:
+            raise GenotypeError(
+                f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes and the operations "
+                f"{', '.join(operations)} has {wanted / 1e6:.3f} M parameters to {SIZE_TOLERANCE:.0%}; give another to "
+                "--like"
+            )
+    return genotypes
 
 
-PUBLISHED = _published()
-DARTS_V1, DARTS_V2 = PUBLISHED["DARTS_V1"].genotype, PUBLISHED["DARTS_V2"].genotype
+def _random_genotype(generator, n_nodes, operations):
+    genes = []
+    for _ in ("normal", "reduce"):
+        gene = []
+        for i in range(n_nodes):
+            gene.append([(generator.choice(operations), source) for source in generator.sample(range(i + 2), 2)])
+        genes.append(gene)
+    concat = range(2, n_nodes + 2)
+    return Genotype(genes[0], concat, genes[1], concat)
+
+
+def _size_function(n_nodes, operations, options):
+    """A function that returns the same as `_n_parameters` for random genotypes, without building their networks.
+
+    The parameters of a network are those of its edges, and others that all these genotypes have in common.
+    """
+    import torch
+
+    from models.ops import OPS
+    from models.search_cnn import reduction_cells
+
+    any_genotype = _random_genotype(random.Random(0), n_nodes, operations)
+    options = options or AugmentConfig.defaults()
+    C, layers = options.init_channels, options.layers
+    edge_sizes = Counter()  # (kind of cell, operation, whether it is on an input) -> parameters in all cells together
+    for layer in range(layers):
+        kind = "reduce" if layer in reduction_cells(layers) else "normal"
+        C = 2 * C if kind == "reduce" else C
+        for operation, on_input in itertools.product(operations, (True, False)):
+            with torch.device("meta"):  # shapes without values
+                module = OPS[operation](C, 2 if on_input and kind == "reduce" else 1, affine=True)
+            edge_sizes[kind, operation, on_input] += sum(parameter.numel() for parameter in module.parameters())
+
+    def size_of_edges(genotype):
+        size = 0
+        for kind in ("normal", "reduce"):
+            for node in getattr(genotype, kind):
+                size += sum(edge_sizes[kind, operation, source < 2] for operation, source in node)
+        return size
+
+    size_of_others = _n_parameters(any_genotype, options) - size_of_edges(any_genotype)
+    return lambda genotype: size_of_others + size_of_edges(genotype)
+
+
+def _n_parameters(genotype, options):
+    """The number of parameters of the network for CIFAR-10, without the auxiliary head's."""
+    import torch
+
+    with torch.device("meta"):
+        net = network_of(genotype, 32, 3, 10, options)
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def network_of(genotype: Genotype, size: int, channels: int, n_classes: int, options: AugmentConfig | None = None):
+    """The network that augment.py makes of a genotype, without the auxiliary head.
+
+    options: the AugmentConfig whose size it has; None for the defaults.
+    """
+    from models.augment_cnn import AugmentCNN
+
+    options = options or AugmentConfig.defaults()
+    C, layers, stem = options.init_channels, options.layers, options.stem
+    return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
 
 
 def main():

@@ -88,7 +88,6 @@ def search(network, architect):
         genotypes, history = results["found"], results["history"]
         scheduler = cosine_lr(w_optim, config.epochs, config.w_lr_min, done=run.epoch)
         graphs = StepGraphs(run, net, bilevel)
-        search_log.chart_edges(run, net)
         run.log(
             f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
             f"{len(alpha_half)} for alpha; {param_size(net):.3f} M parameters; in training "

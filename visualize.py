@@ -13,13 +13,7 @@ from pathlib import Path
 
 from command_line.errors import OneLineParser, user_errors_in_one_line
 from genotypes import resolve
-from report.cells import (  # noqa: F401 -- `plot` and `draw` are imported from here by users
-    FORMATS,
-    NotDrawnError,
-    draw,
-    plot,
-    write_picture,
-)
+from report.cells import FORMATS, HOW_TO_INSTALL, draw, plot  # noqa: F401 -- `draw` is imported from here by users
 from run.folder import RunFolder, check_file, read_json, reading
 
 
@@ -63,7 +57,8 @@ def write_report(folders, output):
 
     folder = Path(folders[0]) if len(folders) == 1 else Path()
     path = Path(output or folder / "report.html")
-    write(folders, path)
+    with reading(", ".join(map(str, folders))):
+        write(folders, path)
     print(path)
 
 
@@ -71,12 +66,11 @@ def write_comparison(files, output):
     """Write the report of protocols, by default beside the file of a single one, and print its path."""
     from report.comparison import write  # here, since it imports torch and matplotlib
 
-    contents = [read_json(file) for file in files]
     path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
     if not output:
         check_file(path)
     with reading(", ".join(files)):
-        write(contents, path)
+        write([read_json(file) for file in files], path)
     print(path)
 
 
@@ -86,10 +80,8 @@ def draw_both_cells(text, output, picture_format):
     prefix = output or re.sub(r"[^\w.-].*", "", Path(text).name, flags=re.DOTALL) or "cell"
     for kind in ("normal", "reduce"):
         gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
-        try:
-            print(write_picture(gene, f"{prefix}-{kind}.{picture_format}", f"{kind} cell", concat))
-        except NotDrawnError as error:
-            print(f"{error.source}: {error}")
+        path = plot(gene, f"{prefix}-{kind}.{picture_format}", f"{kind} cell", concat)
+        print(f"{path}: not drawn; {HOW_TO_INSTALL}" if path.suffix == ".gv" else path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from command_line.errors import user_errors_in_one_line
 from evidence.search_state import after_warm_up, early_stop, local_averages, skip_connections, verdict
 from genotypes import from_str
 from report.figures import epoch_axis, to_svg
-from report.story import KINDS
+from report.recorded_run import KINDS
 from run.folder import read_json
 
 HEADS = ("search", "epochs", "validation, %", "skips, normal", "skips, reduction", "eigenvalue", "state at the end")

@@ -8,10 +8,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-BATCH_SIZES = (1, 64)  # for the latency
-LONG_PASS = 1e3  # in milliseconds: a slower forward pass is timed only once
-LONGEST_PASS = 10e3  # in milliseconds: a forward pass that is expected to be slower is not timed
-
 
 def param_size(model: nn.Module) -> float:
     """The number of parameters in millions, without the auxiliary head, as papers count them."""
@@ -67,42 +63,24 @@ def storage_of(tensor):
 
 @torch.no_grad()
 def latency(net: nn.Module, x: torch.Tensor, rounds: int) -> list[float]:
-    """Milliseconds of each of `rounds` forward passes, after a warm-up. If the warm-up is slow, only its time."""
+    """Milliseconds of each of `rounds` forward passes in eval mode, after one that is not counted."""
     x = x.to(memory_format=torch.channels_last)
     net.eval()
-    if x.device.type == "cuda":
-        net(x)  # the first pass loads kernels, which can take a second
     milliseconds = []
-    for _ in range(rounds + 1):
+    for _ in range(1 + rounds):
         start = time.perf_counter()
         net(x)
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
         milliseconds.append(1e3 * (time.perf_counter() - start))
-        if milliseconds[0] > LONG_PASS:
-            return milliseconds
     return milliseconds[1:]
 
 
-def median_and_range(values):
+def median_and_range(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def describe_latency(net: nn.Module, channels: int, size: int, rounds: int = 5) -> str:
-    """The latency of a forward pass on the device that the network is on, in words."""
-    device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
-    times, milliseconds_per_image = [], 0.0
-    for n in BATCH_SIZES:
-        if n * milliseconds_per_image > LONGEST_PASS:
-            times.append(f"not timed at batch {n}, where it may take {n * milliseconds_per_image / 1e3:.0f} s")
-            continue
-        x = torch.randn(n, channels, size, size, generator=generator)
-        try:
-            milliseconds = latency(net, x.to(device), rounds)
-        except (MemoryError, RuntimeError):  # out of memory raises one of these, and must not end the run
-            times.append(f"too much memory at batch {n}")
-            continue
-        milliseconds_per_image = statistics.median(milliseconds) / n
-        once = ", once" if len(milliseconds) < rounds else ""
-        times.append(f"{median_and_range(milliseconds)} ms at batch {n}{once}")
-    return f"{' and '.join(times)}, median (range) of {rounds} passes"
+    """The latency of a forward pass of one image on the device that the network is on, in words."""
+    x = torch.zeros(1, channels, size, size, device=next(net.parameters()).device)
+    return f"{median_and_range(latency(net, x, rounds))} ms for one image, median (range) of {rounds} passes"

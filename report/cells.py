@@ -14,26 +14,16 @@ OUTPUT = "c_{k}"
 
 
 class NotDrawnError(Exception):
-    """`dot` is missing or failed; the message says which. source: the .gv file that was written instead, or None."""
-
-    source = None
+    """`dot` is missing or failed; the message says which."""
 
 
-def plot(gene, file_path, caption=None, concat=None):
-    """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture.
+def plot(gene: list, file_path: str | Path, caption: str | None = None, concat: list | range | None = None) -> Path:
+    """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture, and return its path.
 
     file_path: the output, which ends in .png or .svg; otherwise .png is appended. caption: a line above the cell;
-    concat: the states that are concatenated to the output, by default all nodes. Returns the path of the picture. If
-    `dot` is missing or fails, returns that of a .gv file, which `dot` can draw later.
+    concat: the states that are concatenated to the output, by default all nodes. If `dot` is missing or fails, a .gv
+    file, which `dot` can draw later, is written instead.
     """
-    try:
-        return write_picture(gene, file_path, caption, concat)
-    except NotDrawnError as error:
-        return error.source
-
-
-def write_picture(gene, file_path, caption=None, concat=None):
-    """As `plot`, but raises NotDrawnError if `dot` is missing or fails."""
     path = Path(file_path)
     if path.suffix[1:] not in FORMATS:
         path = path.with_name(path.name + ".png")
@@ -42,29 +32,24 @@ def write_picture(gene, file_path, caption=None, concat=None):
         graph.graph_attr["dpi"] = "100"  # an SVG of another resolution than the default would be cut off
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        picture = render(graph, path.suffix[1:])
-    except NotDrawnError as error:
-        error.source = path.with_suffix(".gv")
-        error.source.write_text(graph.source, encoding="utf-8")
-        raise
-    path.write_bytes(picture)
+        path.write_bytes(render(graph, path.suffix[1:]))
+    except NotDrawnError:
+        path = path.with_suffix(".gv")
+        path.write_text(graph.source, encoding="utf-8")
     return path
 
 
-def render(graph, picture_format):
-    """The bytes of a graph's picture, "png" or "svg". Raises NotDrawnError."""
+def render(graph: graphviz.Digraph, picture_format: str) -> bytes:
+    """A graph's picture, "png" or "svg". Raises NotDrawnError."""
     try:
         return graph.pipe(format=picture_format)
     except graphviz.ExecutableNotFound:
         raise NotDrawnError(HOW_TO_INSTALL) from None
-    except subprocess.CalledProcessError as error:
-        message = error.stderr.decode(errors="replace") if error.stderr else str(error)
-        raise NotDrawnError(f"graphviz's `dot` failed: {' '.join(message.split())}") from None
-    except OSError as error:  # such as a file without permission to run it
-        raise NotDrawnError(f"graphviz's `dot` cannot be run: {error}") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotDrawnError(f"graphviz's `dot` failed: {error}") from None
 
 
-def draw(gene, caption=None, concat=None):
+def draw(gene: list, caption: str | None = None, concat: list | range | None = None) -> graphviz.Digraph:
     """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right."""
     graph = graphviz.Digraph(
         graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t"},

@@ -1,23 +1,20 @@
-"""The results of protocols, one or several side by side, as one self-contained HTML page.
+"""The results of protocols, one or several side by side: tables with intervals, a figure, and all cells.
 
-`protocol.py` writes it, and `visualize.py A/results.json B/results.json`.
+`protocol.py` writes the page, and `visualize.py A/results.json B/results.json`.
 """
 
-import html
-import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
-from string import Template
+from pathlib import Path
 
 from command_line.errors import UserError
-from config import AugmentConfig, SearchConfig
 from evidence.intervals import difference_interval, mean_interval
 from experiment.members import CHANCE
 from genotypes import from_str
 from report import figures
-from report.pages import TEMPLATE, drawing, picture, scrolled, section, table
-from report.story import KINDS
+from report.html import drawing, picture, write_page
+from report.recorded_run import KINDS
 
 NONE = "-"  # in a table
 KINDS_OF_RUNS = ("search", "selection", "final")
@@ -29,81 +26,72 @@ class Method:
     """A row of the tables: the members that one way of choosing cells has given, under the same conditions."""
 
     label: str
-    members: list
+    members: list[dict]
     finals: str  # the members trained in full: best or all
 
-    def selected(self):
+    def selected(self) -> dict | None:
         """The member that is best on the held-out images, the first of equal ones; None before any selection."""
         trained = [member for member in self.members if "held_out_top1" in member]
         return max(trained, key=lambda member: member["held_out_top1"], default=None)
 
-    def accuracies(self, images):
+    def accuracies(self, images: str) -> list[float]:
         """Accuracies in percent, one for each member that was trained so.
 
         images: `held-out`, after the selection training, or `test`, after the final ones: of a member the mean over
-        seeds, but where it is the only one the accuracy of each seed. With `--finals best` it is the selected one.
+        seeds, but if it is the only one, the accuracy of each seed. With `--finals best` it is the selected one.
         """
         if images == "held-out":
             return [100 * member["held_out_top1"] for member in self.members if "held_out_top1" in member]
         selected = self.selected()
         members = [selected] if self.finals == "best" and selected else self.members
-        by_member = [[100 * run["test_top1"] for run in m["final"]] for m in members if m.get("final")]
-        return by_member[0] if len(by_member) == 1 else list(map(statistics.fmean, by_member))
+        by_member = [test_accuracies(member) for member in members if member.get("final")]
+        return by_member[0] if len(by_member) == 1 else [statistics.fmean(values) for values in by_member]
 
-    def of_selected(self, images):
-        """The accuracy of the selected member; None if it was not trained so."""
+    def accuracy_of_selected(self, images: str) -> float | None:
+        """The accuracy of the selected member in percent; None if it was not trained so."""
         selected = self.selected()
-        values = Method(self.label, [selected], "best").accuracies(images) if selected else []
+        if selected is None:
+            return None
+        values = [100 * selected["held_out_top1"]] if images == "held-out" else test_accuracies(selected)
         return statistics.fmean(values) if values else None
 
 
-def write(all_results, path):
+def test_accuracies(member):
+    """The test accuracies of a member in percent, one for each seed."""
+    return [100 * run["test_top1"] for run in member.get("final", [])]
+
+
+def write(all_results: list[dict], path: str | Path) -> None:
     """Write about these results, each the content of a results.json.
 
-    path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Results
-    that can't be compared stand beside each other; .md and .svg refuse them with UserError.
+    path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Raises
+    UserError if the results can't be compared.
     """
-    groups = grouped(all_results)
-    if path.suffix in (".md", ".svg"):
-        if len(groups) > 1:
-            (first, *_), (second, *_) = groups[:2]
-            others = ", ".join(what_differs(first, second))
-            raise UserError(f"{path} would compare results that have other {others}; write .html")
-        methods = methods_of(all_results)
-        if path.suffix == ".md":
-            path.write_text("\n".join(markdown(methods, images) for images in IMAGES), "utf-8", "backslashreplace")
-        else:
-            path.write_bytes(figures.to_svg(figures.members(methods, CHANCE)))
-        return
-    title = "DARTS: " + ", ".join(results["label"] for results in all_results)
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        columns="\n".join(f'<section class="run">{column(group)}</section>' for group in groups),
-        count=len(groups),
-    )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    methods, path = methods_of(all_results), Path(path)
+    figure = figures.members(methods, CHANCE)
+    if path.suffix == ".md":
+        path.write_text("\n".join(markdown(methods, images) for images in IMAGES), "utf-8", "backslashreplace")
+    elif path.suffix == ".svg":
+        path.write_bytes(figures.to_svg(figure))
+    else:
+        write_page(
+            path,
+            "protocols.html",
+            title=", ".join(results["label"] for results in all_results),
+            columns=1,
+            all_results=all_results,
+            fingerprints={name.replace("_", "-"): text for (_, name), text in fingerprints(all_results[0]).items()},
+            accuracy_heads=ACCURACY_HEADS,
+            accuracies={description: accuracy_rows(methods, images) for images, description in IMAGES.items()},
+            figure=picture(figure),
+            member_heads=MEMBER_HEADS,
+            members=[member_row(method, member) for method in methods for member in method.members],
+            cells={method.label: cells_of(method) for method in methods},
+            origins={results["label"]: origins(results) for results in all_results},
+        )
 
 
-def grouped(all_results):
-    """The results as lists of those that can be compared."""
-    groups = []
-    for results in all_results:
-        fitting = (group for group in groups if not any(what_differs(results, other) for other in group))
-        group = next(fitting, None)
-        if group is None:
-            groups.append([results])
-        else:
-            group.append(results)
-    return groups
-
-
-def what_differs(a, b):
-    """Why two results can't be compared: the names of the conditions that differ."""
-    ours, others = conditions(a), conditions(b)
-    names = [name for name in ours if ours[name] != others[name]]
-    images_a, images_b = fingerprints(a), fingerprints(b)
-    have_other_images = any(images_a[kind] != images_b[kind] for kind in images_a.keys() & images_b.keys())
-    return names + ["images"] * have_other_images
+# Which results can be compared
 
 
 def conditions(results):
@@ -112,15 +100,19 @@ def conditions(results):
     return {
         "--nodes": space["nodes"],
         "--primitives": sorted(space["primitives"].split(",")),
-        "options of trainings": changed(results["training_options"], AugmentConfig),
+        "options of trainings": results["training_options"],
         "--finals": results["finals"],
     }
 
 
 def fingerprints(results):
-    """Fingerprints of the images of each kind of run, which are the same in all of a kind, as far as they are known."""
-    runs = ((kind, run) for kind in KINDS_OF_RUNS for member in results["members"] for run in runs_of(member, kind))
-    return {kind: run["fingerprints"] for kind, run in runs if run["fingerprints"]}
+    """(kind of run, images) -> the fingerprint of these images, which all runs of a kind have in common."""
+    known = {}
+    for member in results["members"]:
+        for kind in KINDS_OF_RUNS:
+            for run in runs_of(member, kind):
+                known |= {(kind, images): text for images, text in run["fingerprints"].items()}
+    return known
 
 
 def runs_of(member, kind):
@@ -129,82 +121,49 @@ def runs_of(member, kind):
     return runs if isinstance(runs, list) else [runs]
 
 
-def changed(options, config):
-    """The options other than the defaults of `config`, as text, which options of later versions do not change."""
-    defaults = vars(config.defaults())
-    return json.dumps({name: value for name, value in options.items() if value != defaults.get(name)}, sort_keys=True)
+def check_comparable(first, other):
+    """Raise UserError, which says what differs, if two results can't be compared."""
+    differences = [name for name, value in conditions(first).items() if conditions(other)[name] != value]
+    images, other_images = fingerprints(first), fingerprints(other)
+    if any(images[key] != other_images[key] for key in images.keys() & other_images.keys()):
+        differences.append("images")
+    if differences:
+        raise UserError(
+            f"{first['label']!r} and {other['label']!r} can't be compared, since they have other "
+            f"{', '.join(differences)}; write a report of each"
+        )
 
 
-def column(group):
-    """The HTML of results whose cells were trained under the same conditions."""
-    methods = methods_of(group)
-    return "\n".join(
-        [
-            f"<h1>{html.escape(', '.join(results['label'] for results in group))}</h1>",
-            f"<p>{html.escape(conditions_in_words(group[0]))}</p>",
-            *(accuracy_section(methods, images) for images in IMAGES),
-            f"<p>{html.escape(HOW_TO_READ)}</p>",
-            section("Every member", scrolled(picture(figures.members(methods, CHANCE), "accuracy of every member"))),
-            section("What it cost", scrolled(grid(COST_HEADS, map(cost_row, methods)))),
-            section("The members", members_table(methods), folded=True),
-            *(cells_section(method) for method in methods),
-            section("Again", f"<pre>{html.escape(chr(10).join(results['command'] for results in group))}</pre>"),
-            *(options_section(results) for results in group),
-        ]
-    )
+def methods_of(all_results: list[dict]) -> list[Method]:
+    """The `Method`s of results. A member that several results have counts once.
 
-
-HOW_TO_READ = (
-    "Intervals are of 95 %: of a mean, Student's t; of a difference, Welch's. n counts what was repeated: in the first "
-    "table searches, or cells drawn by chance, each trained once; in the second cells, or the seeds of a single cell. "
-    "Selected is the cell that is best on the held-out images. Where the interval of a difference includes 0, no "
-    "difference has been shown. A single run has no interval, nor have values that are all equal."
-)
-
-
-def methods_of(group):
-    """The `Method`s of results under the same conditions. A member that several results have counts once.
-
-    Raises UserError if different searches have the same label, or one seed two cells.
+    Raises UserError if results can't be compared, different searches have the same label, or one seed two cells.
     """
-    methods, searches = defaultdict(dict), {}  # label -> seed -> member; label -> options
-    for results in group:
-        options = results["search_options"] and changed(results["search_options"], SearchConfig)
-        if options is not None and searches.setdefault(results["label"], options) != options:
-            raise UserError(f"searches with different options are both called {results['label']!r}: change a label")
+    members_by_method = defaultdict(dict)  # label -> seed -> member
+    search_options = {}  # label -> options
+    for results in all_results:
+        check_comparable(all_results[0], results)
+        label, options = results["label"], results["search_options"]
+        if options is not None and search_options.setdefault(label, options) != options:
+            raise UserError(f"searches with different options are both called {label!r}: change a label")
         for member in results["members"]:
-            label = {
-                "search": results["label"],
+            method = {
+                "search": label,
                 "random": f"{CHANCE} like {results['like']}" if results["like"] else CHANCE,
                 "published": member["name"],
             }[member["kind"]]
-            known = methods[label].get(member["seed"])
+            known = members_by_method[method].get(member["seed"])
             if known and known["genotype"] and member["genotype"] not in (None, known["genotype"]):
-                raise UserError(f"{label!r} has two cells of seed {member['seed']}: show these results one by one")
-            if known is None or progress(member) > progress(known):
-                methods[label][member["seed"]] = member
-    return [Method(label, list(members.values()), group[0]["finals"]) for label, members in methods.items()]
+                raise UserError(f"{method!r} has two cells of seed {member['seed']}: write a report of each")
+            if known is None or n_runs(member) > n_runs(known):
+                members_by_method[method][member["seed"]] = member
+    finals = all_results[0]["finals"]
+    return [Method(label, list(members.values()), finals) for label, members in members_by_method.items()]
 
 
-def progress(member):
+def n_runs(member):
     """How many of a member's runs are over."""
     return sum(len(runs_of(member, kind)) for kind in KINDS_OF_RUNS)
-
-
-def conditions_in_words(results):
-    """The conditions of the trainings, the search space and the images, in a few sentences."""
-    space, which = results["search_space"], {"best": "selected", "all": "all"}[results["finals"]]
-    found = {name: text for of_kind in fingerprints(results).values() for name, text in of_kind.items()}
-    images = ", ".join(f"{name.replace('_', '-')} {text}" for name, text in found.items())
-    trainings = (
-        "{dataset}; networks of {layers} cells and {init_channels} channels. Each cell was trained for {select_epochs} "
-        "epoch(s) on all but {hold_out:.0%} of the training images. Its accuracy on these held-out images selects. "
-        "Final trainings, of " + which + " cells, are of {epochs} epochs on all training images; only these read test "
-        "images. "
-    ).format_map(results["training_options"])
-    operations = space["primitives"].replace(",", ", ")
-    searched = f"Search space: {space['nodes']} nodes; {operations}."
-    return f"{trainings}{searched} Fingerprints of the images: {images or 'not known'}."
 
 
 # The tables
@@ -213,134 +172,77 @@ def conditions_in_words(results):
 ACCURACY_HEADS = ["method", "n", "mean", "sd", "95 %", "selected", f"less {CHANCE}", "95 %"]
 
 
-def accuracy_section(methods, images):
-    rows = accuracy_rows(methods, images)
-    content = scrolled(grid(ACCURACY_HEADS, rows)) if rows else "<p>None yet.</p>"
-    return section(f"Accuracy on {IMAGES[images]}, %", content)
-
-
 def markdown(methods, images):
-    """The table of `accuracy_section` in Markdown."""
+    """The table of accuracies in Markdown."""
     lines = [ACCURACY_HEADS, ["---"] * len(ACCURACY_HEADS), *accuracy_rows(methods, images)]
     table = "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
     return f"Accuracy on {IMAGES[images]}, %:\n\n{table}\n"
 
 
-def accuracy_rows(methods, images):
+def accuracy_rows(methods: list[Method], images: str) -> list[list]:
     """A row for each method with accuracies on these images, under `ACCURACY_HEADS`."""
     chance = next((method.accuracies(images) for method in methods if method.label == CHANCE), [])
     rows = []
     for method in methods:
         values = method.accuracies(images)
-        if values:
-            mean = mean_interval(values)
-            sd = f"{statistics.stdev(values):.2f}" if len(values) > 1 else NONE
-            selected = method.of_selected(images)
-            less = difference_interval(values, chance) if chance and method.label != CHANCE else None
-            rows.append(
-                [
-                    method.label,
-                    len(values),
-                    f"{mean.value:.2f}",
-                    sd,
-                    between(mean),
-                    NONE if selected is None else f"{selected:.2f}",
-                    f"{less.value:+.2f}" if less else NONE,
-                    between(less, "+.2f") if less else NONE,
-                ]
-            )
+        if not values:
+            continue
+        mean, sd = mean_interval(values), statistics.stdev(values) if len(values) > 1 else None
+        row = [method.label, len(values), f"{mean.value:.2f}", text_of(sd, ".2f"), interval_text(mean, ".2f")]
+        row.append(text_of(method.accuracy_of_selected(images), ".2f"))
+        if chance and method.label != CHANCE:
+            difference = difference_interval(values, chance)
+            row += [f"{difference.value:+.2f}", interval_text(difference, "+.2f")]
+        else:
+            row += [NONE, NONE]
+        rows.append(row)
     return rows
 
 
-def between(interval, form=".2f"):
-    return NONE if interval.low is None else f"{interval.low:{form}} to {interval.high:{form}}"
+def interval_text(interval, number_format):
+    return NONE if interval.low is None else f"{interval.low:{number_format}} to {interval.high:{number_format}}"
 
 
-COST_HEADS = [
-    "method",
-    "parameters, M",
-    "multiply-adds, M",
-    "skip connections, normal",
-    "hours of searches",
-    "of trainings",
-]
-
-
-def cost_row(method):
-    """Means over the members of what their networks cost, and the hours of all of their runs."""
-    trained = [member for member in method.members if "parameters_M" in member]
-    searches = [member["search"]["seconds"] for member in method.members if "search" in member]
-    trainings = [run["seconds"] for m in trained for run in (m["selection"], *m["final"])]
-    skips = [member["skip_connections"]["normal"] for member in method.members if "skip_connections" in member]
-    return [
-        method.label,
-        *(f"{statistics.fmean(m[name] for m in trained):.3g}" if trained else NONE for name in NETWORK_COSTS),
-        f"{statistics.fmean(skips):.1f}" if skips else NONE,
-        f"{sum(searches) / 3600:.2f}" if searches else NONE,
-        f"{sum(trainings) / 3600:.2f}",
-    ]
-
-
-NETWORK_COSTS = ("parameters_M", "multiply_adds_M")
 MEMBER_HEADS = [
     *("method", "member", "seed", "held-out, %", "test, %", "parameters, M", "multiply-adds, M", "skips, normal"),
-    *("eigenvalue", "the search's verdict"),
+    *("hours of search", "hours of trainings", "eigenvalue", "the search's verdict"),
 ]
 
 
-def members_table(methods):
-    rows = []
-    for method in methods:
-        for member in method.members:
-            search = member.get("search", {})
-            tests = ", ".join(f"{run['test_top1']:.2%}".rstrip("%") for run in member.get("final", []))
-            eigenvalue = search.get("eigenvalue")
-            rows.append(
-                [
-                    method.label,
-                    member["name"],
-                    NONE if member["seed"] is None else member["seed"],
-                    f"{100 * member['held_out_top1']:.2f}" if "held_out_top1" in member else NONE,
-                    tests or NONE,
-                    *(f"{member[name]:.3g}" if name in member else NONE for name in NETWORK_COSTS),
-                    member.get("skip_connections", {}).get("normal", NONE),
-                    NONE if eigenvalue is None else f"{eigenvalue:.3g}",
-                    search.get("verdict", NONE),
-                ]
-            )
-    return scrolled(grid(MEMBER_HEADS, rows))
-
-
-def grid(heads, rows):
-    """A table with a row of heads; the first column names the row."""
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    lines = [
-        f"<tr><th>{html.escape(str(name))}</th>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>"
-        for name, *cells in rows
+def member_row(method, member):
+    search, trainings = member.get("search", {}), [*runs_of(member, "selection"), *runs_of(member, "final")]
+    return [
+        method.label,
+        member["name"],
+        text_of(member["seed"], "d"),
+        text_of(member.get("held_out_top1"), ".2%"),
+        ", ".join(f"{value:.2f}" for value in test_accuracies(member)) or NONE,
+        text_of(member.get("parameters_M"), ".3g"),
+        text_of(member.get("multiply_adds_M"), ".3g"),
+        text_of(member.get("skip_connections", {}).get("normal"), "d"),
+        text_of(search["seconds"] / 3600 if search else None, ".2f"),
+        text_of(sum(run["seconds"] for run in trainings) / 3600, ".2f"),
+        text_of(search.get("eigenvalue"), ".3g"),
+        search.get("verdict", NONE),
     ]
-    return f'<table class="grid"><tr>{head}</tr>{"".join(lines)}</table>'
 
 
-# Cells and options
+def text_of(number, number_format):
+    return NONE if number is None else f"{number:{number_format}}"
 
 
-def cells_section(method):
-    """All cells of a method, folded."""
-    parts = []
+def cells_of(method):
+    """The name and the drawings of each member that has a genotype."""
+    members = []
     for member in method.members:
         if member["genotype"]:
             genotype = from_str(member["genotype"])
-            top1 = f", {100 * member['held_out_top1']:.2f} %" if "held_out_top1" in member else ""
-            parts.append(f"<h3>{html.escape(member['name'] + top1)}</h3>")
-            parts += [drawing(kind, getattr(genotype, kind), getattr(genotype, f"{kind}_concat")) for kind in KINDS]
-    return section(f"Cells: {method.label}", "".join(parts), folded=True)
+            drawings = [drawing(kind, getattr(genotype, kind), getattr(genotype, f"{kind}_concat")) for kind in KINDS]
+            members.append({"name": member["name"], "drawings": drawings})
+    return members
 
 
-def options_section(results):
-    runs = [run for m in results["members"] for kind in KINDS_OF_RUNS for run in runs_of(m, kind)]
-    origins = sorted({f"{run['version']}; {run['machine']}" for run in runs})
-    rows = [(f"search: {name}", value) for name, value in (results["search_options"] or {}).items()]
-    rows += [(f"training: {name}", value) for name, value in results["training_options"].items()]
-    return section(
-        f"Options of {results['label']}", table([*(("run by", origin) for origin in origins), *rows]), folded=True
-    )
+def origins(results):
+    """The versions and machines that ran the members."""
+    runs = [run for member in results["members"] for kind in KINDS_OF_RUNS for run in runs_of(member, kind)]
+    return sorted({f"{run['version']}; {run['machine']}" for run in runs})

@@ -7,12 +7,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from evidence.intervals import mean_interval
 from evidence.search_state import WINDOW, cell, changes, early_stop, margins, skip_connections
 from models.choices import PRIMITIVES
 from report.cells import INPUTS
-from report.story import KINDS
+from report.recorded_run import KINDS
 
 GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
@@ -43,13 +44,16 @@ def epoch_axis(axes):
     axes.grid(alpha=0.3)
 
 
-def curves(story):
-    """Loss and top-1 accuracy by epoch, on the training images and on the validation, test or held-out images."""
+def curves(run):
+    """Loss and top-1 accuracy by epoch, on the training images and on the validation, test or held-out images.
+
+    run: a `RecordedRun`.
+    """
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, quantity, title, scale in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top 1, %"), (1, 100)):
-        for phase, label in (("train", "training"), (story.held_out, story.held_out)):
-            values = scale * story.by_epoch(f"{phase}/{quantity}")
-            axes.plot(list(story.steps), values, label=label, marker="." if len(values) < 30 else None)
+        for phase, label in (("train", "training"), (run.measured_on, run.measured_on)):
+            values = scale * run.by_epoch(f"{phase}/{quantity}")
+            axes.plot(list(run.steps), values, label=label, marker="." if len(values) < 30 else None)
         axes.set(xlabel="epoch", title=title)
         epoch_axis(axes)
         axes.legend()
@@ -160,29 +164,21 @@ def eigenvalues(axes, history):
 
 
 def confusion_matrix(counts, names):
-    """The counts of true against predicted classes, shaded by their share of the true class."""
+    """The number of images by true and by predicted class."""
     n = len(names)
     figure = Figure(figsize=(min(3 + 0.4 * n, 9), min(2.6 + 0.4 * n, 8.6)), layout="constrained")
-    axes = figure.subplots()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true")
-    if n > MAX_NAMED_CLASSES:
-        return figure
-    labels = [printable(name) for name in names]
-    axes.set_xticks(range(n), labels, rotation=90, fontsize=8)
-    axes.set_yticks(range(n), labels, fontsize=8)
-    for (i, j), count in np.ndenumerate(counts):
-        if count:
-            colour = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, count, ha="center", va="center", fontsize=7, color=colour)
+    axes, is_named = figure.subplots(), n <= MAX_NAMED_CLASSES
+    display = ConfusionMatrixDisplay(counts, display_labels=[printable(name) for name in names])
+    display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=is_named, xticks_rotation="vertical")
+    if not is_named:
+        axes.set(xticks=[], yticks=[])
     return figure
 
 
 def mistakes(evaluation):
-    """The misclassified test images with the largest predicted probability. evaluation: an `Evaluation`, with some."""
+    """The misclassified images with the largest predicted probability. evaluation: an `Evaluation`, with some."""
     worst = evaluation.wrong()[:MAX_MISTAKES]
-    names = [printable(name, 14) for name in evaluation.names]
+    names = [printable(name, 14) for name in evaluation.trained.results["classes"]]
     columns = min(len(worst), 8)
     rows = -(-len(worst) // columns)
     figure = Figure(figsize=(1.15 * columns, 1.65 * rows), layout="constrained")
@@ -190,10 +186,11 @@ def mistakes(evaluation):
     for axes in panels:
         axes.set_axis_off()
     for axes, i in zip(figure.axes, worst):
-        axes.imshow(evaluation.image(i), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        guess = int(evaluation.probabilities[i].argmax())
-        certainty = f"{evaluation.probabilities[i, guess]:.0%}"
-        axes.set_title(f"{names[evaluation.labels[i]]}\ntaken for\n{names[guess]} ({certainty})", fontsize=6)
+        image, label = evaluation.images.source[i]
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        predicted = evaluation.predictions[i]
+        certainty = f"{evaluation.probabilities[i, predicted]:.0%}"
+        axes.set_title(f"{names[label]}\ntaken for\n{names[predicted]} ({certainty})", fontsize=6)
     return figure
 
 

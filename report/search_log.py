@@ -9,20 +9,8 @@ from PIL import Image
 from evidence import search_state
 from genotypes import network_of
 from models.costs import cost, describe, describe_latency
-from report.cells import plot
+from report.cells import INPUTS, plot
 from run.tensorboard import alpha_tag
-
-
-def chart_edges(run, net):
-    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
-    charts = {}
-    for kind, nodes in net.edge_weights().items():
-        edges = [(node, source) for node, weights in enumerate(nodes) for source in range(len(weights))]
-        charts[f"alpha_{kind}"] = {
-            f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in net.primitives]]
-            for node, source in edges
-        }
-    run.tensorboard.add_custom_scalars(charts)
 
 
 @torch.no_grad()
@@ -44,25 +32,6 @@ def show(epoch, run, net, history):
     show_state(run, genotype, history)
 
 
-def show_state(run, genotype, history):
-    """The state of the search in a sentence, in the log; its numbers in TensorBoard."""
-    eigenvalue = history[-1]["eigenvalue"]
-    numbers = {"stable_epochs": search_state.stable_epochs(history)}
-    if eigenvalue is not None:
-        run.log(f"dominant eigenvalue of the Hessian of L_val in alpha: {eigenvalue:.4g}")
-        numbers["eigenvalue"] = eigenvalue
-    for kind, margins in history[-1]["margins"].items():
-        numbers[f"skip_connections_{kind}"] = search_state.skip_connections(getattr(genotype, kind))
-        numbers[f"margin_{kind}"] = statistics.median(margins)
-    for name, number in numbers.items():
-        run.scalar(f"state/{name}", number)
-    run.log(search_state.verdict(history))
-    stop = search_state.early_stop(history)
-    if stop is not None:
-        done = "stopped" if run.config.early_stop else "--early-stop would have stopped"
-        run.log(f"{done} at epoch {stop}, with the genotype of epoch {stop - search_state.WINDOW}")
-
-
 def show_edges(run, kind, primitives, weights):
     """The candidates' weights on every edge, in the log in percent, and in TensorBoard."""
     run.log(f"weights of alpha_{kind}, %:  " + "  ".join(primitives))
@@ -76,20 +45,33 @@ def show_edges(run, kind, primitives, weights):
 
 def cell_in_words(kind, gene, primitives, weights):
     """A line for each node of a cell: the operations chosen, their sources and weights."""
-    inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
     for i, (edges, node_weights) in enumerate(zip(gene, weights)):
         terms = []
         for op, source in edges:
-            percent = 100 * node_weights[source, primitives.index(op)]
-            terms.append(f"{op:>12} of {inputs.get(source, f'node {source - 2}')} ({percent:.2f} %)")
+            name = INPUTS[source] if source < 2 else f"node {source - 2}"
+            terms.append(f"{op:>12} of {name} ({100 * node_weights[source, primitives.index(op)]:.2f} %)")
         yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
+
+
+def show_state(run, genotype, history):
+    """The state of the search in a sentence, in the log; its numbers in TensorBoard."""
+    eigenvalue = history[-1]["eigenvalue"]
+    run.scalar("state/stable_epochs", search_state.stable_epochs(history))
+    if eigenvalue is not None:
+        run.log(f"dominant eigenvalue of the Hessian of L_val in alpha: {eigenvalue:.4g}")
+        run.scalar("state/eigenvalue", eigenvalue)
+    for kind, margins in history[-1]["margins"].items():
+        run.scalar(f"state/skip_connections_{kind}", search_state.skip_connections(getattr(genotype, kind)))
+        run.scalar(f"state/margin_{kind}", statistics.median(margins))
+    run.log(search_state.verdict(history))
+    stop = search_state.early_stop(history)
+    if stop is not None:
+        done = "stopped" if run.config.early_stop else "--early-stop would have stopped"
+        run.log(f"{done} at epoch {stop}, with the genotype of epoch {stop - search_state.WINDOW}")
 
 
 def show_cost(run, genotype, size, channels, n_classes):
     """What the network costs that augment.py makes of a genotype, in the log."""
-    with run.device:
-        net = network_of(genotype, size, channels, n_classes)
+    net = network_of(genotype, size, channels, n_classes).to(run.device, memory_format=torch.channels_last)
     run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
-    net = net.to(memory_format=torch.channels_last)
-    run.log("timing a forward pass of it; the search is done, and may be interrupted")
-    run.log(f"a forward pass takes {describe_latency(net, channels, size)}")
+    run.log(f"a forward pass of it takes {describe_latency(net, channels, size)}")

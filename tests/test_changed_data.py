@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_classifiers_start_anew_unless_the_classes_are_the_same(classes, same):
     torch.manual_seed(0)
     trained, net = (AugmentCNN(8, 1, 4, n, 3, True, DARTS_V1) for n in (3, len(classes)))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    start_from(net, {"keeps": {"net": trained.state_dict()}, "results": {"classes": ["a", "b", "c"]}}, classes)
+    start_from(net, SimpleNamespace(tensors=trained.state_dict(), results={"classes": ["a", "b", "c"]}), classes)
     for name, tensor in net.state_dict().items():
         if name in ("linear.weight", "linear.bias", "aux_head.linear.weight", "aux_head.linear.bias"):
             assert torch.equal(tensor, trained.state_dict()[name] if same else before[name]), name

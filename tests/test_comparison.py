@@ -12,7 +12,6 @@ from conftest import BROWSER, BROWSER_FLAGS, ROOT, assert_one_line_error, run_sc
 from scipy import stats
 
 from command_line.errors import UserError
-from config import AugmentConfig
 from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES, resolve
 from report import comparison, figures
 from run.folder import write_json
@@ -134,59 +133,51 @@ def page_of(all_results, tmp_path):
     return (tmp_path / "report.html").read_text()
 
 
-def test_results_of_other_conditions_are_not_compared(tmp_path):
-    all_results = [made_up("a"), made_up("b", chance=[], epochs=600)]
-    assert_not_compared(all_results, tmp_path, "options of trainings")
-    columns = page_of(all_results, tmp_path).split('<section class="run">')[1:]
-    assert len(columns) == 2
-    assert "less random cells" in columns[0]
-    assert "+0.00" not in columns[1]
-    assert not re.search(r"<td>[+-]\d", columns[1])  # no difference: it has no random cells
+def assert_not_compared(all_results, what):
+    with pytest.raises(UserError, match=f"they have other {what}"):
+        comparison.methods_of(all_results)
 
 
-def test_results_of_other_search_spaces_are_not_compared(tmp_path):
-    for name, value in {"nodes": 2, "primitives": "skip_connect,sep_conv_3x3"}.items():
-        other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {name: value}}
-        assert_not_compared([made_up("a"), other], tmp_path, f"--{name}")
-    other = made_up("b") | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
-    assert len(comparison.grouped([made_up("a"), other])) == 1
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"training_options": TRAINING | {"epochs": 600}}, "options of trainings"),
+        ({"search_space": DARTS_SPACE | {"nodes": 2}}, "--nodes"),
+        ({"search_space": DARTS_SPACE | {"primitives": "skip_connect,sep_conv_3x3"}}, "--primitives"),
+        ({"finals": "all"}, "--finals"),
+    ],
+)
+def test_results_of_other_conditions_are_not_compared(change, what):
+    assert_not_compared([made_up("a"), made_up("b", chance=[]) | change], what)
 
 
-def on_images(label, kind, fingerprints, chance=()):
-    """Results whose runs of this kind have fingerprints, and whose members all have a search and a final run."""
-    content = made_up(label, chance=chance)
-    for one in content["members"]:
-        one["final"] = [{"seed": 1, "test_top1": 0.5} | one["selection"]]
-        run = (one["final"][0] if kind == "final" else one[kind]) | {"fingerprints": fingerprints}
-        one[kind] = [run] if kind == "final" else run
-    return content
+def test_the_order_of_the_operations_makes_no_other_search_space():
+    other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
+    assert list(rows_of([made_up("a"), other])) == ["a", "random cells", "b"]
 
 
 A, B = "0123456789abcdef", "fedcba9876543210"
 
 
 @pytest.mark.parametrize(
-    ("kind", "fingerprints", "other_kind", "others", "are_compared"),
+    ("kind", "fingerprints", "others", "are_compared"),
     [
-        ("selection", {"training": A, "held_out": A}, "selection", {"training": A, "held_out": A}, True),
-        ("selection", {"training": A, "held_out": A}, "selection", {"training": B, "held_out": A}, False),
-        ("selection", {"training": A, "held_out": A}, "selection", {"training": A, "held_out": B}, False),
-        ("selection", {"training": A, "held_out": A}, "selection", {}, True),  # not known
-        ("final", {"training": A, "test": A}, "final", {"training": A, "test": B}, False),
-        ("search", {"training": A}, "final", {"training": A, "test": B}, True),
-        ("search", {"training": A}, "selection", {"training": B, "held_out": B}, True),  # all but those held out
+        ("selection", {"training": A, "held_out": A}, {"training": A, "held_out": A}, True),
+        ("selection", {"training": A, "held_out": A}, {"training": B, "held_out": A}, False),
+        ("final", {"training": A, "test": A}, {"training": A, "test": B}, False),
+        ("search", {"training": A}, {}, True),  # none was run
     ],
 )
-def test_results_of_other_images_are_not_compared(kind, fingerprints, other_kind, others, are_compared, tmp_path):
-    all_results = [on_images("a", kind, fingerprints), on_images("b", other_kind, others)]
+def test_results_of_other_images_are_not_compared(kind, fingerprints, others, are_compared):
+    all_results = [made_up("a"), made_up("b", chance=[])]
+    for results, images in zip(all_results, (fingerprints, others)):
+        for one in results["members"]:
+            run = one["selection"] | {"fingerprints": images}
+            one[kind] = [run | {"seed": 1, "test_top1": 0.5}] if kind == "final" else one.get(kind, {}) | run
     if are_compared:
-        assert len(comparison.grouped(all_results)) == 1
+        assert list(rows_of(all_results)) == ["a", "random cells", "b"]
     else:
-        assert_not_compared(all_results, tmp_path, "images")
-
-
-def test_the_best_cell_is_not_compared_with_all_cells(tmp_path):
-    assert_not_compared([made_up("a"), made_up("b", chance=[]) | {"finals": "all"}], tmp_path, "--finals")
+        assert_not_compared(all_results, "images")
 
 
 def test_of_two_best_cells_the_better_one_counts():
@@ -217,47 +208,18 @@ def test_a_seed_that_found_two_cells_is_refused():
         comparison.methods_of([a, b])
 
 
-def assert_not_compared(all_results, tmp_path, what):
-    assert len(comparison.grouped(all_results)) == 2
-    for name in ("tables.md", "figure.svg"):
-        with pytest.raises(UserError, match=f"that have other {what}; write .html"):
-            comparison.write(all_results, tmp_path / name)
-
-
-def test_options_that_were_added_to_the_program_make_no_other_conditions():
-    """A results.json from before has no value for them, and had what are their defaults."""
-    defaults = AugmentConfig(["--genotype", "DARTS_V2"]).as_dict()
-    before, after = made_up("a"), made_up("b", chance=[], lr_decay=defaults["lr_decay"], execution="fused")
-    after["search_options"]["early_stop"] = False
-    assert len(comparison.grouped([before, after])) == 1
-    assert "searched" in rows_of([before | {"label": "searched"}, after | {"label": "searched"}])
-    after["training_options"]["execution"] = "plain"
-    assert len(comparison.grouped([before, after])) == 2
-
-
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot")
 def test_a_page_shows_every_cell_and_every_command(tmp_path):
     page = page_of([made_up("a <b>"), made_up("c", chance=[])], tmp_path)
     assert page.count('alt="normal cell: ') == page.count('alt="reduce cell: ') == 2 * len(SEARCHED) + len(CHANCE)
-    assert "python protocol.py --label &#x27;a &lt;b&gt;&#x27;" in page
+    assert "python protocol.py --label &#39;a &lt;b&gt;&#39;" in page
     assert "a <b>" not in page
     assert "settled: for 9 epochs" in page
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "results",
-    [
-        made_up(searched=[], chance=[]),
-        made_up(searched=[]),
-        made_up(chance=[]),
-        made_up(searched=[0.9], chance=[]),
-        made_up(searched=[], chance=[0.9]),
-        made_up(searched=[0.9] * 3, chance=[0.9] * 3),
-    ],
-    ids=["nothing", "no searches", "no chance", "one search", "one random cell", "all equal"],
-)
-def test_any_number_of_members_makes_a_page(results, tmp_path):
+@pytest.mark.parametrize(("searched", "chance"), [([], []), ([], CHANCE), ([0.9], []), ([0.9] * 3, [0.9] * 3)])
+def test_any_number_of_members_makes_a_page(searched, chance, tmp_path):
+    results = made_up(searched=searched, chance=chance)
     assert "Every member" in page_of([results], tmp_path)
     comparison.write([results], tmp_path / "tables.md")
     comparison.write([results], tmp_path / "figure.svg")
@@ -334,6 +296,5 @@ def test_the_tables_of_our_own_results_are_those_of_their_files():
     named = re.search(r"python visualize.py (.*) --output docs/results.svg", page)[1].split()
     assert sorted(named) == sorted(f"docs/results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.json"))
     all_results = [json.loads((ROOT / name).read_text()) for name in named]
-    (group,) = comparison.grouped(all_results)
     for images in comparison.IMAGES:
-        assert comparison.markdown(comparison.methods_of(group), images) in page
+        assert comparison.markdown(comparison.methods_of(all_results), images) in page

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import assert_one_line_error, run_script
 
+from command_line.errors import UserError
 from genotypes import DARTS_V1, DARTS_V2
 from models.augment_cnn import AugmentCNN
 from run.checkpoints import load_checkpoint, save_checkpoint
-from trained.evaluation import load_network, load_trained, start_from
+from trained.evaluation import load_trained, start_from
 
 pytestmark = pytest.mark.process
 
@@ -71,13 +72,30 @@ def test_fine_tuning_starts_from_the_weights_on_data_of_other_classes(cwd, image
 
 
 def test_weights_are_loaded_whole_or_not_at_all(cwd):
-    checkpoint = load_trained(cwd / "runs/augment/digits")
+    trained = load_trained(cwd / "runs/augment/digits")
     net = AugmentCNN(8, 1, 4, 10, 3, True, DARTS_V1)
-    start_from(net, checkpoint, checkpoint["results"]["classes"])
-    trained = load_network(checkpoint, torch.device("cpu"))
-    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    start_from(net, trained, trained.results["classes"])
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in trained.tensors.items())
     other = AugmentCNN(8, 1, 4, 10, 3, True, DARTS_V2)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match="another network"):
-        start_from(other, checkpoint, checkpoint["results"]["classes"])
+        start_from(other, trained, trained.results["classes"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("linear.bias"),
+        lambda tensors: tensors.update(another=torch.zeros(1)),
+        lambda tensors: tensors.update({"linear.bias": torch.zeros(1)}),
+        lambda tensors: tensors.update({"linear.bias": torch.zeros(10, dtype=torch.float64)}),
+        lambda tensors: tensors.update({"linear.bias": "text"}),
+    ],
+)
+def test_tensors_must_have_the_names_shapes_and_types_of_the_networks(change, cwd, tmp_path):
+    checkpoint = load_checkpoint(cwd / "runs/augment/digits/best.pt")
+    change(checkpoint["keeps"]["net"])
+    save_checkpoint(checkpoint, tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint\.pt"):
+        load_trained(tmp_path / "checkpoint.pt")

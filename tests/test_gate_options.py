@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gates import ODD_VALUES, STAGES, command, refused, spoilt
+from gates import ODD_VALUES, STAGES, command, refused
 from torch import nn
 
 import genotypes
@@ -21,7 +21,7 @@ from genotypes import DARTS_V2
 from machine.memory import check_memory, machine_memory
 from models.augment_cnn import AugmentCNN
 from models.search_cnn import SearchCNN
-from report.story import read
+from report.recorded_run import read_run
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -73,18 +73,11 @@ def test_odd_json_is_one_line(text, copied, capsys):
         path = copied["search"] / name
         before = path.read_bytes()
         path.write_bytes(text.encode("latin-1"))
-        if (name, text) != ("history.json", "null") and (name, text) != ("summary.json", "null"):
-            refused(capsys, visualize.main, [copied["search"], copied["search"]], name if text != "[]" else "")
+        if text not in ("null", "[]"):
+            refused(capsys, visualize.main, [copied["search"], copied["search"]])
         if name == "config.json":
             refused(capsys, search.main, ["--resume", copied["search"]], "config.json")
         path.write_bytes(before)
-
-
-@pytest.mark.parametrize("name", ["valid_top1", "eigenvalue"])
-def test_a_history_with_a_number_that_no_float_holds_is_one_line(name, copied, capsys):
-    path = copied["search"] / "history.json"
-    path.write_text(json.dumps([entry | {name: 10**400} for entry in json.loads(path.read_text())]))
-    refused(capsys, visualize.main, [copied["search"]], "history.json", name)
 
 
 def test_a_run_whose_name_looks_like_a_files_is_reported(copied):
@@ -192,23 +185,10 @@ def test_absurdly_many_random_cells_are_one_line(capsys):
 def reports(folder, render):
     """Whether a run's folder can be read for a report; `render`: then write the report too, which takes a second."""
     try:
-        read(folder)
+        read_run(folder)
     except UserError:
         return False
     return command(visualize.main, [folder]) == 0 if render else True
-
-
-@pytest.mark.long
-def test_spoilt_histories_are_reported_or_refused(copied):
-    chance, folder, n_read = random.Random(0), copied["search"], 0
-    for name in ("history.json", "summary.json", "config.json"):
-        path = folder / name
-        before = json.loads(path.read_text())
-        for i in range(30):
-            path.write_text(json.dumps(spoilt(before, chance), default=lambda value: 7, skipkeys=True))
-            n_read += reports(folder, render=i % 10 == 0)
-        path.write_text(json.dumps(before))
-    assert n_read < 60
 
 
 def test_a_run_without_tensorboards_files_has_nothing_to_show(copied, capsys):

@@ -20,13 +20,13 @@ from genotypes import (
     Genotype,
     GenotypeError,
     from_str,
+    network_of,
     parse,
     random_genotypes,
     resolve,
     to_dag,
     to_str,
 )
-from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_, FactorizedReduce
 from utils import param_size
 
@@ -72,58 +72,22 @@ def test_to_dag_strides_drop_path_and_sources():
     assert all(op(x).shape[-1] == 9 for node in to_dag(4, DARTS_V2.normal, False) for op in node)
 
 
-@pytest.mark.parametrize("one", FORMS)
-@pytest.mark.parametrize("other", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_form_of_every_published_cell_is_read_as_the_cell_and_written_as_every_other(name, one, other):
+def test_every_form_of_every_published_cell_is_read_as_the_cell(name, form):
     genotype = PUBLISHED[name].genotype
-    read = from_str(to_str(genotype, one))
+    read = from_str(to_str(genotype, form))
     assert read == genotype
-    assert from_str(to_str(read, other)) == genotype
     assert str(read) == str(genotype)
 
 
 def test_flat_forms_list_pairs_without_nodes():
     text = to_str(DARTS_V1, "flat")
     assert text.startswith("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ")
-    flat = {
-        "normal": [["sep_conv_3x3", 1], ["skip_connect", 0]],
-        "normal_concat": [2],
-        "reduce": [["max_pool_3x3", 0], ["max_pool_3x3", 1]],
-        "reduce_concat": [2],
-    }
-    expected = Genotype(
-        [[("sep_conv_3x3", 1), ("skip_connect", 0)]],
-        range(2, 3),
-        [[("max_pool_3x3", 0), ("max_pool_3x3", 1)]],
-        range(2, 3),
-    )
-    assert from_str(json.dumps(flat)) == expected
     with pytest.raises(GenotypeError, match="two for each"):
-        from_str(json.dumps(flat | {"normal": flat["normal"][:1]}))
+        from_str(text.replace("('sep_conv_3x3', 1), ", "", 1))
     with pytest.raises(GenotypeError, match="two edges"):
         to_str(Genotype([[("none", 0)]], [2], [[("none", 0)]], [2]), "flat")
-    with pytest.raises(GenotypeError, match="none of the published"):
-        to_str(expected, "name")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "{}",
-        '{"normal": 1}',
-        "[]",
-        '{"normal": NaN}',
-        "{" * 9999,
-        json.dumps(
-            {"normal": [[["none", 0]]], "normal_concat": [[2]], "reduce": [[["none", 0]]], "reduce_concat": [2]}
-        ),
-    ],
-)
-def test_json_that_is_no_genotype_is_refused(text):
-    with pytest.raises(GenotypeError):
-        from_str(text)
 
 
 @pytest.mark.process
@@ -148,20 +112,14 @@ def test_from_str_keeps_lists_tuples_and_ranges_and_takes_any_layout():
     [
         "genotype = {}",
         "2026-11-26 03:50:40  genotype = {}",
-        'genotype="{}"',
         "DARTS_V2 = {}",
         '"{}"',
         "gt.{}",
-        "'best = {}'",
         '"gt.DARTS = gt.{}"',
-        "12/25 03:50:40 PM genotype = {}",
         "INFO:root:genotype = {}",
-        "genotype: {}",
         "return {};",
         "`{}`",
         "```python\nDARTS: Genotype = {}\n```",
-        "best = genotypes.{}\n",
-        "  {},",
     ],
 )
 def test_genotypes_are_read_as_people_paste_them(pasted):
@@ -174,34 +132,26 @@ def test_genotypes_are_read_as_people_paste_them(pasted):
     [
         ("", "genotype"),
         ("Genotype(", "column"),
+        ("{", "column 2"),
+        ("{}", "no normal"),
         ("DARTS_V9", "Genotype(normal="),
         ("Other(normal=1)", "Genotype(normal="),
         ("MyGenotype" + GOOD.removeprefix("Genotype"), "Genotype(normal="),
-        (f"A = {GOOD}\nB = {GOOD}", "column"),
         (f"Genotype(normal={GOOD})", "by name"),
         (GOOD.replace("normal=", "abnormal=", 1), "normal_concat"),
         (GOOD.replace(", reduce_concat=range(2, 6)", ""), "reduce_concat"),
         (GOOD.replace("sep_conv_3x3", "sep_conv_9x9", 1), "sep_conv_9x9"),
         (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 2)", 1), "0 to 1"),
-        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', -1)", 1), "allowed"),
-        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', True)", 1), "allowed"),
-        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 0.0)", 1), "allowed"),
+        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', True)", 1), "0 to 1"),
         (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3',)", 1), "(operation, source)"),
         (GOOD.replace("('sep_conv_3x3', 0)", "(0, 'sep_conv_3x3')", 1), "operation"),
-        (GOOD.replace("normal=[[", "normal=[", 1).replace("]], normal_concat", "], normal_concat"), "normal"),
         (GOOD.replace("normal=[[", "normal=[[[", 1).replace("]], normal_concat", "]]], normal_concat"), "normal"),
         ("Genotype(normal=[], normal_concat=range(2, 6), reduce=[], reduce_concat=range(2, 6))", "list of nodes"),
         (GOOD.replace("range(2, 6)", "range(2, 7)", 1), "normal_concat"),
-        (GOOD.replace("range(2, 6)", "range(0, 2)", 1), "normal_concat"),
         (GOOD.replace("range(2, 6)", "[2, 2]", 1), "normal_concat"),
-        (GOOD.replace("range(2, 6)", "[]", 1), "normal_concat"),
         (GOOD.replace("range(2, 6)", "range(2, 10**99)", 1), "column"),
         (GOOD.replace("range(2, 6)", f"range({'9' * 400})", 1), "column"),
-        (GOOD.replace("range(2, 6)", "[[2]]", 1), "normal_concat"),
-        (GOOD.replace("('sep_conv_3x3', 0)", f"('sep_conv_3x3', 0x{'f' * 4000})", 1), "allowed"),
         ("[" * 5000, "genotype"),
-        ("(" + "-" * 100_000 + "1)", "genotype"),
-        (GOOD + "\0", "genotype"),
     ],
 )
 def test_a_malformed_genotype_is_refused_with_what_is_allowed(text, mention):
@@ -244,12 +194,10 @@ def test_resolve_takes_names_strings_files_and_folders(tmp_path):
     assert resolve(str(odd)) == DARTS_V1
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '"x"', '{"last": 3}', '{"last": {"string": 3}}', '{"last": {"string": "x"}}']
-)
-def test_resolve_refuses_files_that_are_no_genotype(content, tmp_path):
+@pytest.mark.parametrize("content", ["", "{", '"x"', '{"last": 3}', '{"last": {"string": "x"}}'])
+def test_resolve_refuses_files_without_a_genotype(content, tmp_path):
     (tmp_path / "genotype.json").write_text(content)
-    with pytest.raises(GenotypeError):
+    with pytest.raises(GenotypeError, match=r"genotype\.json"):
         resolve(str(tmp_path))
 
 
@@ -259,17 +207,13 @@ def test_resolve_says_what_may_be_given(given):
         resolve(given)
 
 
-def test_genotypes_offers_the_primitives_of_the_operations():
-    assert gt.PRIMITIVES is PRIMITIVES
-
-
 # Chance.
 
 
-def size_of(genotype):
-    """Parameters of augment.py's default network for CIFAR-10."""
+def size_of(genotype, options=None):
+    """Parameters of the network for CIFAR-10 in millions, by default of augment.py's default size."""
     with torch.device("meta"):
-        return param_size(AugmentCNN(32, 3, 36, 10, 20, False, genotype))
+        return param_size(network_of(genotype, 32, 3, 10, options))
 
 
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
@@ -297,32 +241,22 @@ def test_a_seed_draws_the_same_cells_and_another_seed_others():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["DARTS_V2", "NASNET_A"])
-def test_random_cells_like_another_have_its_nodes_and_its_parameters_to_5_percent(name):
-    like = PUBLISHED[name].genotype
-    for genotype in random_genotypes(3, 1, like):
-        assert len(genotype.normal) == len(genotype.reduce) == len(like.normal)
-        assert abs(size_of(genotype) - size_of(like)) <= 0.05 * size_of(like)
-
-
-@pytest.mark.long
-def test_random_cells_like_another_may_be_of_another_space():
-    primitives = ("skip_connect", "none", "sep_conv_3x3", "dil_conv_5x5")
-    for genotype in random_genotypes(3, 1, DARTS_V2, 3, primitives):
-        assert len(genotype.normal) == len(genotype.reduce) == 3
+@pytest.mark.parametrize(
+    ("name", "n_nodes", "primitives", "words"),
+    [
+        ("DARTS_V2", None, PRIMITIVES, []),
+        ("NASNET_A", None, PRIMITIVES, []),
+        ("DARTS_V2", 3, ["skip_connect", "none", "sep_conv_3x3", "dil_conv_5x5"], []),
+        # in a network of 5 cells and 8 channels the edges weigh otherwise than in one of 20 and 36
+        ("DARTS_V2", None, PRIMITIVES, ["--layers", "5", "--init-channels", "8"]),
+    ],
+)
+def test_random_cells_like_another_have_its_parameters_to_5_percent(name, n_nodes, primitives, words):
+    like, options = PUBLISHED[name].genotype, AugmentConfig(["--genotype", "DARTS_V2", *words])
+    for genotype in random_genotypes(3, 1, like, n_nodes, primitives, options):
+        assert len(genotype.normal) == len(genotype.reduce) == (n_nodes or len(like.normal))
         assert {op for gene in (genotype.normal, genotype.reduce) for node in gene for op, _ in node} <= set(primitives)
-        assert abs(size_of(genotype) - size_of(DARTS_V2)) <= 0.05 * size_of(DARTS_V2)
-
-
-def test_random_cells_like_another_are_as_large_in_the_network_that_is_trained():
-    """In a network of 5 cells and 8 channels the edges weigh otherwise than in one of 20 and 36."""
-    options = AugmentConfig(["--genotype", "DARTS_V2", "--layers", "5", "--init-channels", "8"])
-    with torch.device("meta"):
-        sizes = [
-            param_size(AugmentCNN(32, 3, 8, 10, 5, False, genotype))
-            for genotype in [DARTS_V2, *random_genotypes(3, 1, DARTS_V2, options=options)]
-        ]
-    assert all(abs(size - sizes[0]) <= 0.05 * sizes[0] for size in sizes)
+        assert abs(size_of(genotype, options) - size_of(like, options)) <= 0.05 * size_of(like, options)
 
 
 def test_random_cells_like_another_are_drawn_independently_of_others():

@@ -110,5 +110,5 @@ def test_test_images_are_not_opened(image_folder, tmp_path):
     assert "cannot read the image" in process.stderr  # where the test images are measured, the poison is met
 
     evaluation = evaluate(tmp_path / "runs/augment/before", root)  # of the same images as in training
-    assert (evaluation.part, len(evaluation.labels)) == ("held-out", 6)
+    assert (evaluation.trained.measured_on, len(evaluation.images)) == ("held-out", 6)
     assert evaluation.top1 == pytest.approx(before["held_out_top1"], abs=1e-6)

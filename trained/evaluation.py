@@ -1,4 +1,4 @@
-"""Trained networks: load them from checkpoints, run them on images, and use them to initialise a training."""
+"""Trained networks: load them from checkpoints, run them on images, and start a training from them."""
 
 import re
 from dataclasses import dataclass
@@ -9,64 +9,90 @@ import torch
 
 from command_line.errors import UserError
 from config import AugmentConfig
-from genotypes import from_str
+from genotypes import Genotype, from_str
 from images.loading import Images, Loader, check_unchanged
 from machine import ranks
 from machine.devices import pick_device
 from models.augment_cnn import AugmentCNN
-from run.checkpoint_checks import check_contents, check_size, state_misfit
+from run.checkpoint_checks import state_misfit
 from run.checkpoints import load_checkpoint
-from run.folder import RunFolder
-from utils import get_data, get_test_data, image_shape
+from run.folder import RunFolder, reading
+from utils import get_data, get_test_data
+
+
+@dataclass
+class TrainedNetwork:
+    """The content of a checkpoint of augment.py.
+
+    path: the file; config: the options of the run; genotype: the cells; results: what the run saves beside tensors,
+    such as "classes", "input_size", "mean" and "std"; tensors: the network's `state_dict`.
+    """
+
+    path: Path
+    config: AugmentConfig
+    genotype: Genotype
+    results: dict
+    tensors: dict
+
+    @property
+    def measured_on(self) -> str:
+        """The images that the accuracy is measured on: `test`, or with --hold-out `held-out`."""
+        return "held-out" if self.config.hold_out else "test"
+
+    def new_network(self, network: type[AugmentCNN] = AugmentCNN) -> AugmentCNN:
+        """The network with new weights. network: its class."""
+        return network(
+            self.results["input_size"],
+            self.results["input_channels"],
+            self.config.init_channels,
+            len(self.results["classes"]),
+            self.config.layers,
+            self.config.aux_weight > 0,
+            self.genotype,
+            stem=self.config.stem,
+        )
 
 
 @dataclass
 class Evaluation:
-    """The predictions of a network for the test images, or for those that were held out of its training.
+    """The predictions of a trained network for images. probabilities: (N, n_classes)."""
 
-    labels: the true classes, (N,); probabilities: (N, n_classes); names: the names of the classes; images: the images,
-    an `Images`; checkpoint: the file that the network was loaded from; part: which images these are, `test` or
-    `held-out`.
-    """
-
-    labels: np.ndarray
-    probabilities: np.ndarray
-    names: list
+    trained: TrainedNetwork
     images: Images
-    checkpoint: str
-    part: str = "test"
+    probabilities: np.ndarray
 
     @property
-    def top1(self):
-        return float((self.probabilities.argmax(1) == self.labels).mean())
+    def predictions(self) -> np.ndarray:
+        """The most probable class of each image, (N,)."""
+        return self.probabilities.argmax(1)
 
-    def confusion(self):
-        """The confusion matrix: counts, (true class, predicted class)."""
-        counts = np.zeros((len(self.names), len(self.names)), dtype=int)
-        np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
-        return counts
+    @property
+    def top1(self) -> float:
+        """The accuracy, as a fraction."""
+        return float((self.predictions == self.images.labels).mean())
 
-    def wrong(self):
+    def confusion(self) -> np.ndarray:
+        """The confusion matrix: the number of images by (true class, predicted class)."""
+        from sklearn.metrics import confusion_matrix  # here, since it takes half a second
+
+        return confusion_matrix(self.images.labels, self.predictions, labels=range(self.probabilities.shape[1]))
+
+    def wrong(self) -> list[int]:
         """The indices of the misclassified images, in order of decreasing probability of the predicted class."""
-        guesses = self.probabilities.argmax(1)
-        indices = np.flatnonzero(guesses != self.labels)
-        return indices[np.argsort(-self.probabilities[indices, guesses[indices]], kind="stable")].tolist()
-
-    def image(self, i):
-        """An image as an array, before any transform."""
-        return np.asarray(self.images.source[i][0])
+        indices = np.flatnonzero(self.predictions != self.images.labels)
+        return indices[np.argsort(-self.probabilities.max(1)[indices], kind="stable")].tolist()
 
 
-def file_of(path):
+def file_of(path: str | Path) -> Path:
     """The checkpoint file for a path: best.pt if the path is a run's folder, else the path itself."""
     return RunFolder(path).best if Path(path).is_dir() else Path(path)
 
 
-def load_trained(path, network=AugmentCNN):
-    """Load the checkpoint of an augment run: a dict, with the options as attributes of "config", and a "genotype".
+def load_trained(path: str | Path, network: type[AugmentCNN] = AugmentCNN) -> TrainedNetwork:
+    """Load a checkpoint of augment.py.
 
-    path: see `file_of`; network: the class that the tensors must be of. All that the checkpoint holds is checked.
-    Raises UserError if it is no such checkpoint.
+    path: see `file_of`; network: the class of the network. Raises UserError if the file is not such a checkpoint, or if
+    the names, shapes and types of its tensors are not those of the network.
     """
     path = file_of(path)
     try:
@@ -75,69 +101,49 @@ def load_trained(path, network=AugmentCNN):
         raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
         raise UserError(f"{path} is not a checkpoint of augment.py")
-    check_contents(checkpoint, path, "augment")
-    if "preprocessing" not in checkpoint["results"]:
-        raise UserError(f"{path} was written by a version of augment.py that did not yet save how images are prepared")
-    checkpoint["config"] = config = AugmentConfig.restored(checkpoint["config"], path)
-    checkpoint["genotype"] = genotype = from_str(config.genotype)
-    check_size(checkpoint, config, sum(map(len, (*genotype.normal, *genotype.reduce))), path)
-    with torch.device("meta"):  # shapes without values
-        found = state_misfit(checkpoint["keeps"].get("net", {}), network_of(checkpoint, network))
-    size, channels = image_shape(config.dataset, config.image_size, config.image_channels)
-    results = checkpoint["results"]
-    if (results["input_size"], results["input_channels"]) != (size, channels):
-        found = found or f"its images are not of {channels} x {size} x {size}"
-    if found:
-        raise UserError(f"{path} is not a checkpoint that this program wrote: {found}")
-    return checkpoint
+    with reading(path):
+        config = AugmentConfig.restored(checkpoint["config"], path)
+        trained = TrainedNetwork(
+            path, config, from_str(config.genotype), checkpoint["results"], checkpoint["keeps"]["net"]
+        )
+        with torch.device("meta"):  # shapes without values
+            difference = state_misfit(trained.tensors, trained.new_network(network))
+    if difference:
+        raise UserError(f"{path} is not a checkpoint of this network: {difference}")
+    return trained
 
 
-def network_of(checkpoint, network=AugmentCNN):
-    """The network that a checkpoint of `load_trained` is of, with new weights. network: its class."""
-    config, results = checkpoint["config"], checkpoint["results"]
-    return network(
-        results["input_size"],
-        results["input_channels"],
-        config.init_channels,
-        len(results["classes"]),
-        config.layers,
-        config.aux_weight > 0,
-        checkpoint["genotype"],
-        stem=config.stem,
-    )
-
-
-def load_network(checkpoint, device):
-    """The trained network of a checkpoint, an `AugmentCNN` in eval mode."""
-    net = network_of(checkpoint)
-    net.load_state_dict(checkpoint["keeps"]["net"])
+def load_network(trained: TrainedNetwork, device: torch.device) -> AugmentCNN:
+    """The trained network, in eval mode."""
+    net = trained.new_network()
+    net.load_state_dict(trained.tensors)
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def start_from(net, checkpoint, classes):
-    """Initialise a network with the weights of a checkpoint; the classifiers only if the classes are the same.
+def start_from(net: AugmentCNN, trained: TrainedNetwork, classes: list[str]) -> None:
+    """Initialise a network with trained weights; the classifiers only if the classes are the same.
 
     classes: the class names of the new training. Raises UserError if other tensors are missing or of another shape.
     """
-    saved, state = checkpoint["keeps"]["net"], net.state_dict()
+    saved, state = trained.tensors, net.state_dict()
     classifiers = {name for name in state if re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)}
-    missing = {name for name in state if name not in saved or saved[name].shape != state[name].shape}
-    errors = [name for name in state if name in missing - classifiers]
+    other = [name for name in state if name not in saved or saved[name].shape != state[name].shape]
+    errors = [name for name in other if name not in classifiers]
     if errors:
         raise ranks.user_error(
             f"--init-checkpoint is of another network: {len(errors)} of {len(state)} tensors are missing or of another "
             f"shape, first {errors[0]}"
         )
-    kept = missing if checkpoint["results"]["classes"] == classes else classifiers
-    net.load_state_dict({name: state[name] if name in kept else saved[name] for name in state})
+    new = other if trained.results["classes"] == classes else classifiers
+    net.load_state_dict({name: state[name] if name in new else saved[name] for name in state})
 
 
-def images_of(checkpoint, data_path=None):
-    """The test images of a trained network, an `Images`, normalised as in its training; with --hold-out the held-out.
+def images_of(trained: TrainedNetwork, data_path: str | None = None) -> Images:
+    """The images that the accuracy of a trained network is measured on, normalised as in its training.
 
     data_path: their folder, if it is no longer that of the training. Raises UserError if they are not the same images.
     """
-    results, config = checkpoint["results"], checkpoint["config"]
+    config, results = trained.config, trained.results
     options = {
         "dataset": config.dataset,
         "data_path": data_path or config.data_path,
@@ -151,41 +157,37 @@ def images_of(checkpoint, data_path=None):
         images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
     else:
         images = get_test_data(**options)
-    check_unchanged({measured_on(checkpoint): images}, results)
-    classes = results["classes"]  # an older run has no fingerprint, so only these are compared
-    if images.class_names(len(classes)) != classes:
-        raise UserError(f"{config.dataset} has other classes than in training: they were {', '.join(classes)}")
+    check_unchanged({trained.measured_on: images}, results)
     return images
 
 
-def measured_on(checkpoint):
-    """The images that the accuracy of a trained network is measured on: `test`, or with --hold-out `held-out`."""
-    return "held-out" if checkpoint["config"].hold_out else "test"
-
-
 @torch.no_grad()
-def evaluate(path, data_path=None, batch_size=64, workers=0, device="auto", mirror=False):
-    """The `Evaluation` of a trained network on its test or held-out images.
+def evaluate(
+    path: str | Path,
+    data_path: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    mirror: bool = False,
+) -> Evaluation:
+    """Run a trained network on its test or held-out images.
 
     path: a checkpoint, or a run's folder for its best.pt; mirror: average the probabilities of each image and its
     mirror image.
     """
-    device = pick_device(device)
-    checkpoint = load_trained(path)
-    net, images = load_network(checkpoint, device), images_of(checkpoint, data_path)
-    loader = Loader(images, range(len(images)), batch_size, device, workers, shuffle=False)
+    torch_device, trained = pick_device(device), load_trained(path)
+    net, images = load_network(trained, torch_device), images_of(trained, data_path)
+    loader = Loader(images, range(len(images)), batch_size, torch_device, workers, shuffle=False)
     probabilities = []
     for X, _, _ in loader.epoch(0):
         views = [X, X.flip(3)] if mirror else [X]
         probabilities.append(torch.stack([net(view)[0].float().softmax(1) for view in views]).mean(0).cpu())
-    probabilities = torch.cat(probabilities)
-    if not probabilities.isfinite().all():
-        raise UserError(f"{file_of(path)}: the outputs of its network are not finite")
-    return Evaluation(
-        labels=np.asarray(images.labels),
-        probabilities=probabilities.numpy(),
-        names=checkpoint["results"]["classes"],
-        images=images,
-        checkpoint=str(file_of(path)),
-        part=measured_on(checkpoint),
-    )
+    return Evaluation(trained, images, torch.cat(probabilities).numpy())
+
+
+def accuracy_by_class(confusion: np.ndarray, names: list[str]) -> list[str]:
+    """A line for each class: the accuracy on its images, and their number. confusion: see `Evaluation.confusion`."""
+    lines = []
+    for name, row, n_right in zip(names, confusion, confusion.diagonal()):
+        lines.append(f"{n_right / max(row.sum(), 1):8.2%} of {row.sum():5}  {name}")
+    return lines

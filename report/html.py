@@ -1,0 +1,41 @@
+"""Pages from the templates in this folder, by jinja2, which escapes what is put into them."""
+
+import base64
+from pathlib import Path
+
+import jinja2
+
+from report.cells import NotDrawnError, draw, render
+from report.figures import to_svg
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write_page(path, template, **content):
+    """Write the page that a template makes of the content to an HTML file."""
+    page = TEMPLATES.get_template(template).render(content)
+    Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
+
+
+def picture(figure):
+    """A matplotlib figure as the address of an image, which contains it."""
+    return _data_url(to_svg(figure))
+
+
+def drawing(kind, gene, concat):
+    """A cell for the macro `cell`: its picture; if `dot` is missing or fails, the error in its place."""
+    content = {"kind": kind, "gene": str(gene), "svg": None, "error": None}
+    try:
+        return content | {"svg": _data_url(render(draw(gene, f"{kind} cell", concat), "svg"))}
+    except NotDrawnError as error:
+        return content | {"error": str(error)}
+
+
+def _data_url(svg):
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
