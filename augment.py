@@ -183,7 +183,7 @@ def learning_rate(optim, config, done):
 
 def print_accuracy(config):
     """Print the accuracy of a trained network, overall and by class."""
-    data_path = None if config.data_path == config.build_parser().get_default("data_path") else config.data_path
+    data_path = None if config.data_path == config.defaults().data_path else config.data_path
     evaluation = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
     trained, n = evaluation.trained, len(evaluation.images)
     print(f"{trained.path}: top 1 {evaluation.top1:.2%} of {n} {trained.measured_on} images")

@@ -67,7 +67,7 @@ def search(network, architect):
     # the training set in two halves: w learns on one, alpha on the other
     size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config, saved))
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
-    n_ops = config.nodes * (config.nodes + 3) // 2 * len(config.primitives.split(","))
+    n_ops = config.nodes * (config.nodes + 3) // 2 * len(config.primitives)
     run.check_memory(n_ops, size, len(w_half))
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers}
     trn_loader = Loader(data, w_half, seed=config.seed, **options)
@@ -149,7 +149,7 @@ def build(network, config, device, channels, n_classes):
         config.nodes,
         execution=config.execution,
         recompute=config.recompute,
-        primitives=config.primitives.split(","),
+        primitives=config.primitives,
     )
     net = net.to(device, memory_format=torch.channels_last)
     if config.sync_bn:

@@ -3,11 +3,14 @@
 python search.py --variant pc-darts
 python search.py --variant pc-darts,beta-darts
 
-A variant is a class for the network or for the architect, or both, named in `VARIANTS`. `compose` puts those of a run
-in front of the classes that they change, so that `super()` is DARTS, or the next variant. `self.options` are the run's.
-docs/variants.md says what each is for; models/choices.py, which of them can be combined.
+A variant is a class of the network, named in `VARIANTS`. Its fields are its options on the command line, `changes` is
+what it changes, and `architect` is its class of the architect, if it has one. `compose` puts the variants of a run in
+front of the classes that they change, so that `super()` is DARTS or the next variant. docs/variants.md says what each
+is for.
 """
 
+import dataclasses
+import enum
 import functools
 
 import torch
@@ -15,18 +18,39 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Dirichlet, kl_divergence
 
+from architect import Architect
 from command_line.errors import UserError, warn
-from models.choices import VARIANTS as CHANGES
 from models.ops import MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
+from run.options import natural, nonnegative, option, positive, positive_int, probability
 
 KINDS = ("normal", "reduce")
 
 
-def by_node(net, function, noise=None):
-    """{kind of cell: [function(alpha) of each node's alphas]}, as `edge_weights` returns; or function(alpha, noise).
+class Change(enum.Enum):
+    """What a variant can change, called after the method. Two variants that change the same can't be combined."""
 
-    alpha: (edges, candidates); noise: of the same form as what is returned, or None.
+    edge_weights = "how alphas become weights"
+    mixed_op = "the operation on an edge"
+    genotype = "how edges are ranked"
+    alpha_objective = "what alpha descends"
+
+
+class NetworkVariant(SearchCNN):
+    """The base of all variants. An annotated attribute, made by `option`, is an option of the command line."""
+
+    changes: tuple[Change, ...] = ()
+    architect = None  # the class that goes in front of the architect's, a subclass of `Architect`; None: it stays
+
+    def __init_subclass__(cls):
+        dataclasses.dataclass(cls, init=False, repr=False, eq=False)
+
+
+def by_node(net, function, noise=None):
+    """Apply a function to each node's alphas, a tensor (edges, candidates), and return what `edge_weights` returns.
+
+    `by_node(net, torch.sigmoid)` is {"normal": [sigmoid(alpha_normal[0]), ...], "reduce": [...]}. With noise, which
+    has the same structure, it is function(alpha, noise) of each node.
     """
     alphas = {"normal": net.alpha_normal, "reduce": net.alpha_reduce}
     if noise is None:
@@ -39,28 +63,34 @@ def all_edges(net):
     return torch.cat([*net.alpha_normal, *net.alpha_reduce])
 
 
-class PCDarts:
+class PCDarts(NetworkVariant):
     """PC-DARTS (Xu et al., arXiv:1907.05737): 1/K of the channels are searched, edges are normalised, alphas wait.
 
     `beta_normal` and `beta_reduce` hold a number for each edge of a node, which learn as the alphas do.
     """
 
+    changes = (Change.mixed_op, Change.genotype)
+
+    pc_share: int = option(4, "1/N of the channels are searched", positive_int)
+    pc_edge_normalisation: str = option("on", "whether a node's edges are weighed too", choices=("on", "off"))
+    pc_warm_up: int = option(15, "number of epochs before alphas learn", natural)
+
     def __init__(self, C_in, C, *args, **kwargs):
-        if C % self.options.pc_share:
-            raise UserError(f"--pc-share {self.options.pc_share} must divide --init-channels {C}")
+        if C % self.pc_share:
+            raise UserError(f"--pc-share {self.pc_share} must divide --init-channels {C}")
         super().__init__(C_in, C, *args, **kwargs)
-        if self.options.pc_edge_normalisation == "on":
+        if self.pc_edge_normalisation == "on":
             self.beta_normal, self.beta_reduce = (
                 nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2)) for i in range(self.n_nodes)) for _ in KINDS
             )
 
     @property
     def mixed_op(self):
-        return functools.partial(PartialMixedOp, K=self.options.pc_share)
+        return functools.partial(PartialMixedOp, K=self.pc_share)
 
     def edge_weights(self, noise=None):
         weights = super().edge_weights(noise)
-        if self.options.pc_edge_normalisation == "off":
+        if self.pc_edge_normalisation == "off":
             return weights
         betas = {"normal": self.beta_normal, "reduce": self.beta_reduce}
         return {
@@ -69,28 +99,18 @@ class PCDarts:
 
     def alphas(self):
         yield from super().alphas()
-        if self.options.pc_edge_normalisation == "on":
+        if self.pc_edge_normalisation == "on":
             yield from self.beta_normal
             yield from self.beta_reduce
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
-        self.alphas_learn = epoch > self.options.pc_warm_up
-        if epoch == 1 and self.options.pc_warm_up >= epochs:
-            warn(f"alphas learn after --pc-warm-up {self.options.pc_warm_up} epochs, and so never in {epochs}")
+        self.alphas_learn = epoch > self.pc_warm_up
+        if epoch == 1 and self.pc_warm_up >= epochs:
+            warn(f"alphas learn after --pc-warm-up {self.pc_warm_up} epochs, and so never in {epochs}")
 
 
-class BetaDarts:
-    """beta-DARTS (Ye et al., arXiv:2203.01665): a penalty on large alphas, which rises in the course of the search."""
-
-    penalty = 0.0  # lambda
-
-    def begin_epoch(self, epoch, epochs):
-        super().begin_epoch(epoch, epochs)
-        self.penalty = self.options.beta_strength * (epoch - 1) / epochs
-
-
-class BetaDartsObjective:
+class BetaDartsObjective(Architect):
     def alpha_objective(self, X, y):
         net, loss = self.net, super().alpha_objective(X, y)
         if net.penalty == 0:
@@ -98,23 +118,42 @@ class BetaDartsObjective:
         return loss + net.penalty * all_edges(net).logsumexp(1).mean()
 
 
-class DartsMinus:
+class BetaDarts(NetworkVariant):
+    """beta-DARTS (Ye et al., arXiv:2203.01665): a penalty on large alphas, which rises in the course of the search."""
+
+    changes = (Change.alpha_objective,)
+    architect = BetaDartsObjective
+
+    beta_strength: float = option(50.0, "factor to which the penalty grows", nonnegative)
+
+    penalty = 0.0  # lambda
+
+    def begin_epoch(self, epoch, epochs):
+        super().begin_epoch(epoch, epochs)
+        self.penalty = self.beta_strength * (epoch - 1) / epochs
+
+
+class DartsMinus(NetworkVariant):
     """DARTS- (Chu et al., arXiv:2009.01027): an auxiliary skip connection on every edge, which fades out.
 
-    It stands beside the candidates, after them in `_ops`, so that it is no choice of the genotype's.
+    It comes after the candidates in `_ops` and is not one of them, so the genotype can't contain it.
     """
+
+    changes = (Change.mixed_op,)
+
+    minus_strength: float = option(1.0, "weight of the auxiliary skip connections at the start", nonnegative)
 
     auxiliary_weight = 0.0  # beta
 
     @property
     def mixed_op(self):
-        if self.options.minus_strength == 0:
+        if self.minus_strength == 0:
             return super().mixed_op
         return lambda C, stride, primitives: MixedOp(C, stride, [*primitives, "skip_connect"])
 
     def operation_weights(self, noise=None):
         weights = super().operation_weights(noise)
-        if self.options.minus_strength == 0:
+        if self.minus_strength == 0:
             return weights
         return {
             kind: [nn.functional.pad(w, (0, 1), value=self.auxiliary_weight) for w in weights[kind]] for kind in KINDS
@@ -122,51 +161,55 @@ class DartsMinus:
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
-        self.auxiliary_weight = self.options.minus_strength * (1 - (epoch - 1) / epochs)
+        self.auxiliary_weight = self.minus_strength * (1 - (epoch - 1) / epochs)
 
 
-class FairDarts:
+class FairDartsObjective(Architect):
+    def alpha_objective(self, X, y):
+        loss, strength = super().alpha_objective(X, y), self.net.fair_strength
+        if strength == 0:
+            return loss
+        return loss - strength * (all_edges(self.net).sigmoid() - 0.5).square().mean()  # the zero-one loss
+
+
+class FairDarts(NetworkVariant):
     """Fair DARTS (Chu et al., arXiv:1911.12126): the sigmoid of alpha, so that candidates do not compete."""
+
+    changes = (Change.edge_weights, Change.genotype, Change.alpha_objective)
+    architect = FairDartsObjective
+
+    fair_strength: float = option(10.0, "weight of the zero-one loss", nonnegative)
+    fair_threshold: float = option(0.85, "weight that an operation needs to enter the genotype", probability)
 
     def edge_weights(self, noise=None):
         return by_node(self, torch.sigmoid)
 
     def genotype(self, *args, **kwargs):
-        """Of DARTS's k edges those whose operation reaches the threshold; the strongest where none does."""
+        """Those of DARTS's k edges whose operation reaches the threshold, or the strongest if none does."""
         genotype, weights = super().genotype(*args, **kwargs), self.edge_weights()
         cells = {kind: list(map(self._certain, getattr(genotype, kind), weights[kind])) for kind in KINDS}
         return genotype._replace(**cells)
 
     def _certain(self, node, weights):
         strengths = [weights[source, self.primitives.index(op)] for op, source in node]
-        return [edge for edge, w in zip(node, strengths) if w >= self.options.fair_threshold] or node[:1]
+        return [edge for edge, w in zip(node, strengths) if w >= self.fair_threshold] or node[:1]
 
 
-class FairDartsObjective:
-    def alpha_objective(self, X, y):
-        loss, strength = super().alpha_objective(X, y), self.options.fair_strength
-        if strength == 0:
-            return loss
-        return loss - strength * (all_edges(self.net).sigmoid() - 0.5).square().mean()  # the zero-one loss
+class Concrete(NetworkVariant):
+    """Weights are drawn from a concrete distribution, whose temperature falls linearly from epoch to epoch."""
 
+    changes = (Change.edge_weights,)
 
-class Snas:
-    """SNAS (Xie et al., arXiv:1812.09926): weights are drawn from a concrete distribution, which grows colder."""
-
-    temperature = 1.0  # lambda
+    temperatures = (1.0, 1.0)  # in the first epoch and in the last
+    temperature = 1.0  # in this epoch
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
         first, last = self.temperatures
         self.temperature = first - (first - last) * (epoch - 1) / max(epochs - 1, 1)
 
-    @property
-    def temperatures(self):
-        """Of the first and of the last epoch."""
-        return self.options.snas_temperature, self.options.snas_temperature_end
-
     def draw_noise(self):
-        """Gumbel noise, -log(-log(u)) of an even u, -log(u) being exponential."""
+        """Gumbel noise: -log(-log(u)) for a uniform u, of which -log(u) is exponential."""
         return by_node(self, lambda alpha: -torch.empty_like(alpha).exponential_().log())
 
     def edge_weights(self, noise=None):
@@ -176,12 +219,28 @@ class Snas:
         return ((alpha.log_softmax(-1) + gumbel) / self.temperature).softmax(-1)
 
 
-class Gdas(Snas):
-    """GDAS (Dong and Yang, arXiv:1910.04465): one candidate is drawn on each edge, and runs alone."""
+class Snas(Concrete):
+    """SNAS (Xie et al., arXiv:1812.09926): the weights of a step are drawn, and become one-hot as they cool."""
+
+    snas_temperature: float = option(1.0, "temperature of the draws in the first epoch", positive)
+    snas_temperature_end: float = option(0.03, "temperature in the last epoch, linear in between", positive)
 
     @property
     def temperatures(self):
-        return self.options.gdas_temperature, self.options.gdas_temperature_end
+        return self.snas_temperature, self.snas_temperature_end
+
+
+class Gdas(Concrete):
+    """GDAS (Dong and Yang, arXiv:1910.04465): one candidate is drawn on each edge, and runs alone."""
+
+    changes = (Change.edge_weights, Change.mixed_op)
+
+    gdas_temperature: float = option(10.0, "temperature of the draws in the first epoch", positive)
+    gdas_temperature_end: float = option(0.1, "temperature in the last epoch, linear in between", positive)
+
+    @property
+    def temperatures(self):
+        return self.gdas_temperature, self.gdas_temperature_end
 
     @property
     def mixed_op(self):
@@ -191,7 +250,7 @@ class Gdas(Snas):
         return WithZeroGradients.apply(super().forward(x), *self.weights())
 
     def drawn(self, alpha, gumbel):
-        """One-hot; the gradient is that of the drawn candidate's weight in `Snas.drawn` (straight-through)."""
+        """One-hot; the gradient is that of the drawn candidate's weight in `Concrete.drawn` (straight-through)."""
         soft = super().drawn(alpha, gumbel)
         return F.one_hot(soft.argmax(-1), soft.shape[-1]) * (1 + (soft - soft.detach()))
 
@@ -205,9 +264,9 @@ class DrawnMixedOp(MixedOp):
 
 
 class WithZeroGradients(torch.autograd.Function):
-    """The output; its gradient is zero with respect to all w, and so of those that did not run not None.
+    """Returns the output, and gives every w a gradient of zero instead of none.
 
-    In w's step these go on by momentum and decay, as those of weight zero do in a sum of all.
+    So momentum and decay still act on operations that did not run, as in a sum with weights of zero.
     """
 
     @staticmethod
@@ -220,11 +279,32 @@ class WithZeroGradients(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.weights)
 
 
-class DrNas:
+class DrNasObjective(Architect):
+    def alpha_objective(self, X, y):
+        loss, strength = super().alpha_objective(X, y), self.net.drnas_kl_strength
+        if strength == 0:
+            return loss
+        beta = concentrations(all_edges(self.net))
+        now, start = (Dirichlet(b, validate_args=False) for b in (beta, torch.ones_like(beta)))
+        return loss + strength * kl_divergence(now, start).sum()
+
+
+class DrNas(NetworkVariant):
     """DrNAS (Chen et al., arXiv:2006.10355): weights are drawn from Dirichlet(elu(alpha) + 1)."""
 
+    changes = (Change.edge_weights, Change.alpha_objective)
+    architect = DrNasObjective
+
+    drnas_kl_strength: float = option(
+        0.0, "weight of the KL divergence to the start; 0: none, --alpha-weight-decay holds alpha back", nonnegative
+    )
+
     def draw_noise(self):
-        """Of each node's edges the drawn weights, and their derivative by the concentrations (pathwise)."""
+        """For each node (weights, their derivatives): the weights drawn for its edges, and the pathwise derivatives of
+        these by the concentrations.
+
+        They are drawn here and not in `edge_weights`, so that all passes of a step share one draw.
+        """
         beta = concentrations(all_edges(self)).detach().requires_grad_()
         with torch.enable_grad():
             theta = Dirichlet(beta, validate_args=False).rsample()
@@ -240,32 +320,37 @@ class DrNas:
         theta, jacobian = draw
         beta = concentrations(alpha)
         zero = beta - beta.detach()
-        return theta + (jacobian * zero.unsqueeze(1)).sum(-1)  # theta, with its derivative
-
-
-class DrNasObjective:
-    def alpha_objective(self, X, y):
-        loss, strength = super().alpha_objective(X, y), self.options.drnas_kl_strength
-        if strength == 0:
-            return loss
-        beta = concentrations(all_edges(self.net))
-        now, start = (Dirichlet(b, validate_args=False) for b in (beta, torch.ones_like(beta)))
-        return loss + strength * kl_divergence(now, start).sum()
+        return theta + (jacobian * zero.unsqueeze(1)).sum(-1)  # theta, with the derivative that the draw has computed
 
 
 def concentrations(alpha):
-    """The parameters beta of Dirichlet distributions, 1 (all weights are as likely) where alpha is 0."""
+    """The parameters beta of the Dirichlet distributions; if alpha is 0 they are 1, and all weights equally likely."""
     return F.elu(alpha) + 1
 
 
-class SDarts:
+class SDartsArchitect(Architect):
+    def unrolled_backward(self, *args):
+        """The gradient of DARTS, at the weights that are not perturbed."""
+        noise, self.net.noise = self.net.noise, None
+        try:
+            return super().unrolled_backward(*args)
+        finally:
+            self.net.noise = noise
+
+
+class SDarts(NetworkVariant):
     """SDARTS-RS (Chen and Hsieh, arXiv:2002.05283): in w's steps the weights of candidates are perturbed at random."""
+
+    changes = (Change.edge_weights,)
+    architect = SDartsArchitect
+
+    sdarts_radius: float = option(0.3, "radius, grown from 0.03, within which weights are perturbed", nonnegative)
 
     radius = 0.0  # epsilon
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
-        last = self.options.sdarts_radius
+        last = self.sdarts_radius
         first = min(0.03, last)
         self.radius = first + (last - first) * (epoch - 1) / epochs
 
@@ -278,16 +363,6 @@ class SDarts:
         return super().edge_weights() if noise is None else by_node(self, perturbed, noise)
 
 
-class SDartsArchitect:
-    def unrolled_backward(self, *args):
-        """As DARTS's, at the weights that are not perturbed."""
-        noise, self.net.noise = self.net.noise, None
-        try:
-            return super().unrolled_backward(*args)
-        finally:
-            self.net.noise = noise
-
-
 def perturbed(alpha, delta):
     """The softmax of alpha plus delta, made weights again: clipped to 0..1 and divided by their sum."""
     shifted = alpha.softmax(-1) + delta
@@ -297,38 +372,61 @@ def perturbed(alpha, delta):
     return clipped / clipped.sum(-1, keepdim=True)
 
 
-# name -> (class for the network, class for the architect), None where DARTS's stays as it is
 VARIANTS = {
-    "pc-darts": (PCDarts, None),
-    "beta-darts": (BetaDarts, BetaDartsObjective),
-    "darts-minus": (DartsMinus, None),
-    "fair-darts": (FairDarts, FairDartsObjective),
-    "gdas": (Gdas, None),
-    "snas": (Snas, None),
-    "drnas": (DrNas, DrNasObjective),
-    "sdarts": (SDarts, SDartsArchitect),
+    "pc-darts": PCDarts,
+    "beta-darts": BetaDarts,
+    "darts-minus": DartsMinus,
+    "fair-darts": FairDarts,
+    "gdas": Gdas,
+    "snas": Snas,
+    "drnas": DrNas,
+    "sdarts": SDarts,
 }
 
-# Variants replace these, and extend all else, so that a class that overrides them can't be combined with the variant.
-REPLACED = {"how alphas become weights": "edge_weights", "the operation on an edge": "mixed_op"}
+
+def named(text: str) -> dict[str, type[NetworkVariant]]:
+    """name -> class of the variants in a text such as "pc-darts,drnas".
+
+    Raises UserError if a name is unknown, or is there twice, or two variants change the same thing.
+    """
+    variants, changed_by = {}, {}
+    for name in text.split(","):
+        if name not in VARIANTS:
+            raise UserError(f"--variant: unknown variant {name!r}; give some of {', '.join(VARIANTS)}, with commas")
+        if name in variants:
+            raise UserError(f"--variant {text} names a variant twice")
+        variants[name] = VARIANTS[name]
+        for change in VARIANTS[name].changes:
+            if change in changed_by:
+                raise UserError(f"{changed_by[change]} and {name} can't be combined: both change {change.value}")
+            changed_by[change] = name
+    return variants
 
 
-def compose(options, network, architect):
+def compose(options, network: type[SearchCNN], architect: type[Architect]) -> tuple[type[SearchCNN], type[Architect]]:
     """The classes of the network and the architect for a run with these options: those given, with its variants.
 
-    Raises UserError where a variant would replace what a class of the user's has changed, in a script as in `examples`.
+    A variant that replaces the way from alphas to weights comes after those that extend it, so that their `super()`
+    finds it. For `--variant drnas,pc-darts` the orders of inheritance are
+
+        PCDartsDrNasSearchCNN, PCDarts, DrNas, NetworkVariant, SearchCNN
+        DrNasObjectiveArchitect, DrNasObjective, Architect
+
+    Raises UserError if a variant would replace what a class of a user's script has overridden.
     """
     if options.variant is None:
         return network, architect
-    for name in options.variant.split(","):
-        for attribute in sorted(map(REPLACED.get, CHANGES[name] & REPLACED.keys())):
-            if getattr(network, attribute) is not getattr(SearchCNN, attribute):
-                raise UserError(f"--variant {name} replaces {attribute}, which {network.__name__} has overridden")
-    # a variant that has its own way from alphas to weights stands behind those that change its weights
-    names = sorted(options.variant.split(","), key=lambda name: "how alphas become weights" in CHANGES[name])
-    changed = []
-    for i, base in enumerate((network, architect)):
-        parts = [VARIANTS[name][i] for name in names if VARIANTS[name][i] is not None]
-        name = "".join(part.__name__ for part in parts) + base.__name__
-        changed.append(type(name, (*parts, base), {"options": options}))
-    return changed
+    variants = named(options.variant)
+    for name, variant in variants.items():
+        for change in (Change.edge_weights, Change.mixed_op):  # variants extend the others, and replace these
+            if change in variant.changes and getattr(network, change.name) is not getattr(SearchCNN, change.name):
+                raise UserError(f"--variant {name} replaces {change.name}, which {network.__name__} has overridden")
+    ordered = sorted(variants.values(), key=lambda variant: Change.edge_weights in variant.changes)
+    numbers = {field.name: getattr(options, field.name) for variant in ordered for field in dataclasses.fields(variant)}
+    architects = [variant.architect for variant in ordered if variant.architect is not None]
+    return subclass([*ordered, network], numbers), subclass([*architects, architect], {})
+
+
+def subclass(bases, attributes):
+    """A class with these bases, in this order, and a name that lists them."""
+    return type("".join(base.__name__ for base in bases), tuple(bases), attributes)

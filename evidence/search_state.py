@@ -9,13 +9,12 @@ Histories of older versions lack the last three.
 import itertools
 import statistics
 
+from config import FIRST_STOP, WINDOW
 from genotypes import from_str
 
 # DARTS-ES (Zela et al., arXiv:1909.09656, section 4.3): lambda(i) is the mean eigenvalue of the WINDOW epochs around i.
 # The search stops at the first i >= FIRST_STOP with lambda(i - WINDOW) < STOP_BELOW * lambda(i).
-WINDOW = 5
 STOP_BELOW = 0.75
-FIRST_STOP = 10
 
 # The rest is this project's choice. DARTS+ (arXiv:1909.06035) stops at two skip connections in a normal cell already,
 # which DARTS_V2 has too; the collapsed cells of Zela et al. (figures 1 and 9) have them on most of the edges.

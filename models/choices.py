@@ -23,15 +23,3 @@ EXECUTIONS = ("fused", "plain")  # `plain` is the definition; `fused` computes t
 
 STEM_STRIDES = {"cifar": 1, "imagenet": 8}  # stem -> by how much it divides the side of an image
 STEMS = tuple(STEM_STRIDES)
-
-# The variants of variants.py, and what each changes; two that change the same thing can't be combined.
-VARIANTS = {
-    "pc-darts": {"how edges are ranked", "the operation on an edge"},
-    "beta-darts": {"what alpha descends"},
-    "darts-minus": {"the operation on an edge"},
-    "fair-darts": {"how alphas become weights", "how edges are ranked", "what alpha descends"},
-    "gdas": {"how alphas become weights", "the operation on an edge"},
-    "snas": {"how alphas become weights"},
-    "drnas": {"how alphas become weights", "what alpha descends"},
-    "sdarts": {"how alphas become weights"},
-}

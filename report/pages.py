@@ -10,7 +10,7 @@ from evidence.search_state import cell, changes, verdict
 from report import figures
 from report.html import drawing, picture, write_page
 from report.recorded_run import KINDS, RecordedRun, commands, read_run
-from run.options import option_name
+from run.options import as_text, option_name
 from trained.evaluation import evaluate
 
 
@@ -31,7 +31,7 @@ def content_of(run: RecordedRun) -> dict:
         "search": search_content(run) if run.stage == "search" else None,
         "augment": augment_content(run) if run.stage == "augment" else None,
         "commands": commands(run),
-        "options": {option_name(name): value for name, value in run.config.as_dict().items()},
+        "options": {option_name(name): as_text(value) for name, value in run.config.as_dict().items()},
     }
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line.errors import UserError, shell_quote
+from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from genotypes import Genotype, from_str
 from run.folder import RunFolder, read_json, reading
-from run.options import option_name
+from run.options import in_a_shell
 from run.tensorboard import alpha_tag
 
 KINDS = ("normal", "reduce")
@@ -57,7 +57,7 @@ class RecordedRun:
     @property
     def candidates(self) -> list[str]:
         """The names of the candidate operations on every edge."""
-        return self.config.primitives.split(",")
+        return self.config.primitives
 
     def genotypes(self) -> list[Genotype]:
         """The genotype after each epoch of `history`."""
@@ -105,14 +105,8 @@ def _read_scalars(folder):
 
 def commands(run: RecordedRun) -> list[str]:
     """The commands that repeat the run and, for a search, train its cell."""
-    parser = run.config.build_parser()
-    run.config.set_defaults(parser, ["--stem", getattr(run.config, "stem", "cifar")])
-    defaults = vars(parser.parse_args([]))
-    words = []
-    for name, value in run.config.as_dict().items():
-        if value != defaults[name] and name != "name":
-            words.append(f"--{option_name(name)}" + ("" if value is True else f" {shell_quote(str(value))}"))
-    lines = [f"python {run.stage}.py {' '.join(words)}".strip()]
+    names = [name for name in run.config.as_dict() if name != "name"]
+    lines = [f"python {run.stage}.py {in_a_shell(run.config.changed(names))}".strip()]
     if run.stage == "search":
         lines.append(f"python augment.py {run.config.data_options()} --genotype {shlex.quote(str(run.folder))}")
     return lines

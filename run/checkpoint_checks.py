@@ -184,7 +184,7 @@ def check_genotypes(entries, config, source):
 
     entries: dicts of the form `OF_AN_EPOCH`; source: the file, for error messages.
     """
-    allowed = set(config.primitives.split(","))
+    allowed = set(config.primitives)
     for text in {entry["string"] for entry in entries}:
         try:
             genotype = from_str(text)

@@ -12,7 +12,9 @@ from command_line.errors import shown
 Optional = namedtuple("Optional", "key")
 
 MISSING = object()
-PLAIN = frozenset({str, int, float, bool, type(None)})
+PLAIN = frozenset(
+    {str, int, float, bool, type(None), lambda value: type(value) is list and set(map(type, value)) == {str}}
+)
 TEXT = frozenset({str, type(None)})
 
 

@@ -1,42 +1,44 @@
-"""Options of a run: their types, and how they are read, saved with the run, and read back when it is resumed.
+"""Options: how they are declared, read from the command line, saved with a run, and read back when it is resumed.
 
-config.py says which options there are.
+An option is a field of a dataclass, made by `option`. config.py says which options search.py and augment.py have.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import re
-import shlex
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
 
-from command_line.errors import OneLineParser, UserError, is_rank_0, shown
-from run.folder import RunFolder, launcher, read_json
+from command_line.errors import UserError, is_rank_0, shell_quote, user_errors_in_one_line
+from run.folder import RunFolder, read_json, reading
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
-LONGEST_NAME = 240  # bytes; file systems allow 255, of which `RunFolder.replaced` adds some
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
 NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # not written to config.json
 
 
-def number(kind, low, high=math.inf, low_open=False, high_open=False):
-    """An argparse type: an int or float (`kind`) within bounds. The error message names the bounds."""
-    names = {int: "a whole number", float: "a number"}
-    bounds = f"{'above' if low_open else 'of at least'} {low}"
-    if high < math.inf:
-        bounds += f" and {'below' if high_open else 'at most'} {high}"
+# Types of options: functions that read a text, and raise argparse.ArgumentTypeError if it is not allowed
+
+
+def number(kind: type, low: float, high: float = MAX_NUMBER, low_open=False, high_open=False) -> Callable[[str], Any]:
+    """A type: an int or float (`kind`) within bounds, which are allowed themselves unless they are `open`."""
+    name = {int: "a whole number", float: "a number"}[kind]
+    bounds = f"{'above' if low_open else 'of at least'} {low} and {'below' if high_open else 'at most'} {high}"
 
     def read(text):
         try:
-            number = kind(text)
+            value = kind(text)
         except ValueError:
-            number = math.nan
-        inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
-        if not inside or (high == math.inf and not number <= MAX_NUMBER):
-            limit = f" and at most {MAX_NUMBER}" if number > MAX_NUMBER and high == math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be {names[kind]} {bounds}{limit}, not {text!r}")
-        return number
+            value = math.nan
+        if not low <= value <= high or (low_open and value == low) or (high_open and value == high):
+            raise argparse.ArgumentTypeError(f"must be {name} {bounds}, not {text!r}")
+        return value
 
     return read
 
@@ -46,207 +48,261 @@ natural = number(int, 0)
 positive = number(float, 0, low_open=True)
 nonnegative = number(float, 0)
 probability = number(float, 0, 1, high_open=True)  # below 1: drop path divides by 1 - p
+path = os.path.expanduser  # any text, in which ~ at the start stands for the home folder
 
 
-def folder_name(text):
-    """An argparse type: a folder name. Not a path, since --overwrite deletes the folder."""
+def folder_name(text: str) -> str:
+    """A type: the name of a folder. Not a path, since --overwrite deletes the folder."""
     if text in ("", ".", "..") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text[:50]!r}")
-    if not text.isprintable():
-        raise argparse.ArgumentTypeError(f"has characters that no name may have: {text[:50]!r}")
-    if len(text.encode()) > LONGEST_NAME:
-        raise argparse.ArgumentTypeError(f"is longer than {LONGEST_NAME} bytes: {text[:50]!r}...")
-    if text.startswith(".") and text.endswith(".replaced"):  # see RunFolder.replaced
-        raise argparse.ArgumentTypeError(f"is kept for runs that are being replaced: {text!r}")
+        raise argparse.ArgumentTypeError(f"must be the name of a folder, without slashes, not {text!r}")
     return text
 
 
-def gpus(text):
-    """An argparse type: `all`, or CUDA devices' numbers."""
+def gpus(text: str) -> str:
+    """A type: `all`, or the numbers of CUDA devices."""
     numbers = text.split(",")
     if text != "all" and (not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers)):
-        raise argparse.ArgumentTypeError(f"must be all, or different numbers as in 0,1,2, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be all, or different numbers such as 0,1,2, not {text!r}")
     return text
 
 
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of each option, unless it is None or False."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+# Options in general
 
 
-class RunOptions:
-    """Options as attributes. argv: the command-line words; None: those of sys.argv.
+def option(default: Any, help: str, type: Callable = str, **settings) -> Any:
+    """A field of a dataclass that is an option of the command line; one whose default is False is a switch.
 
-    A subclass has the `stage`, and `add_options`; it may have `set_defaults` and `check`.
+    help: a noun phrase, or for a switch a verb; type: reads the text; settings: of `add_argument`, such as choices.
+    """
+    metavar = {int: "N", float: "X"}.get(default.__class__) if "choices" not in settings else None
+    settings |= {"default": default, "help": help, "type": type, "metavar": metavar}
+    return dataclasses.field(default_factory=lambda: default, metadata=settings)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose errors are `UserError`s."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+class Options:
+    """Options as attributes. argv: the words of the command line; None: those of `sys.argv`.
+
+    A subclass is a dataclass of `option`s, or inherits from several. Each class with a `title` is a group in --help.
+    Raises UserError if the words are not allowed, or contradict each other.
     """
 
+    def __init__(self, argv: Iterable[str] | None = None):
+        vars(self).update(self.values(self.parse(sys.argv[1:] if argv is None else argv)))
+        self.check()
+
+    def check(self):
+        """Raise UserError if options contradict each other, or if one has no effect and not its default."""
+
+    @classmethod
+    def groups(cls, given: dict) -> dict:
+        """title -> dataclass, for each group of options. given: name -> value of options on the command line."""
+        return {kind.title: kind for kind in cls.__mro__ if "title" in vars(kind)}
+
+    @classmethod
+    def build_parser(cls, given: dict | None = None, add_help: bool = True) -> OptionParser:
+        """A parser that returns the options on the command line only, without the defaults of others."""
+        parser = OptionParser(description=cls.__doc__.splitlines()[0], allow_abbrev=False, add_help=add_help)
+        for title, kind in cls.groups(given or {}).items():
+            group = parser.add_argument_group(title)
+            for field in dataclasses.fields(kind):
+                settings = dict(field.metadata)
+                default = settings.pop("default")
+                if default is False:
+                    settings = {"help": settings["help"], "action": "store_true"}
+                elif default is not None and not isinstance(default, list):
+                    settings["help"] += f" (default: {default})"
+                settings["help"] = settings["help"].replace("%", "%%")
+                group.add_argument(f"--{option_name(field.name)}", default=argparse.SUPPRESS, **settings)
+        return parser
+
+    @classmethod
+    def parse(cls, words: Iterable[str]) -> dict:
+        """name -> value of the options in the words. Prints the help and exits if they ask for it."""
+        words = [hyphenate(word) for word in words]
+        given, _ = cls.build_parser(add_help=False).parse_known_args(words)  # on which the groups may depend
+        given, unknown = cls.build_parser(vars(given)).parse_known_args(words)
+        if unknown:
+            raise UserError(cls.about_unknown(unknown[0]))
+        return vars(given)
+
+    @classmethod
+    def about_unknown(cls, word: str) -> str:
+        """The error message for a word that belongs to no option."""
+        return f"unrecognized arguments: {word} (see --help)"
+
+    @classmethod
+    def default_values(cls, given: dict) -> dict:
+        """name -> default of each option. given: name -> value of options on which others may depend."""
+        fields = [field for kind in cls.groups(given).values() for field in dataclasses.fields(kind)]
+        return {field.name: field.metadata["default"] for field in fields}
+
+    @classmethod
+    def values(cls, given: dict) -> dict:
+        """name -> value of each option, if these are given."""
+        return cls.default_values(given) | given
+
+    @classmethod
+    def defaults(cls) -> SimpleNamespace:
+        """The options that an empty command line gives, as attributes."""
+        return SimpleNamespace(**cls.default_values({}))
+
+    def changed(self, names: Iterable[str]) -> dict:
+        """name -> value of those of these options that do not have their default."""
+        defaults = self.default_values(vars(self))
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    def refuse_without_effect(self, names: Iterable[str], reason: str):
+        """Raise UserError if one of these options does not have its default. reason: why it has no effect."""
+        for name in self.changed(names):
+            raise UserError(f"--{option_name(name)} has no effect {reason}; leave it out")
+
+
+@dataclass(init=False)
+class RunOptions(Options):
+    """The options that every run has, how they are saved, and how a run is resumed."""
+
+    title = "run"
     stage = None  # "search" or "augment": the name of the folder that contains the run's folder
 
-    def __init__(self, argv=None):
-        parser = self.build_parser()
-        words = [hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
-        self.set_defaults(parser, words)
-        options = parser.parse_args(words)
-        if options.resume is not None:
-            options = self._resume(parser, words, options)
-        if options.auto_resume and (options.resume or options.overwrite):
-            parser.error("--auto-resume can't be given with --resume or --overwrite")
-        self.check(parser, options)
-        vars(self).update(vars(options))
-        if self._continues():
-            self.resume, self.overwrite = str(self.folder()), False
+    name: str | None = option(None, "name of the run's folder (default: the data set)", folder_name)
+    runs_path: str = option("runs", "folder of all runs; this run's is in its subfolder search or augment", path)
+    overwrite: bool = option(False, "replace the run that the folder holds, if there is one")
+    resume: str | None = option(
+        None,
+        f"folder of a run to continue, or a checkpoint in it; only {', '.join(MAY_CHANGE)} may be given with it",
+        path,
+    )
+    auto_resume: bool = option(False, "continue the run of this name if there is one, as torchrun's restarts need")
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints in an epoch; 0: at each step", nonnegative)
+    seed: int = option(2, "seed of everything that is random", natural)
+    device: str = option("auto", "device of the run: auto (CUDA if there is a GPU), cpu, cuda, cuda:1, ...")
+    gpus: str | None = option(None, "GPUs of this machine to use, with a process for each: 0,1,2 or all", gpus)
+    sync_bn: bool = option(False, "normalise by the statistics of the global batch, not of each rank's part")
+    amp: bool = option(False, "compute in mixed precision: bfloat16 wherever PyTorch considers it safe")
+    deterministic: bool = option(False, "use algorithms that give the same bits each time on a GPU, as on a CPU")
+    print_freq: int = option(50, "number of steps between two lines of the log", positive_int)
 
-    def _resume(self, parser, words, options):
-        """The saved options of the run to be resumed, updated by those on the command line, of `MAY_CHANGE` only."""
-        folder = self._resumed_folder(options.resume)
-        unset = object()
-        parsed = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(options), unset)))
-        changed = {name: value for name, value in vars(parsed).items() if value is not unset and name != "resume"}
-        for name in changed:
-            if name not in (*MAY_CHANGE, "gpus"):
+    def __init__(self, argv: Iterable[str] | None = None):
+        super().__init__(argv)
+        if self.auto_resume:
+            folder = self.folder()
+            folder.recover()
+            if folder.config.is_file():
+                folder.check()
+                self.resume = str(folder)
+
+    def check(self):
+        super().check()
+        if self.auto_resume and (self.resume or self.overwrite):
+            raise UserError("--auto-resume can't be given with --resume or --overwrite")
+        if self.gpus and self.device != "auto":
+            raise UserError("--gpus chooses the devices; leave --device out")
+
+    @classmethod
+    def values(cls, given: dict) -> dict:
+        """name -> value of each option. With --resume: those of the run, updated by those in `MAY_CHANGE`."""
+        if "resume" not in given:
+            return super().values(given)
+        folder = cls._resumed_folder(given["resume"])
+        for name in given:
+            if name not in (*MAY_CHANGE, "resume", "gpus"):
                 allowed = ", ".join(f"--{option_name(other)}" for other in MAY_CHANGE)
                 raise UserError(f"--{option_name(name)} is fixed by the run {folder}; --resume allows only {allowed}")
         folder.recover()
         folder.check()
         saved = read_json(folder.config) if folder.path.is_dir() else None
         if saved is None:
-            raise UserError(f"--resume {options.resume}: no {self.stage} run's {folder.config.name} in {folder}")
-        if not isinstance(saved, dict):
-            raise UserError(f"--resume {options.resume}: {folder.config} is not of a {self.stage} run")
-        return argparse.Namespace(**vars(self.restored(saved, folder.config)) | changed | {"resume": options.resume})
+            raise UserError(f"--resume {given['resume']}: no {cls.stage} run's {folder.config.name} in {folder}")
+        with reading(folder.config):
+            return vars(cls.restored(saved, folder.config)) | given
 
     @classmethod
-    def restored(cls, saved, source):
-        """The options of a run from their saved values, which pass the checks of the command line, as a Namespace.
+    def restored(cls, saved: dict, source) -> Self:
+        """The options of a run from their saved values, which pass the checks of the command line.
 
-        Options that did not exist when the run was saved get their defaults. source: the file, for error messages.
-        Raises UserError if an option is not known, or says what a command does rather than what the run is, or has a
-        value that the command line would refuse.
+        An option that the run lacks has its default. source: the file, for error messages. Raises UserError if an
+        option is unknown, or says what a command does rather than what the run is, or has a value that is not allowed.
         """
-
-        def refuse(message):
-            raise UserError(f"{source}: {message}")
-
-        parser = cls.build_parser()
-        parser.error = refuse
-        fixed = vars(cls.defaults()).keys() - set(NOT_SAVED)
-        unknown = sorted(set(saved) - fixed)
-        if unknown:
-            raise UserError(
-                f"{source} is not of a {cls.stage} run of this program: it has options that are not known here, "
-                + ", ".join(unknown)
-            )
-        for name, value in saved.items():
-            if type(value) not in (str, int, float, bool, type(None)) or not _is_possible(value):
-                refuse(f"--{option_name(name)} can't be {shown(value)}")
-        words = words_of(saved)
-        cls.set_defaults(parser, words)
-        options = parser.parse_args(words)
-        for name, value in saved.items():
-            if (value is None or value is False) and getattr(options, name) is not value:
-                refuse(f"--{option_name(name)} can't be {value}")
-        cls.check(parser, options)
-        return options
-
-    def _continues(self):
-        """Whether to resume a run without --resume: with --auto-resume, or if torchrun restarts the ranks."""
-        folder, is_torchrun = self.folder(), "TORCHELASTIC_RUN_ID" in os.environ
-        if not self.auto_resume and not is_torchrun:
-            return False
-        folder.recover()
-        if not folder.config.is_file():
-            return False
-        restarted = is_torchrun and folder.launcher.is_file() and folder.launcher.read_bytes() == launcher().encode()
-        if not self.auto_resume and not restarted:
-            return False
-        folder.check()
-        return True
+        for name in saved:
+            if name in (*NOT_SAVED, "help"):
+                raise UserError(f"{source}: --{option_name(name)} can't be an option of a saved run")
+        try:
+            return cls(words_of(saved))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
     @staticmethod
     def _resumed_folder(resume):
         return RunFolder(Path(resume).parent if Path(resume).is_file() else resume)
 
-    @staticmethod
-    def set_defaults(parser, words):
-        """Set the defaults that depend on other options. words: the command line."""
-
-    @staticmethod
-    def check(parser, options):
-        """Call parser.error if options contradict each other."""
-
-    def folder(self):
+    def folder(self) -> RunFolder:
         """The `RunFolder` of the run."""
         if self.resume is not None:
             return self._resumed_folder(self.resume)
         return RunFolder(Path(self.runs_path) / self.stage / (self.name or self.dataset))
 
     @classmethod
-    def build_parser(cls):
-        parser = OneLineParser(
-            description=cls.__doc__.splitlines()[0],
-            formatter_class=HelpWithDefaults,
-            allow_abbrev=False,
-        )
-        cls.add_options(parser)
-        return parser
-
-    @classmethod
-    def defaults(cls):
-        """The options that an empty command line gives, as a Namespace."""
-        return cls.build_parser().parse_args([])
-
-    @classmethod
     def answer_help(cls):
         """Print the help and exit, if the command line asks for it."""
         if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
-            if is_rank_0():
-                cls.build_parser().print_help()
+            with user_errors_in_one_line(f"{cls.stage}.py"):
+                if is_rank_0():
+                    cls.parse(sys.argv[1:])
             sys.exit()
 
-    def data_options(self):
-        """The options that select the same data, as a command line."""
-        names = ("data_path", "image_size", "image_channels")
-        defaults = self.defaults()
-        changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
-        words = [word for name in ["dataset", *changed] for word in (f"--{option_name(name)}", str(vars(self)[name]))]
-        return shlex.join([*words, *["--skip-bad-images"] * self.skip_bad_images])
+    def data_options(self) -> str:
+        """The options that select the same images, as a command line."""
+        changed = self.changed(("data_path", "image_size", "image_channels", "skip_bad_images"))
+        return in_a_shell({"dataset": self.dataset} | changed)
 
-    def as_dict(self):
+    def as_dict(self) -> dict:
         """The options that are saved with the run: all but those in `NOT_SAVED`."""
         return {name: value for name, value in vars(self).items() if name not in NOT_SAVED}
 
-    def as_markdown(self):
+    def as_markdown(self) -> str:
         """The options as a Markdown table."""
-        rows = [f"| {option_name(name)} | {value} |" for name, value in sorted(self.as_dict().items())]
+        rows = [f"| {option_name(name)} | {as_text(value)} |" for name, value in sorted(self.as_dict().items())]
         return "\n".join(["| option | value |", "|---|---|", *rows])
 
 
-def option_name(name):
+def option_name(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _is_possible(value):
-    """Whether a command line could have this value: a string without NUL, in characters of the system."""
-    try:
-        return "\0" not in os.fsdecode(os.fsencode(str(value)))
-    except ValueError:
-        return False
+def as_text(value) -> str:
+    """The value of an option as it is written on the command line."""
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
-def words_of(options):
-    """The command-line words that set these options, so that the parser checks saved values like typed ones."""
+def words_of(options: dict) -> list[str]:
+    """The words of a command line that set these options."""
     words = []
     for name, value in options.items():
         if value is True:
             words.append(f"--{option_name(name)}")
         elif value is not None and value is not False:
-            words += [f"--{option_name(name)}={value}"]
+            words.append(f"--{option_name(name)}={as_text(value)}")
     return words
 
 
-def hyphenate(word):
+def in_a_shell(options: dict) -> str:
+    """The options as a part of a command that can be pasted into a shell."""
+    words = []
+    for name, value in options.items():
+        words.append(f"--{option_name(name)}")
+        if value is not True:
+            words.append(shell_quote(as_text(value)))
+    return " ".join(words)
+
+
+def hyphenate(word: str) -> str:
     """Accept `--batch_size` for `--batch-size`: replace underscores in the option's name, not in its value."""
-    option, equals, value = word.partition("=")
-    return option_name(option) + equals + value if re.fullmatch(r"--\w[\w-]*", option) else word
+    name, equals, value = word.partition("=")
+    return option_name(name) + equals + value if re.fullmatch(r"--\w[\w-]*", name) else word

@@ -1,8 +1,17 @@
+"""The options of search.py and augment.py: their defaults, which values are refused, and how they are saved."""
+
+import json
 import shlex
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
+from command_line.errors import UserError, user_errors_in_one_line
 from config import AugmentConfig, SearchConfig
+from experiment.protocol_options import ProtocolOptions
+from genotypes import DARTS_V2
 from models.choices import PRIMITIVES, SEARCH_SPACES
 from models.ops import OPS
 from run.options import hyphenate
@@ -15,6 +24,7 @@ def test_search_defaults_are_the_papers():
     assert (config.w_grad_clip, config.alpha_lr, config.alpha_weight_decay) == (5.0, 3e-4, 1e-3)
     assert (config.order, config.seed, config.amp, config.device) == ("second", 2, False, "auto")
     assert (config.eps_scale, config.early_stop, config.variant) == (0.01, False, None)
+    assert config.primitives == PRIMITIVES
 
 
 def test_augment_defaults_are_the_papers():
@@ -24,35 +34,49 @@ def test_augment_defaults_are_the_papers():
     assert (config.aux_weight, config.cutout_length, config.drop_path_prob, config.seed) == (0.4, 16, 0.2, 2)
 
 
-def test_a_value_in_quotes_that_begins_as_an_option_is_left_alone():
+def test_defaults_are_those_of_an_empty_command_line():
+    assert vars(SearchConfig.defaults()) == vars(SearchConfig([]))
+
+
+@pytest.mark.parametrize("config", [SearchConfig, AugmentConfig, ProtocolOptions])
+def test_every_option_has_help_in_a_named_group(config):
+    parser = config.build_parser()
+    assert all(action.help for action in parser._actions)
+    assert not any("_" in option for action in parser._actions for option in action.option_strings)
+    titles = [group.title for group in parser._action_groups if group._group_actions]
+    assert {"data", "run"} < set(titles)
+    assert "positional arguments" not in titles
+
+
+@pytest.mark.process
+def test_help_comes_without_torch_unless_a_variant_is_named():
+    def modules(*words):
+        code = (
+            f"import sys; sys.argv = {['search.py', *words]}\nfrom config import SearchConfig\n"
+            "try:\n    SearchConfig.answer_help()\nfinally:\n    print('torch' in sys.modules)"
+        )
+        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        return process.stdout
+
+    plain, of_variants = modules("--help"), modules("--variant", "pc-darts,snas", "-h")
+    assert plain.endswith("False\n")
+    assert "--layers" in plain
+    assert "--pc-share" not in plain
+    assert of_variants.endswith("True\n")
+    assert "number of epochs before alphas learn (default: 15)" in " ".join(of_variants.split())
+    assert "--snas-temperature-end" in of_variants
+
+
+def test_options_are_accepted_with_underscores_and_values_are_left_alone():
+    words = ["--batch_size", "32", "--w_lr=0.1", "--name", "my_run", "--dataset=cifar10", "--data_path=a_b"]
+    config = SearchConfig(words)
+    assert (config.batch_size, config.w_lr, config.name, config.data_path) == (32, 0.1, "my_run", "a_b")
     words = ["--layers 2 --primitives skip_connect,sep_conv_3x3", "--a_b", "--a_b=c_d", "-a_b", "a_b", "--"]
     assert list(map(hyphenate, words)) == [words[0], "--a-b", "--a-b=c_d", "-a_b", "a_b", "--"]
 
 
-def test_options_are_accepted_with_underscores_and_values_are_left_alone():
-    config = SearchConfig(["--batch_size", "32", "--w_lr=0.1", "--name", "my_run", "--data_path=a_b"])
-    assert (config.batch_size, config.w_lr, config.name, config.data_path) == (32, 0.1, "my_run", "a_b")
-
-
-def test_data_options_name_the_same_data():
-    words = ["--dataset", "folder", "--data-path", "my images", "--image-size", "48", "--skip-bad-images"]
-    config = SearchConfig(words)
-    assert config.data_options() == "--dataset folder --data-path 'my images' --image-size 48 --skip-bad-images"
-    assert SearchConfig([]).data_options() == "--dataset digits"
-    again = AugmentConfig(["--genotype", "DARTS_V1", *shlex.split(config.data_options())])
-    names = ("dataset", "data_path", "image_size", "image_channels", "skip_bad_images")
-    assert all(getattr(again, name) == getattr(config, name) for name in names)
-
-
-def test_every_option_has_help_and_stands_in_a_named_group():
-    for config in (SearchConfig, AugmentConfig):
-        parser = config.build_parser()
-        for action in parser._actions:
-            assert action.help
-            assert not any("_" in option for option in action.option_strings)
-        titles = [group.title for group in parser._action_groups if group._group_actions]
-        assert {"network", "data", "run"} < set(titles)
-        assert "positional arguments" not in titles
+FOLDER = ["--dataset", "folder"]
+AUGMENT = ["--genotype", "DARTS_V2"]
 
 
 @pytest.mark.parametrize(
@@ -60,21 +84,18 @@ def test_every_option_has_help_and_stands_in_a_named_group():
     [
         (["--dataset", "imagenot"], "cifar10"),
         (["--batch-size", "0"], "of at least 1"),
-        (["--init-channels", "0"], "of at least 1"),
         (["--epochs", "x"], "whole number"),
         (["--w-lr", "0"], "above 0"),
         (["--w-lr", "nan"], "above 0"),
-        (["--w-lr", "inf"], "above 0"),
+        (["--w-lr", "inf"], "at most 2147483647"),
         (["--w-momentum", "1"], "below 1"),
         (["--order", "third"], "second"),
-        (["--image-size", "7"], "of at least 8"),
-        (["--image-channels", "2"], "3"),
-        (["--workers", "-1"], "of at least 0"),
+        ([*FOLDER, "--image-size", "7"], "of at least 8"),
+        ([*FOLDER, "--image-channels", "2"], "3"),
         (["--seed", "9" * 400], "whole number"),
         (["--name", "../precious"], "without slashes"),
-        (["--name", "a\nb"], "characters"),
-        (["--name", "x" * 241], "240 bytes"),
-        (["--name", ".digits.replaced"], "being replaced"),
+        (["--gpus", "0,0"], "different numbers"),
+        (["--gpus", "0", "--device", "cpu"], "leave --device out"),
         (["--batch", "3"], "--batch"),
         (["--no-such-option"], "no-such-option"),
         (["--primitives", "none"], "at least one other than none"),
@@ -82,16 +103,14 @@ def test_every_option_has_help_and_stands_in_a_named_group():
         (["--primitives", "skip_connect,conv_1x1"], "unknown operation 'conv_1x1'"),
         (["--primitives", "s9"], "darts, s2, s3"),
         (["--primitives", ""], "unknown operation ''"),
-        (["--primitives", "x" * 5000], "x'; give"),
         (["--execution", "slow"], "plain"),
-        (["--cuda-graphs", "on"], "auto"),
-        (["--eps-scale", "0"], "above 0"),
         (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),
+        (["--auto-resume", "--overwrite"], "--auto-resume"),
         (["stray"], "stray"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, user_errors_in_one_line("search.py"):
         SearchConfig(words)
     error = capsys.readouterr().err
     assert stop.value.code == 2
@@ -99,51 +118,138 @@ def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
     assert mention in error
 
 
-def test_augment_requires_a_genotype(capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("config", "words", "option"),
+    [
+        (SearchConfig, ["--image-size", "64"], "--image-size"),
+        (SearchConfig, ["--dataset", "cifar10", "--image-channels", "1"], "--image-channels"),
+        (SearchConfig, ["--skip-bad-images"], "--skip-bad-images"),
+        (SearchConfig, ["--data-path", "my_images"], "--data-path"),
+        (SearchConfig, ["--order", "first", "--eps-scale", "0.1"], "--eps-scale"),
+        (SearchConfig, ["--early-stop", "--epochs", "11"], "--early-stop"),
+        (SearchConfig, ["--early-stop", "--epochs", "26", "--variant", "pc-darts"], "--early-stop"),
+        (AugmentConfig, [*AUGMENT, "--mirror"], "--mirror"),
+        (AugmentConfig, ["--evaluate", "run", *AUGMENT], "--genotype"),
+        (AugmentConfig, ["--evaluate", "run", "--epochs", "3"], "--epochs"),
+        (AugmentConfig, ["--evaluate", "run", "--gpus", "all"], "--gpus"),
+        (ProtocolOptions, ["--image-size", "64"], "--image-size"),
+        (ProtocolOptions, ["--random", "0", "--like", "DARTS_V2"], "--like"),
+        (ProtocolOptions, ["--final-seeds", "0", "--finals", "all"], "--finals"),
+    ],
+)
+def test_an_option_without_effect_is_refused(config, words, option):
+    with pytest.raises(UserError, match=f"^{option} has no effect"):
+        config(words)
+
+
+def test_an_option_with_effect_or_at_its_default_is_accepted():
+    SearchConfig(["--image-size", "32", "--order", "first", "--eps-scale", "0.01"])
+    SearchConfig([*FOLDER, "--image-size", "64", "--image-channels", "1", "--skip-bad-images"])
+    SearchConfig(["--early-stop", "--epochs", "12"])
+    AugmentConfig(["--evaluate", "run", "--mirror", "--data-path", "images", "--batch-size", "8"])
+    AugmentConfig([*AUGMENT, "--stem", "imagenet", "--dataset", "cifar10"])
+
+
+def test_augment_requires_a_genotype():
+    with pytest.raises(UserError, match="--genotype is required"):
         AugmentConfig([])
-    assert "--genotype is required" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert SearchConfig(["--runs-path=~/x", *FOLDER, "--data-path=~/y"]).runs_path == "/home/me/x"
+    for config in (SearchConfig, AugmentConfig, ProtocolOptions):
+        names = {"data_path", "runs_path", "resume", "genotype", "evaluate", "init_checkpoint", "like"}
+        for name in names & set(config.default_values({})):
+            option = f"--{name.replace('_', '-')}"
+            assert config.parse([f"{option}=~/x y"]) == {name: "/home/me/x y"}
 
 
 @pytest.mark.parametrize("space", SEARCH_SPACES)
-def test_a_named_search_space_is_stored_as_its_operations(space):
+def test_a_named_search_space_is_its_operations(space):
     names = SEARCH_SPACES[space]
-    assert SearchConfig(["--primitives", space]).primitives.split(",") == list(names)
-    assert SearchConfig(["--primitives", ",".join(names)]).primitives.split(",") == list(names)
-
-
-def test_the_search_space_is_that_of_darts_unless_another_is_given():
-    assert SearchConfig([]).primitives == ",".join(PRIMITIVES)
-    assert SearchConfig(["--primitives", "s3,max_pool_3x3"]).primitives == "none,skip_connect,sep_conv_3x3,max_pool_3x3"
+    assert SearchConfig(["--primitives", space]).primitives == names
+    assert SearchConfig(["--primitives", ",".join(names)]).primitives == names
 
 
 def test_an_operation_that_a_users_script_added_can_be_searched(monkeypatch):
     monkeypatch.setitem(OPS, "conv_1x1", OPS["sep_conv_3x3"])
-    assert SearchConfig(["--primitives", "conv_1x1,none"]).primitives == "conv_1x1,none"
+    assert SearchConfig(["--primitives", "s3,conv_1x1"]).primitives == [*SEARCH_SPACES["s3"], "conv_1x1"]
 
 
-def test_saved_options_are_completed_by_the_defaults_of_their_stem():
-    saved = {"genotype": "DARTS_V2", "stem": "imagenet", "layers": 2}
+def test_data_options_name_the_same_data():
+    words = [*FOLDER, "--data-path", "my images", "--image-size", "48", "--skip-bad-images"]
+    config = SearchConfig(words)
+    assert config.data_options() == "--dataset folder --data-path 'my images' --image-size 48 --skip-bad-images"
+    assert SearchConfig([]).data_options() == "--dataset digits"
+    again = AugmentConfig([*AUGMENT, *shlex.split(config.data_options())])
+    names = ("dataset", "data_path", "image_size", "image_channels", "skip_bad_images")
+    assert all(getattr(again, name) == getattr(config, name) for name in names)
+
+
+# Saved options
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (SearchConfig, []),
+        (SearchConfig, ["--primitives", "s3", "--variant", "pc-darts,snas", "--pc-share", "2", "--amp", "--name=-x"]),
+        (AugmentConfig, ["--genotype", str(DARTS_V2), "--stem", "imagenet", "--lr", "0.123456789012345678"]),
+    ],
+)
+def test_saved_options_are_read_back_as_they_were(config, words):
+    options = config(words)
+    saved = json.loads(json.dumps(options.as_dict()))
+    assert vars(config.restored(saved, "config.json")) == vars(options)
+
+
+def test_an_option_that_a_saved_run_lacks_has_its_default():
+    saved = {"genotype": "DARTS_V2", "stem": "imagenet", "layers": 3}
     restored = AugmentConfig.restored(saved, "config.json")
-    assert (restored.layers, restored.lr, restored.execution) == (2, 0.1, "fused")
+    assert (restored.layers, restored.lr, restored.execution) == (3, 0.1, "fused")
+    saved = SearchConfig(["--variant", "gdas"]).as_dict()
+    del saved["gdas_temperature"]
+    assert SearchConfig.restored(saved, "config.json").gdas_temperature == 10.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        ({"layers": 10**10}, "--layers"),
+        ({"layers": 8.5}, "--layers"),
+        ({"layers": True}, "--layers"),
+        ({"amp": "yes"}, "--amp"),
+        ({"w_lr": "nan"}, "--w-lr"),
+        ({"primitives": ["none"]}, "--primitives"),
+        ({"variant": "x"}, "unknown variant"),
+        ({"unknown": 3}, "--unknown"),
+        ({"early_stop": True, "epochs": 2}, "--early-stop"),
+        ({"overwrite": True}, "--overwrite"),
+        ({"gpus": "all"}, "--gpus"),
+        ({"resume": "/"}, "--resume"),
+        ({"auto_resume": True}, "--auto-resume"),
+        ({"evaluate": "x"}, "--evaluate"),
+        ({"help": True}, "--help"),
+    ],
+)
+def test_saved_options_pass_the_checks_of_the_command_line(changes, mention):
+    with pytest.raises(UserError, match=f"^config.json: .*{mention}"):
+        SearchConfig.restored(SearchConfig([]).as_dict() | changes, "config.json")
 
 
 def test_reading_a_command_line_changes_nothing_on_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/augment/.digits.replaced").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    AugmentConfig(["--genotype", "DARTS_V2"])
+    AugmentConfig(AUGMENT)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_defaults_are_those_of_an_empty_command_line():
-    assert vars(SearchConfig.defaults()).items() == vars(SearchConfig([])).items()
-    assert AugmentConfig.defaults().layers == 20
-
-
 def test_as_markdown_is_a_table_of_every_option():
-    config = SearchConfig(["--w-lr", "0.5"])
+    config = SearchConfig(["--w-lr", "0.5", "--primitives", "s2"])
     lines = config.as_markdown().splitlines()
     assert lines[:2] == ["| option | value |", "|---|---|"]
     assert "| w-lr | 0.5 |" in lines
+    assert "| primitives | skip_connect,sep_conv_3x3 |" in lines
     assert len(lines) == 2 + len(config.as_dict())

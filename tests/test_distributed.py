@@ -477,16 +477,3 @@ def test_auto_resume_starts_goes_on_and_refuses_other_options(tmp_path):
     assert run_script("search.py", *words, cwd=tmp_path).returncode == 0
     assert_one_line_error(run_script("search.py", *words, "--seed", 3, cwd=tmp_path), "seed")
     assert_one_line_error(run_script("search.py", *words, "--overwrite", cwd=tmp_path), "--overwrite")
-
-
-def test_a_restart_by_another_torchrun_does_not_take_over_a_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = SearchConfig([])
-    run = Run(config)
-    run.start({}, {})
-    run.tensorboard.close()
-    assert SearchConfig(["--overwrite"]).resume is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert SearchConfig(["--overwrite"]).resume == str(run.folder)
-    monkeypatch.setattr("run.options.launcher", lambda: "another 1")
-    assert SearchConfig([]).resume is None

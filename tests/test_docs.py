@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import itertools
 import re
@@ -16,16 +17,19 @@ from conftest import ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import AugmentConfig, SearchConfig
-from experiment.protocol_options import build_parser
+from experiment.protocol_options import ProtocolOptions, read_options
 from genotypes import PUBLISHED
 from images.data_sets import DATASETS
 from models.choices import SEARCH_SPACES
 from models.ops import OPS
 from run.folder import RunFolder, write_json
+from run.options import option_name
+from variants import VARIANTS
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-CONFIGS = {"search.py": SearchConfig, "augment.py": AugmentConfig}
-COMMANDS = ("cost", "export", "visualize", "genotypes", "protocol")
+CONFIGS = {"search.py": SearchConfig, "augment.py": AugmentConfig, "protocol.py": ProtocolOptions}
+READERS = CONFIGS | {"protocol.py": read_options}
+COMMANDS = ("cost", "export", "visualize", "genotypes")
 OTHER_PROGRAMS = {"python3", ".", "pip", "tensorboard", "scontrol"}
 OPTIONS_OF_OTHERS = {"--logdir"}  # TensorBoard's
 
@@ -140,26 +144,32 @@ def test_every_command_is_accepted(words, tmp_path, monkeypatch):
         assert (ROOT / script).is_file()
         if "--help" in words:
             assert len(words) == 1
-        elif script in CONFIGS:
-            make_resumed_runs(CONFIGS[script], words)
-            CONFIGS[script](words)
+        elif script in READERS:
+            make_resumed_runs(READERS[script], words)
+            READERS[script](words)
         else:  # in full: argparse takes beginnings of options too
             assert {word.partition("=")[0] for word in words if re.match(r"--\S+$", word)} <= options_of(script)
             if not script.startswith("benchmarks/"):
                 parse_only(monkeypatch, script, words)
 
 
+def options_in(config):
+    """All options of a class, those of every variant included."""
+    names = set(config.default_values({}))
+    if config is SearchConfig:
+        names |= {field.name for variant in VARIANTS.values() for field in dataclasses.fields(variant)}
+    return {f"--{option_name(name)}" for name in names}
+
+
 def options_of(script):
-    """The options of protocol.py; for others, those that the script's source adds to a parser."""
-    if script == "protocol.py":
-        return {name for action in build_parser()._actions for name in action.option_strings}
+    """The options that a script's source adds to a parser."""
     return set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", text_of(script)))
 
 
 def test_every_option_that_is_mentioned_exists():
     known = {"--help"} | OPTIONS_OF_OTHERS
     for config in CONFIGS.values():
-        known |= {name for action in config.build_parser()._actions for name in action.option_strings}
+        known |= options_in(config)
     for script in [f"{name}.py" for name in COMMANDS] + [
         path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")
     ]:

@@ -215,7 +215,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypa
         ({"keeps": state["keeps"] | {"net": net_without_stem}}, ["another network", "stem"]),
         ({"random": {}}, ["cpu"]),
         ({"within": {}}, ["within"]),
-        ({"config": state["config"] | {"momentum_of_alpha": 0.5}}, ["not known here", "momentum_of_alpha"]),
+        ({"config": state["config"] | {"momentum_of_alpha": 0.5}}, ["unrecognized", "momentum-of-alpha"]),
         ({"classes": "SearchCNN"}, ["classes is 'SearchCNN'"]),
         ({"classes": {"network": "GumbelCNN"}}, ["network GumbelCNN, not SearchCNN"]),
         ({"classes": {"network": "SearchCNN", "architect": "L1"}}, ["architect L1, not Architect"]),

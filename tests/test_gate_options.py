@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gates import ODD_VALUES, STAGES, command, refused
+from gates import STAGES, command, refused
 from torch import nn
 
 import genotypes
@@ -16,7 +16,7 @@ import protocol
 import search
 import visualize
 from command_line.errors import UserError
-from config import AugmentConfig, SearchConfig
+from config import SearchConfig
 from genotypes import DARTS_V2
 from machine.memory import check_memory, machine_memory
 from models.augment_cnn import AugmentCNN
@@ -24,47 +24,6 @@ from models.search_cnn import SearchCNN
 from report.recorded_run import read_run
 
 pytestmark = pytest.mark.usefixtures("short_runs")
-
-OF_THE_COMMAND = {
-    "overwrite": True,
-    "gpus": "all",
-    "auto_resume": True,
-    "resume": "/",
-    "evaluate": "x",
-    "mirror": True,
-    "help": True,
-}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", OF_THE_COMMAND)
-@pytest.mark.parametrize("stage", STAGES)
-def test_config_json_cannot_set_what_a_command_does(name, stage, copied, capsys):
-    path = copied[stage] / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: OF_THE_COMMAND[name]}))
-    refused(capsys, STAGES[stage][0], ["--resume", copied[stage]], "config.json", name)
-    assert (copied[stage] / "checkpoint.pt").is_file()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("config", [SearchConfig, AugmentConfig])
-def test_every_saved_value_passes_the_checks_of_the_command_line(config):
-    saved = config(["--genotype", "DARTS_V2"] if config is AugmentConfig else []).as_dict()
-    n_refused = 0
-    for name in saved:
-        for value in ODD_VALUES:
-            try:
-                restored = vars(config.restored(saved | {name: value}, "config.json"))
-            except UserError:
-                n_refused += 1
-                continue
-            option = name.replace("_", "-")
-            words = (
-                [] if value is None or value is False else [f"--{option}"] if value is True else [f"--{option}={value}"]
-            )
-            typed = vars(config.build_parser().parse_args(words))
-            assert restored[name] == typed[name]
-    assert n_refused > len(ODD_VALUES) * len(saved) / 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "[" * 10**5, '{"epochs": ' + "9" * 10**4 + "}", "\xff"])

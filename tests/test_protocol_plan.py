@@ -55,7 +55,7 @@ def test_options_reach_the_runs(tmp_path):
     plan = plan_of(tmp_path, *words, "--skip-bad-images", "--search", search, "--augment", "--layers=5", "--seed", 3)
     config = plan.search(plan.members[1]).config
     assert (config.order, config.w_lr, config.early_stop, config.seed) == ("first", 0.1, True, 5)
-    assert config.primitives == "skip_connect,sep_conv_3x3"
+    assert config.primitives == ["skip_connect", "sep_conv_3x3"]
     random_member = next(member for member in plan.members if member.kind == "random")
     selection, final = plan.selection(random_member).config, plan.final(random_member, 9).config
     assert (selection.epochs, selection.hold_out, selection.layers, selection.seed) == (100, 0.1, 5, 3)

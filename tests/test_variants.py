@@ -27,7 +27,6 @@ from config import SearchConfig
 from evidence.curvature import dominant_eigenvalue
 from genotypes import parse
 from models.choices import EXECUTIONS, PRIMITIVES
-from models.choices import VARIANTS as CHOICES
 from models.fast import search_cell
 from models.ops import OPS, MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
@@ -106,7 +105,7 @@ WORDS = {
 
 
 def test_every_variant_is_tested_and_named_alike():
-    assert set(VARIANTS) == set(CHOICES) == {name for name in WORDS if "," not in name}
+    assert set(VARIANTS) == {name for name in WORDS if "," not in name}
 
 
 @pytest.mark.long
@@ -585,25 +584,14 @@ def test_the_fast_execution_runs_every_edge_of_a_fast_variant(name, monkeypatch)
 def test_the_ninth_variant_of_the_docs_passes_its_tests_there(tmp_path, monkeypatch):
     text = (ROOT / "docs/variants.md").read_text(encoding="utf-8").partition("## Write a ninth variant")[2]
     found = re.findall(r"^   ```python\n(.*?)^   ```$", text, flags=re.MULTILINE | re.DOTALL)
-    variant, line, change, option, words, tests = map(textwrap.dedent, found)
-    names = "from config import *\nfrom variants import *\nfrom test_variants import *"
-    add_option = f"def add_option(group):\n{textwrap.indent(option, '    ')}"
-    tables = f"VARIANTS_LINE = {{{line}}}\nCHOICES_LINE = {{{change}}}\nWORDS_LINE = {{{words}}}"
-    (tmp_path / "ninth.py").write_text("\n\n\n".join((names, variant, tables, add_option, tests)), encoding="utf-8")
+    variant, line, words, tests = map(textwrap.dedent, found)
+    names = "from variants import *\nfrom test_variants import *"
+    tables = f"VARIANTS_LINE = {{{line}}}\nWORDS_LINE = {{{words}}}"
+    (tmp_path / "ninth.py").write_text("\n\n\n".join((names, variant, tables, tests)), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    ninth, add_options = importlib.import_module("ninth"), SearchConfig.add_options
-
-    def with_the_option(parser):
-        add_options(parser)
-        ninth.add_option(parser)
-
-    monkeypatch.setattr(SearchConfig, "add_options", staticmethod(with_the_option))
-    for table, addition in (
-        (VARIANTS, ninth.VARIANTS_LINE),
-        (CHOICES, ninth.CHOICES_LINE),
-        (WORDS, ninth.WORDS_LINE),
-    ):
-        monkeypatch.setitem(table, "hardening", addition["hardening"])
+    ninth = importlib.import_module("ninth")
+    monkeypatch.setitem(VARIANTS, "hardening", ninth.VARIANTS_LINE["hardening"])
+    monkeypatch.setitem(WORDS, "hardening", ninth.WORDS_LINE["hardening"])
     run = [test for name, test in vars(ninth).items() if name.startswith("test_hardening")]
     assert len(run) == 2
     for test in run:
