@@ -376,7 +376,8 @@ def children(process):
 def test_a_killed_rank_takes_the_run_down_and_torchruns_restart_ends_it_as_if_undisturbed(tmp_path):
     words = [*TINY, "--epochs", 3, "--checkpoint-minutes", 0]
     assert torchrun(tmp_path, 2, "search.py", *words).returncode == 0
-    process = torchrun(tmp_path, 2, "search.py", *words, "--name", "killed", options=["--max-restarts", 2], wait=False)
+    words += ["--name", "killed", "--auto-resume"]
+    process = torchrun(tmp_path, 2, "search.py", *words, options=["--max-restarts", 2], wait=False)
     run = tmp_path / "runs/search/killed"
     while not (run / "checkpoint.pt").exists() or load_checkpoint(run / "checkpoint.pt")["step"] < 3:
         assert process.poll() is None, process.stderr.read()
