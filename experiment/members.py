@@ -90,14 +90,13 @@ class Plan:
     def __init__(self, options, folder: Path):
         self.options, self.folder = options, folder
         self._summaries: dict[Task, dict] = {}  # of the runs that are over
-        search = SearchConfig(options.search)
-        self.search_space = {"nodes": search.nodes, "primitives": ",".join(search.primitives)}
-        self.training = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"])  # of any cell
+        self.search_config = search = SearchConfig([*options.shared, *options.search])
+        self.training_config = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"])
         like = options.like and resolve(options.like)
         self.members = [Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)]
         for i in range(1, options.random + 1):
             seed = options.seed + i
-            (cell,) = random_genotypes(1, seed, like, search.nodes, search.primitives, self.training)
+            (cell,) = random_genotypes(1, seed, like, search.nodes, search.primitives, self.training_config)
             self.members.append(Member(f"random-{i}", "random", seed, str(cell)))
         self.members += [Member(name, "published", None, str(resolve(name))) for name in options.cells]
 

@@ -1,6 +1,5 @@
 """The content of a protocol's results.json."""
 
-from config import SearchConfig
 from evidence.search_state import skip_connections
 from experiment.members import MAY_DIFFER, Member, Plan, fingerprints
 from genotypes import from_str
@@ -14,7 +13,6 @@ def results_of(plan: Plan, version: str) -> dict:
     version: the version of this program.
     """
     options = plan.options
-    search = SearchConfig([*options.shared, *options.search])
     best = {kind: plan.best(kind) for kind in ("search", "random")}
     return {
         "format": 2,
@@ -23,9 +21,9 @@ def results_of(plan: Plan, version: str) -> dict:
         "command": options.command,
         "finals": options.finals,
         "version": version,
-        "search_options": conditions(search) if options.searches else None,
-        "search_space": plan.search_space,
-        "training_options": conditions(plan.training)
+        "search_options": conditions(plan.search_config) if options.searches else None,
+        "search_space": {"nodes": plan.search_config.nodes, "primitives": ",".join(plan.search_config.primitives)},
+        "training_options": conditions(plan.training_config)
         | {"hold_out": options.hold_out, "select_epochs": options.select_epochs, "select_seed": options.seed},
         "selected": {kind: member and member.name for kind, member in best.items()},
         "members": [result_of(plan, member) for member in plan.members],

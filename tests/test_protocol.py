@@ -83,7 +83,7 @@ def interrupt_group(pid):
     os.killpg(pid, signal.SIGINT)
 
 
-def terminate(pid):
+def terminate_alone(pid):
     os.kill(pid, signal.SIGTERM)
 
 
@@ -153,7 +153,7 @@ def test_killed_or_stopped_at_random_instants_it_ends_with_the_same_results(ways
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("stop", "code"), [(interrupt_group, 128 + signal.SIGINT), (terminate, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(("stop", "code"), [(interrupt_group, 130), (terminate_alone, 143)])
 def test_a_signal_lets_the_run_save_and_stop(stop, code, start, tmp_path):
     process = start()
     log = tmp_path / "runs/protocol/digits/search/search-1/log.txt"
@@ -249,16 +249,12 @@ def pretend(pretended, tmp_path, monkeypatch):
     return run
 
 
-def test_runs_are_started_once_each_and_one_at_a_time(pretend, pretended):
-    started, _ = pretend("once")
+def test_runs_are_started_once_each_and_several_at_a_time_make_the_same_results(pretend, pretended, monkeypatch):
+    started, expected = pretend("alone")
     assert len(started) == len(set(started)) == 3 + 6 + 6
     assert started[:3] == ["search-1", "search-1-selection", "search-2"]
     assert pretended.most_running == 1
-    assert pretend("once")[0] == []
-
-
-def test_several_at_a_time_make_the_same_results(pretend, pretended, monkeypatch):
-    _, expected = pretend("alone")
+    assert pretend("alone")[0] == []
     monkeypatch.setattr("machine.ranks.visible_gpus", lambda gpus: ["0", "1", "2"])
     started, content = pretend("together", "--gpus", "all")
     assert (len(started), pretended.most_running) == (15, 3)

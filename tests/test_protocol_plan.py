@@ -104,27 +104,22 @@ def test_a_run_with_other_options_or_images_in_a_members_place_is_refused(tmp_pa
     ("words", "mention"),
     [
         (("--search", "--dataset cifar10"), "--search: --dataset is given once, to protocol.py itself"),
-        (("--augment", "--workers=3"), "--augment: --workers is given once, to protocol.py itself"),
         (("--search", "--seed 3"), "--search: --seed is set by protocol.py"),
         (("--augment", "--hold_out 0.2"), "--augment: --hold-out is set by protocol.py"),
-        (("--search", "--layrs 3"), "unrecognized arguments: --layrs"),
         (("--search", "--early-stop --eigenvalue-images 0"), "--early-stop needs the eigenvalue"),
         (("--augment", "--layers '3"), "No closing quotation"),
-        (("--cells", "DARTS_V2", "DARTS_V2"), "different cells"),
         (("--searches", 0, "--random", 0), "nothing to run"),
         (("--gpus", "0", "--device", "cpu"), "leave --device out"),
         (("--member", 9), "jobs 1 to 8 are the members, 9 to 10 final trainings"),
-        (("--like", "DARTS_V9"), "neither a published cell"),
         (("--label", "random cells"), "none of random cells, DARTS_V1"),
-        ((*PROTOCOL, "--select-epochs", 3), "--select-epochs 2, not 3"),
-        ((*PROTOCOL, "--search", "--order first"), "choose another --name"),
+        ((*PROTOCOL, "--name", "before", "--select-epochs", 3), "--select-epochs 2, not 3"),
+        ((*PROTOCOL, "--name", "before", "--search", "--order first"), "choose another --name"),
     ],
 )
 def test_mistakes_are_one_line(words, mention, tmp_path, monkeypatch, capsys):
-    plan = plan_of(tmp_path, *PROTOCOL, "--runs-path", tmp_path, "--name", "before")
-    protocol.open_folder(Plan(plan.options, tmp_path / "protocol/digits"))
-    name = ["--name", "digits" if "--final-seeds" in words else "other"]
-    monkeypatch.setattr(sys, "argv", ["protocol.py", *map(str, words), "--runs-path", str(tmp_path), *name])
+    protocol.open_folder(plan_of(tmp_path / "runs/protocol/before", *PROTOCOL))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["protocol.py", *map(str, words)])
     monkeypatch.setattr(protocol, "run_child", None)
     with pytest.raises(SystemExit) as stop:
         protocol.main()
