@@ -12,18 +12,13 @@ from pathlib import Path
 
 from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
-from genotypes import PUBLISHED, random_genotypes, resolve
+from experiment.protocol_options import ProtocolOptions
+from genotypes import random_genotypes, resolve
 from run.folder import RunFolder, read_json
 from run.options import MAY_CHANGE, option_name
 
 ROOT = Path(__file__).resolve().parent.parent
-CHANCE = "random cells"  # the label of random cells in tables
 MAY_DIFFER = {*MAY_CHANGE, "runs_path"} - {"epochs"}  # options that don't change what a run computes
-
-
-def is_label(text: str) -> bool:
-    """Whether searches may have this label in tables, where random and published cells have rows of their own."""
-    return text.isprintable() and "|" not in text and not text.startswith(CHANCE) and text not in PUBLISHED
 
 
 def check_options(folder: Path | RunFolder, saved: dict, options: dict, may_differ: Collection[str]) -> None:
@@ -87,7 +82,7 @@ class Plan:
     options: of protocol.py; folder: of the protocol, which has the runs' folders in it.
     """
 
-    def __init__(self, options, folder: Path):
+    def __init__(self, options: ProtocolOptions, folder: Path):
         self.options, self.folder = options, folder
         self._summaries: dict[Task, dict] = {}  # of the runs that are over
         self.search_config = search = SearchConfig([*options.shared, *options.search])

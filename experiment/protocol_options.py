@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from command_line.errors import UserError, shown
 from config import AugmentConfig, DataOptions, SearchConfig
-from experiment.members import CHANCE, is_label
 from genotypes import PUBLISHED
 from run.options import (
     Options,
@@ -22,6 +21,8 @@ from run.options import (
     positive_int,
     words_of,
 )
+
+CHANCE = "random cells"  # the label of random cells in tables
 
 up_to_1000 = number(int, 0, 1000)
 fraction = number(float, 0, 1, low_open=True, high_open=True)
@@ -97,7 +98,8 @@ def read_options(argv: Iterable[str]) -> ProtocolOptions:
     options.search = quoted(SearchConfig, options.search, SET_HERE, "--search")
     options.augment = quoted(AugmentConfig, options.augment, SET_HERE_TO_AUGMENT, "--augment")
     options.label = options.label or options.name or options.dataset
-    if not is_label(options.label):
+    is_other_row = options.label.startswith(CHANCE) or options.label in PUBLISHED
+    if not options.label.isprintable() or "|" in options.label or is_other_row:
         raise UserError(
             f"--label {shown(options.label)}: must be one line without |, and none of {CHANCE}, {', '.join(PUBLISHED)}"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from command_line.errors import UserError
 from evidence.intervals import difference_interval, mean_interval
-from experiment.members import CHANCE
+from experiment.protocol_options import CHANCE
 from genotypes import from_str
 from report import figures
 from report.html import drawing, picture, write_page
