@@ -89,7 +89,7 @@ def augment(network):
         "genotype": config.genotype,
         "input_size": size,
         "input_channels": channels,
-        "preprocessing": preprocessing(config.dataset, size, channels, config.stem == "imagenet"),
+        "preprocessing": preprocessing(config.dataset, size, channels, config.stem == "imagenet", config.resize),
         "classes": val_data.class_names(n_classes),
         "data": {"training": trn_data.fingerprint(), config.measured_on: val_data.fingerprint()},
     }
@@ -139,6 +139,8 @@ def load_data(config, saved):
         image_size=config.image_size,
         image_channels=config.image_channels,
         seed=config.seed,
+        resize=config.resize,
+        augmentation=config.augmentation,
         skip_bad_images=config.skip_bad_images,
         crops=config.stem == "imagenet",
         hold_out=config.hold_out,

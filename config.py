@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from command_line.errors import UserError
 from images.data_sets import DATASETS
+from images.image_folder import RESIZES
 from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
 from run.options import (
     Options,
@@ -44,6 +45,18 @@ def primitives(text: str) -> list[str]:
     return names
 
 
+def augmentation(text: str) -> str:
+    """A type: names of augmentations, with + between them."""
+    from preproc import AUGMENTATIONS  # slow, since it imports torch
+
+    for name in text.split("+"):
+        if name not in AUGMENTATIONS:
+            raise argparse.ArgumentTypeError(
+                f"unknown augmentation {name!r}; give some of {', '.join(AUGMENTATIONS)}, with + between them"
+            )
+    return text
+
+
 def check_layers(layers: int):
     if layers < 3:
         raise UserError(f"--layers {layers}: with fewer than 3 cells, none of them is a normal cell")
@@ -59,13 +72,24 @@ class DataOptions(Options):
     data_path: str = option("data", "folder in which data sets are, or into which they are downloaded", path)
     image_size: int = option(32, "height and width, in pixels, of images of the data set folder", number(int, 8, 8192))
     image_channels: int = option(3, "channels of images of the data set folder: grey or colour", int, choices=(1, 3))
+    resize: str = option(
+        "crop",
+        "how an image of the data set folder becomes a square: crop takes its middle, squeeze scales all of it",
+        choices=RESIZES,
+    )
+    augmentation: str | None = option(
+        None,
+        "random changes of the training images: none, or names such as crop+flip; docs/data.md lists them (default: "
+        "those of the data set)",
+        augmentation,
+    )
     skip_bad_images: bool = option(False, "leave out the images of the data set folder that cannot be read")
     workers: int = option(2, "number of processes that load images, for each rank; 0: the run itself", natural)
 
     def check(self):
         super().check()
         if self.dataset != "folder":
-            names = ("image_size", "image_channels", "skip_bad_images")
+            names = ("image_size", "image_channels", "resize", "skip_bad_images")
             self.refuse_without_effect(names, f"with --dataset {self.dataset}, but only with --dataset folder")
         if self.dataset == "digits":
             self.refuse_without_effect(("data_path",), "with --dataset digits, which is a part of scikit-learn")

@@ -132,6 +132,8 @@ def load_data(config, saved):
         image_size=config.image_size,
         image_channels=config.image_channels,
         seed=config.seed,
+        resize=config.resize,
+        augmentation=config.augmentation,
         skip_bad_images=config.skip_bad_images,
     )
     check_unchanged({"training": data[3]}, saved or {})

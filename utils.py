@@ -94,11 +94,6 @@ def get_test_data(
     return Images(source, labels, valid, valid, seed=0)
 
 
-def image_shape(dataset, image_size=None, image_channels=None):
-    """(size, channels) of a data set's images: pixels a side, and 1 or 3. The options are of `folder`."""
-    return _data_set(dataset, "", image_size, image_channels, {})[:2]
-
-
 def _data_set(dataset, data_path, image_size, image_channels, folder_options):
     """(size, channels, load) of a data set. load(train=...) calls its `Spec.load` with these options."""
     if dataset not in DATASETS:

@@ -259,7 +259,8 @@ class RunOptions(Options):
 
     def data_options(self) -> str:
         """The options that select the same images, as a command line."""
-        changed = self.changed(("data_path", "image_size", "image_channels", "skip_bad_images"))
+        names = ("data_path", "image_size", "image_channels", "resize", "augmentation", "skip_bad_images")
+        changed = self.changed(names)
         return in_a_shell({"dataset": self.dataset} | changed)
 
     def as_dict(self) -> dict:

@@ -56,17 +56,19 @@ def test_renamed_classes_stop_training_evaluation_and_report(image_folder, tmp_p
 @pytest.mark.process
 def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
     images, run = image_folder(), tmp_path / "runs/augment/folder"
-    succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
+    succeed(*AUGMENT, 1, "--data-path", images, "--resize", "squeeze", "--augmentation", "affine", cwd=tmp_path)
     moved = images.rename(tmp_path / "moved")
     assert_one_line_error(run_script("augment.py", "--resume", run, "--epochs", 2, cwd=tmp_path), "does not exist")
     succeed("augment.py", "--resume", run, "--epochs", 2, "--data-path", moved, cwd=tmp_path)
     options = json.loads((run / "config.json").read_text())
     assert options["data_path"] == str(moved)  # where it resumes from now on
+    assert (options["resize"], options["augmentation"]) == ("squeeze", "affine")
     top1 = load_checkpoint(run / "checkpoint.pt")["results"]["top1"]
     shutil.rmtree(moved / "train")  # which is not evaluated on
     line = succeed("augment.py", "--evaluate", run / "checkpoint.pt", cwd=tmp_path).splitlines()[0]
     assert f"top 1 {top1:.2%} of 24 test images" in line
-    assert len(images_of(load_trained(run), moved)) == 24  # on which export.py checks a file
+    test_images = images_of(load_trained(run), moved)  # on which export.py checks a file
+    assert (len(test_images), test_images.source.resize) == (24, "squeeze")
     moved = moved.rename(tmp_path / "again")
     (run / "config.json").write_text(json.dumps(options | {"data_path": str(moved)}))  # as if resumed once more
     write_report([run], tmp_path / "report.html")

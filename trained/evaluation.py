@@ -150,6 +150,7 @@ def images_of(trained: TrainedNetwork, data_path: str | None = None) -> Images:
         "mean_std": (results["mean"], results["std"]),
         "image_size": config.image_size,
         "image_channels": config.image_channels,
+        "resize": config.resize,
         "skip_bad_images": config.skip_bad_images,
         "crops": config.stem == "imagenet",
     }
