@@ -185,14 +185,18 @@ def train(epoch, run, net, architect, trn_loader, val_loader, w_optim, alpha_opt
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
         if net.alphas_learn:
             with mixed_precision:
-                val_loss = graphs(alphas, architect.unrolled_backward, (trn_X, trn_y, val_X, val_y), xi, w_optim)
+                val_loss = graphs.run(
+                    architect.unrolled_backward, inputs=(trn_X, trn_y, val_X, val_y), fixed=(xi, w_optim), fills=alphas
+                )
             of_alpha = val_loss, nn.utils.get_total_norm([alpha.grad for alpha in alphas])
             undo = Undo(alpha_optim)
             alpha_optim.step()
 
         # w: a step by the gradient of L_T(w, alpha), at the new alpha
         w_optim.zero_grad()
-        logits, loss = graphs(weights, w_gradient, (trn_X, trn_y), net, weights, mixed_precision)
+        logits, loss = graphs.run(
+            w_gradient, inputs=(trn_X, trn_y), fixed=(net, weights, mixed_precision), fills=weights
+        )
         trn_loss = ranks.average_step(loss, net, weights, trn_y, config.sync_bn)
         w_norm = nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
         # all that the step has computed is read here, since reading waits for the device

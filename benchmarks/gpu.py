@@ -171,9 +171,9 @@ def timed_gradients(choice, args):
     context = contextlib.nullcontext()
 
     def step():
-        step_graphs(alphas, bilevel.unrolled_backward, (*trn, *val), 0.025, w_optim)
+        step_graphs.run(bilevel.unrolled_backward, inputs=(*trn, *val), fixed=(0.025, w_optim), fills=alphas)
         w_optim.zero_grad()
-        step_graphs(weights, w_gradient, trn, net, weights, context)
+        step_graphs.run(w_gradient, inputs=trn, fixed=(net, weights, context), fills=weights)
 
     torch.cuda.reset_peak_memory_stats()
     for _ in range(EAGER_STEPS + 1):

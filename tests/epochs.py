@@ -10,7 +10,7 @@ from run.run import Run
 from utils import cosine_lr
 
 
-def search_epoch(config, net, batches, fused=False):
+def search_epoch(config, net, batches, fused=False, architect=Architect, log=print):
     """A function that takes the steps of an epoch as search.py does.
 
     fused: of Adam, whose count of steps, which search.py has on the CPU, is then not read.
@@ -19,7 +19,8 @@ def search_epoch(config, net, batches, fused=False):
         synchronise(net)
     w_optim = torch.optim.SGD(net.weights(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)
     alpha_optim = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), foreach=not fused, fused=fused)
-    run, architect = Run(config), Architect(net, 0.9, 3e-4)
+    run, architect = Run(config), architect(net, 0.9, 3e-4)
+    run.log = log
     return lambda: search.train(1, run, net, architect, batches, batches, w_optim, alpha_optim, cosine_lr(w_optim, 50))
 
 
