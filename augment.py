@@ -11,69 +11,76 @@ torchrun --nproc-per-node 8 augment.py ...                               # the s
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
-from command_line.errors import end_silently_on_interrupt, one_line, user_errors_in_one_line
-
-if __name__ == "__main__":
-    end_silently_on_interrupt()
-
+from command_line.errors import before_torch
 from config import AugmentConfig
 
 if __name__ == "__main__":
-    AugmentConfig.answer_help()  # at once: `import torch` takes seconds
+    before_torch(AugmentConfig)
 
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from command_line.errors import UserError, one_line, user_errors_in_one_line
 from genotypes import resolve
-from images.loading import Loader, check_unchanged
+from images.loading import Loader
 from machine import ranks
 from machine.devices import seed_generators
 from models.augment_cnn import AugmentCNN
-from models.choices import STEM_STRIDES
 from models.costs import cost, describe, describe_latency
 from models.sync_bn import synchronise
 from preproc import preprocessing
-from run.finite import check_finite, check_finite_mean
-from run.progress import Meters
+from run.loggers import Logger
 from run.run import Run
 from trained.evaluation import accuracy_by_class, evaluate, load_trained, start_from
 from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, param_size
 
 
-def main(network=AugmentCNN):
-    """Train or evaluate, as the command line says. network: the class; your own script may pass a subclass."""
+def unchanged(X: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """The default `augment_batch`: images and labels as they are."""
+    return X, y
+
+
+def main(
+    network: type[AugmentCNN] = AugmentCNN,
+    loggers: Iterable[type[Logger]] = (),
+    augment_batch: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = unchanged,
+):
+    """Train or evaluate, as the command line says.
+
+    network: the class, a script of yours may give a subclass; loggers: classes of loggers besides TensorBoard's;
+    augment_batch: a function of a training batch (images, labels, number of classes) that returns other images and
+    targets, such as mixup. A target is a label, or the probabilities of all classes.
+    """
     with user_errors_in_one_line("augment.py"), ranks.group():
-        augment(network)
+        augment(network, loggers, augment_batch)
 
 
-def augment(network):
+def augment(network, loggers, augment_batch):
     config = ranks.on_rank_0(AugmentConfig)
     if config.evaluate:
         if ranks.size() > 1:
-            raise ranks.user_error("--evaluate takes one process; leave torchrun out")
+            raise UserError("--evaluate takes one process; leave torchrun out")
         return print_accuracy(config)
     genotype = ranks.on_rank_0(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # saved as text, since the file or folder that it names may change
     if config.gpus:
         ranks.launch(config.gpus)
-    run = Run(config)
-    saved = run.saved_results()
+    run = Run(config, loggers)
 
-    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config, saved))
+    size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config))
     check_sizes(config, size)
-    n_ops = sum(map(len, (*genotype.normal, *genotype.reduce))) // 2
-    run.check_memory(n_ops, size // STEM_STRIDES[config.stem], len(trn_data))
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **options)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **options)
 
     seed_generators(config.seed)
     net = build(network, config, run.device, size, channels, n_classes, genotype)
-    if config.init_checkpoint and not ranks.on_rank_0(run.will_resume):
+    if config.init_checkpoint and config.resume is None:
         checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint, network))
         if checkpoint.genotype != genotype:
-            raise ranks.user_error("--init-checkpoint is of another network: its genotype is another")
+            raise UserError("--init-checkpoint is of another network: its genotype is another")
         start_from(net, checkpoint, val_data.class_names(n_classes))
     costs = cost(net, channels, size)
     latency = ranks.on_rank_0(lambda: describe_latency(net, channels, size))
@@ -107,31 +114,26 @@ def augment(network):
 
         for epoch in range(run.epoch + 1, config.epochs + 1):
             net.drop_path_prob(config.drop_path_prob * (epoch - 1) / config.epochs)  # 0 in the first epoch
-            if not run.position["trained"]:
-                train(epoch, run, net, trn_loader, optim)
+            train(epoch, run, net, trn_loader, optim, augment_batch, n_classes)
             top1 = validate(epoch, run, net, val_loader)
             scheduler.step()
             is_best = epoch == 1 or top1 > results["best_top1"]
             results |= {"top1": top1, "best_top1": max(top1, results["best_top1"])}
             run.end_epoch(is_best, results)
-            run.stop_if_asked()
 
-    part = config.measured_on.replace("-", "_")
+    images = config.measured_on.replace("-", "_")
     run.finish(
         epochs=config.epochs,
-        **{f"{part}_top1": results["top1"], f"{part}_error": 1 - results["top1"]},
-        **{f"best_{part}_top1": results["best_top1"]},
+        **{f"{images}_top1": results["top1"], f"{images}_error": 1 - results["top1"]},
+        **{f"best_{images}_top1": results["best_top1"]},
         parameters_M=costs["parameters_M"],
         multiply_adds_M=costs["multiply_adds_M"],
     )
 
 
-def load_data(config, saved):
-    """[size, channels, n_classes, training images, test images or those held out of training].
-
-    saved: the results of the run to resume, or None. Raises UserError if that run had other images.
-    """
-    data = get_data(
+def load_data(config):
+    """[size, channels, n_classes, training images, test images or those held out of training]."""
+    return get_data(
         config.dataset,
         config.data_path,
         config.cutout_length,
@@ -145,16 +147,14 @@ def load_data(config, saved):
         crops=config.stem == "imagenet",
         hold_out=config.hold_out,
     )
-    check_unchanged({"training": data[3], config.measured_on: data[4]}, saved or {})
-    return data
 
 
 def check_sizes(config, size):
     """Raise UserError if batches or images (`size` pixels a side) are too small for the network."""
     if config.aux_weight > 0 and config.batch_size < 2:
-        raise ranks.user_error("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
+        raise UserError("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
     if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
-        raise ranks.user_error(
+        raise UserError(
             "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "
             f"{size} and {config.init_channels}"
         )
@@ -193,61 +193,39 @@ def print_accuracy(config):
         print(line)
 
 
-def train(epoch, run, net, loader, optim):
+def train(epoch, run, net, loader, optim, augment_batch=unchanged, n_classes=0):
     """One epoch of SGD. The objective is the loss plus aux_weight times the loss of the auxiliary head."""
     config = run.config
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     weights = list(net.parameters())
-    meters = Meters(run, f"epoch {epoch}/{config.epochs}  train", len(loader), run.position)
+    meters = run.training_pass(epoch, len(loader), {"w": optim})
 
     net.train()
     for X, y, n in loader.epoch(epoch, meters.steps_done):
         net.set_drop_path_rows(n, ranks.rows(n))  # drop path draws its mask for the global batch, on every rank
+        inputs, targets = augment_batch(X, y, n_classes)
         optim.zero_grad()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
-            logits, aux_logits = net(X)
-            loss = objective = criterion(logits, y)
+            logits, aux_logits = net(inputs)
+            loss = objective = criterion(logits, targets)
             if aux_logits is not None:
-                objective = loss + config.aux_weight * criterion(aux_logits, y)
+                objective = loss + config.aux_weight * criterion(aux_logits, targets)
         ranks.row_weighted(objective, y).backward()
-        objective = ranks.average_step(objective.detach(), net, weights, y, config.sync_bn)
+        ranks.average_step(loss.detach(), net, weights, y, config.sync_bn)
         norm = nn.utils.clip_grad_norm_(weights, config.grad_clip)
-        # all that the step has computed is read here, since reading waits for the device
-        objective, norm = meters.update(loss.detach(), logits.detach(), y, n, others=(objective, norm))
-        check_finite(run, "w", objective, norm, optim, {"w": loader})
         optim.step()
-
-        run.step += 1
-        meters.write_scalars("step", "val")
-        run.scalar("lr/w", optim.param_groups[0]["lr"])
-        meters.show()
-        if meters.steps_done < len(loader):  # the last step is saved below, after the epoch's log lines
-            run.note_position(meters)
-            run.save_if_due()
-            run.stop_if_asked()
-
-    meters.finish("train", f"lr {optim.param_groups[0]['lr']:.5f}  ")
-    run.scalar("epoch", epoch)
-    run.scalar("speed/steps_per_second", 1 / meters.seconds_per_step())
-    run.note_position(meters)
-    run.save_if_due()
-    run.stop_if_asked()
+        run.end_step(meters, loss.detach(), logits.detach(), y, n, w_gradient_norm=norm)
 
 
 @torch.no_grad()
 def validate(epoch, run, net, loader):
     """Loss and accuracy on the test images, or those held out of training; returns top 1 as a fraction."""
     criterion = nn.CrossEntropyLoss()
-    meters = Meters(run, f"epoch {epoch}/{run.config.epochs}  {run.config.measured_on}", len(loader))
+    meters = run.validation_pass(epoch, len(loader), run.config.measured_on)
     net.eval()
     for X, y, n in loader.epoch(epoch):
         logits, _ = net(X)
-        meters.update(criterion(logits, y), logits, y, n)
-        meters.show()
-        run.save_if_due()
-        run.stop_if_asked()
-    check_finite_mean(run, run.config.measured_on, meters.loss.avg)
-    meters.finish(run.config.measured_on)
+        run.end_step(meters, criterion(logits, y), logits, y, n)
     return meters.top1.avg
 
 

@@ -15,7 +15,7 @@ from images.loading import Images
 from models.costs import param_size
 from preproc import data_transforms
 from run.checkpoints import save_checkpoint
-from run.log import get_logger
+from run.loggers import get_logger
 from run.progress import AverageMeter, accuracy
 
 __all__ = [  # what DARTS codes have in utils.py

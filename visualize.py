@@ -14,7 +14,7 @@ from pathlib import Path
 from command_line.errors import OneLineParser, user_errors_in_one_line
 from genotypes import resolve
 from report.cells import FORMATS, HOW_TO_INSTALL, draw, plot  # noqa: F401 -- `draw` is imported from here by users
-from run.folder import RunFolder, check_file, read_json, reading
+from run.folder import RunFolder, read_json, reading
 
 
 def main():
@@ -67,8 +67,6 @@ def write_comparison(files, output):
     from report.comparison import write  # here, since it imports torch and matplotlib
 
     path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
-    if not output:
-        check_file(path)
     with reading(", ".join(files)):
         write([read_json(file) for file in files], path)
     print(path)

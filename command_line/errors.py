@@ -7,110 +7,101 @@ import reprlib
 import shlex
 import signal
 import sys
-import threading
 
-from command_line.output import surviving_output
 from models.genotype import GenotypeError
-
-LESS_MEMORY = {
-    "search.py": "lower --batch-size, --init-channels, --layers or --nodes, or give --recompute or --order first",
-    "augment.py": "lower --batch-size, --init-channels or --layers, or give --amp",
-}
-
 
 MAX_MESSAGE = 1500  # characters of a message that is printed
 
 
 class UserError(ValueError):
-    """An error in the input: an option, a file, a genotype. Scripts print it in one line and exit with code 2."""
+    """An error in the input: an option, a file. Scripts print it in one line and exit with code 2.
+
+    All ranks of a distributed run raise it alike, and rank 0 prints it.
+    """
 
 
-class OtherRankError(UserError):
-    """A `UserError` that another rank prints: this rank exits silently."""
+class ThisRankError(UserError):
+    """An error that only this rank of a distributed run has, which therefore prints it."""
 
 
 INPUT_ERRORS = (UserError, GenotypeError, OSError)  # an OSError's message names the file
 
 
-def end_silently_on_interrupt():
-    """Let Ctrl-C end the process without a traceback while torch is imported, until `user_errors_in_one_line`."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell lets background processes ignore it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextlib.contextmanager
-def user_errors_in_one_line(program):
-    """Turn a `UserError` raised inside into one line on stderr and exit code 2.
+def user_errors_in_one_line(program: str):
+    """Turn an error of `INPUT_ERRORS` that is raised inside into one line on stderr and exit code 2.
 
-    An OSError (a name too long, a folder without permission) is printed in the same way: its message names the file. If
-    memory runs out, the message says which options to lower. Ctrl-C exits with code 130, the loss of another rank with
-    code 1. All other exceptions are bugs and keep their traceback. Output that cannot be written is dropped, and does
-    not stop the program.
+    So is lack of memory. Ctrl-C exits with code 130, the loss of another rank with code 1, and output to a closed pipe
+    ends the program silently. All other exceptions are bugs and keep their traceback.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # after `end_silently_on_interrupt`
-    with surviving_output(), _errors_in_one_line(program):
-        yield
-
-
-@contextlib.contextmanager
-def _errors_in_one_line(program):
+    signal_before = signal.getsignal(signal.SIGINT)
+    if signal_before == signal.SIG_DFL:  # see `before_torch`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # characters that the terminal lacks
     try:
         yield
-    except OtherRankError:
-        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its exit
+        sys.exit(1)
     except INPUT_ERRORS as error:
-        _exit(program, str(error))
+        if is_rank_0() or not isinstance(error, UserError) or isinstance(error, ThisRankError):
+            print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if _is_of_communication(error):
-            _exit(program, f"a rank of this run has gone, or cannot be reached ({str(error)[:200]})", code=1)
-        if not _is_out_of_memory(error):
-            raise
-        _exit(program, f"out of memory: {LESS_MEMORY.get(program, '')} ({str(error)[:200]})")
+        import torch  # here, since it takes seconds; when this runs, it is imported already
+
+        text = one_line(str(error)[:200])
+        if isinstance(error, torch.distributed.DistError) or "gloo" in text.lower():
+            print(f"{program}: error: a rank of this run has ended, or cannot be reached ({text})", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in text:
+            lower = "lower --batch-size, --init-channels or --layers, or see --recompute and --amp in --help"
+            print(f"{program}: error: out of memory: {lower} ({text})", file=sys.stderr)
+            sys.exit(2)
+        raise
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _is_out_of_memory(error):
-    """On CUDA this error has its own type; on the CPU it is a RuntimeError, known by its message."""
-    import torch  # here, since it takes seconds; when this runs, it is imported already
+def before_torch(config_class=None):
+    """What a script does before it imports torch, which takes seconds: answer --help, and end silently on Ctrl-C.
 
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
-def _is_of_communication(error):
-    import torch
-
-    known = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
-    return known or "gloo" in str(error).lower()  # gloo raises a RuntimeError, known by its message
+    config_class: the class of its options, such as `SearchConfig`.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell lets background processes ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if config_class is not None:
+        config_class.answer_help()
 
 
-def is_rank_0():
-    """Whether this is rank 0 of torchrun's ranks, or no rank at all; before the ranks have met."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+def is_rank_0() -> bool:
+    """Whether this is rank 0 of torchrun's ranks, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def warn(text):
+def warn(text: str):
     """Print a warning to stderr, on rank 0 only."""
     if is_rank_0():
         print(f"warning: {one_line(text)}", file=sys.stderr)
 
 
-def one_line(message):
-    """The message as one line that a terminal can show. A long one, as of a stranger's file, lacks its middle."""
+def one_line(message: str) -> str:
+    """The message as one line that a terminal can show. A very long one lacks its middle."""
     if len(message) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
     line = " ".join(message.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
 
 
-def shell_quote(text):
+def shell_quote(text: str) -> str:
     """The text as one word for a shell: in double quotes if it has single quotes, as a genotype, and these suffice."""
     return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
 
 
-def shown(value):
+def shown(value) -> str:
     """A value for a message: numbers and strings, shortened; of anything else the type."""
     is_short = value is None or isinstance(value, (str, float, bool)) or (type(value) is int and abs(value) < 10**20)
     return _SHORT.repr(value) if is_short else type(value).__name__
@@ -118,11 +109,6 @@ def shown(value):
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
-
-
-def _exit(program, message, code=2):
-    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
-    sys.exit(code)
 
 
 class OneLineParser(argparse.ArgumentParser):

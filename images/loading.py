@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from command_line.errors import UserError
+from command_line.errors import ThisRankError, UserError
 from images.image_folder import distinguishable, listed
 from machine import ranks
 from machine.signals import STOP_SIGNALS
 
 
-class LoadingError(UserError):
+class LoadingError(ThisRankError):
     """A batch that could not be loaded: an image or a process that loads images has failed."""
 
 
@@ -98,14 +98,13 @@ class Images(Dataset):
         return tuple(normalise.mean), tuple(normalise.std)
 
 
-def check_unchanged(images: dict[str, Images], results: dict) -> None:
-    """Raise UserError, which says what differs, unless these images are those of a saved run.
+def check_unchanged(fingerprints: dict[str, dict], saved_fingerprints: dict[str, dict]) -> None:
+    """Raise UserError, which says what differs, unless images are those of a saved run.
 
-    images: "training", "test" or "held-out" -> `Images`; results: the saved results of the run, where results["data"]
-    has the fingerprints under the same keys; {} for a new run.
+    fingerprints: "training", "test" or "held-out" -> the result of `Images.fingerprint`, now and in the saved run.
     """
-    for name in images.keys() & results.get("data", {}).keys():
-        saved, now = results["data"][name], images[name].fingerprint()
+    for name, now in fingerprints.items():
+        saved = saved_fingerprints[name]
         before, after = saved["classes"], now["classes"]
         changed = [label for label in before | after if before.get(label) != after.get(label)]
         if changed:
@@ -162,7 +161,7 @@ class Loader:
     ) -> None:
         self.batches = Batches(samples, batch_size, shuffle, seed)
         if len(self.batches) == 0:
-            raise ranks.user_error(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
+            raise UserError(f"too few images: {len(samples)} where at least {2 if shuffle else 1} are needed")
         self.device = device
         self.loader = DataLoader(
             images,

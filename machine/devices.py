@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from command_line.errors import OtherRankError, UserError
+from command_line.errors import ThisRankError, UserError
 from machine import ranks
 
 
@@ -22,7 +22,7 @@ def pick_device(name):
     if ranks.size() > 1 and name.startswith("cuda"):
         n_local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
         if name != "cuda" or n_local_ranks > n_gpus:
-            error = UserError if ranks.local_rank() == 0 else OtherRankError  # one message for each machine
+            error = ThisRankError if ranks.local_rank() == 0 else UserError  # one message for each machine
             raise error(
                 f"--device {name}: each of the {n_local_ranks} ranks here takes a GPU of its own, and there are "
                 f"{n_gpus}; give cuda or cpu, and no more ranks than GPUs"

@@ -6,27 +6,20 @@ gradient is the same average of the ranks' gradients. Weights, alphas and optimi
 """
 
 import contextlib
-import hashlib
-import logging
 import os
 import signal
 import sys
-import time
-import uuid
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.distributed.rendezvous import rendezvous
 
-from command_line.errors import INPUT_ERRORS, OtherRankError, UserError, shown
+from command_line.errors import INPUT_ERRORS, ThisRankError, UserError
 
 MIN_ROWS_PER_RANK = 2  # BN has no statistics of a single value
 TIMEOUT = timedelta(hours=1)  # for communication: a rank may be downloading data, or reading all images of a folder
-MEETING_TIMEOUT = timedelta(minutes=5)  # for the first meeting: the ranks start at the same time
 
 
 @contextlib.contextmanager
@@ -38,14 +31,7 @@ def group():
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    store, rank, size = _meet()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=_fresh_store(store, rank, size),
-        rank=rank,
-        world_size=size,
-        timeout=TIMEOUT,
-    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield
         dist.barrier()
@@ -54,63 +40,22 @@ def group():
             dist.destroy_process_group()
 
 
-def _meet():
-    """torchrun's key-value store, the number of this rank, and of all. Raises UserError if they are not to be had."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    numbers = {name: os.environ.get(name, "") for name in names}
-    wrong = [name for name, text in numbers.items() if not (text.isascii() and text.isdecimal() and len(text) < 10)]
-    is_local = not wrong and int(numbers["LOCAL_RANK"]) < int(numbers["LOCAL_WORLD_SIZE"])
-    if wrong or not is_local or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]) or "MASTER_ADDR" not in os.environ:
-        values = ", ".join(f"{name}={shown(text)}" for name, text in numbers.items())
-        raise UserError(
-            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but {values} are not what it sets; unset it for one process"
-        )
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
-    except (RuntimeError, ValueError, OSError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
-        raise UserError(f"no connection to the first rank at {shown(address)}: {str(error)[:300]}") from None
-    store.set_timeout(TIMEOUT)
-    return store, rank, size
-
-
-def _fresh_store(store, rank, size):
-    """A part of torchrun's key-value store that is the same on all ranks and empty at every restart.
-
-    torchrun keeps its store when it restarts the ranks, so it has addresses of processes that have ended. torchrun's
-    count of restarts cannot distinguish the attempts, since each machine has its own count. So each rank stores a new
-    random word, and waits until rank 0 has read it. Rank 0's word is the prefix of the keys.
-    """
-    keys, word = [f"word of {i}" for i in range(size)], uuid.uuid4().hex
-    store.set(keys[rank], word)
-    if rank == 0:
-        answers = [f"{word} has been read by {i}" for i in range(1, size)]
-        while answers and not store.check(answers):  # before that, some words may be of an earlier attempt
-            store.set("words", " ".join(store.get(key).decode() for key in keys))
-            time.sleep(0.05)
-        return dist.PrefixStore(word, store)
-    while word not in (words := store.get("words").decode().split()):
-        time.sleep(0.05)
-    store.set(f"{words[0]} has been read by {rank}", "")
-    return dist.PrefixStore(words[0], store)
-
-
-def rank():
+def rank() -> int:
     """The number of this process, from 0. Only rank 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size():
+def size() -> int:
     """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank():
+def local_rank() -> int:
     """The number of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def rows(n):
+def rows(n: int) -> slice:
     """This rank's rows of a global batch of n, as a slice. The numbers of rows differ by at most one between ranks.
 
     If there are fewer than `MIN_ROWS_PER_RANK` rows for each rank, every rank gets the whole batch. That changes no
@@ -169,13 +114,8 @@ def wait():
         dist.barrier()
 
 
-def user_error(message):
-    """An error to be raised on all ranks: only rank 0 prints it. The caller must raise it on every rank."""
-    return UserError(message) if rank() == 0 else OtherRankError(message)
-
-
-def on_rank_0(function):
-    """Call the function on rank 0, and return its result on every rank. If it raises, every rank stops."""
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """Run a function on rank 0 and return its result on every rank. If it raises, every rank stops; rank 0 prints."""
     if size() == 1:
         return function()
     result = failure = None
@@ -184,90 +124,68 @@ def on_rank_0(function):
             result = function()
         except (*INPUT_ERRORS, SystemExit) as error:
             failure = error
-    code = failure.code if isinstance(failure, SystemExit) else 2
-    message = [result, failure is not None, str(failure), code]
+    message = [result, failure and (str(failure), getattr(failure, "code", 2))]
     dist.broadcast_object_list(message, device=torch.device("cpu"))
+    result, failed = message
     if failure is not None:
         raise failure
-    result, failed, text, code = message
-    if failed and code != 2:
+    if failed is None:
+        return result
+    text, code = failed
+    if code != 2:
         sys.exit(code)
-    if failed:
-        raise OtherRankError(text)
-    return result
+    raise UserError(text)
 
 
-def in_turn(function):
-    """Call the function on rank 0, then on one rank of each other machine, then on the others. Returns its result.
+def in_turn(function: Callable[[], Any]) -> Any:
+    """Run a function on the first rank of each machine, which may download data, then on the others.
 
-    So each machine downloads data only once. If the function raises on any rank, every rank stops.
+    Returns its result. If it raises on any rank, every rank stops.
     """
     if size() == 1:
         return function()
     result = failure = None
-    turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
-    for i in range(3):
-        if i == turn:
+    for is_first in (True, False):
+        if (local_rank() == 0) == is_first:
             try:
                 result = function()
             except INPUT_ERRORS as error:
                 failure = error
-        failed = torch.tensor(float(failure is not None))
-        dist.all_reduce(failed)
+        failures = torch.tensor(float(failure is not None))
+        dist.all_reduce(failures)
         if failure is not None:
-            raise failure
-        if failed:
-            raise OtherRankError("a rank before this one failed")
+            raise ThisRankError(str(failure)) if rank() > 0 and failures == 1 else failure
+        if failures:
+            raise UserError("another rank failed")
     return result
 
 
-def check_equal(state, when):
-    """Raise UserError unless all tensors in nested dictionaries, lists and tuples have the same bits on all ranks."""
-    if size() == 1:
-        return
-    digest = hashlib.sha256()
-    for tensor in _tensors_in(state):
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    digests = [None] * size()
-    dist.all_gather_object(digests, digest.hexdigest())
-    others = [i for i, other in enumerate(digests) if other != digests[0]]
-    if others:
-        raise user_error(
-            f"{when} the state of rank {', '.join(map(str, others))} differs from rank 0's; the checkpoints are from "
-            "before"
-        )
+def launch(gpus: str):
+    """Run this command again by torchrun, with a rank for each of several GPUs. Does not return.
 
-
-def _tensors_in(state):
-    if isinstance(state, torch.Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = state.values()
-    elif not isinstance(state, (list, tuple)):
-        return []
-    return [tensor for part in state for tensor in _tensors_in(part)]
-
-
-def launch(gpus):
-    """Run this command again with a rank for each of several GPUs, as torchrun does, and exit with its exit code.
-
-    gpus: `all`, or numbers of CUDA devices, as 0,1,2. Raises UserError if there are no such devices.
+    gpus: `all`, or numbers of CUDA devices, such as 0,1,2. Raises UserError if there are no such devices.
     """
     if dist.is_torchelastic_launched():
-        raise user_error("--gpus starts the ranks itself; with torchrun leave it out")
+        raise UserError("--gpus starts the ranks itself; with torchrun leave it out")
     chosen = visible_gpus(gpus)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-    sys.exit(run_ranks(len(chosen), [*_this_program(), *_without_gpus(sys.argv[1:])]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(chosen))))
+    script = sys.modules["__main__"].__spec__
+    program = [sys.argv[0]] if script is None else ["-m", script.name]
+    words = torchrun_words(len(chosen)) + program + _without_gpus(sys.argv[1:])
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words])
 
 
-def _this_program():
-    """The command-line words by which Python was started: a script's path, or -m and the name of a module."""
-    spec = sys.modules["__main__"].__spec__
-    return [sys.argv[0]] if spec is None else ["-m", spec.name]
+def torchrun_words(n: int) -> list[str]:
+    """Options of torchrun for n ranks on this machine, which get each signal that stops a run."""
+    handled = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup lets it be ignored
+        handled.append("SIGHUP")
+    return ["--standalone", f"--nproc-per-node={n}", f"--signals-to-handle={','.join(handled)}"]
 
 
-def visible_gpus(gpus):
-    """The entries of CUDA_VISIBLE_DEVICES for `all` GPUs, or for numbers as 0,1,2. Raises UserError."""
+def visible_gpus(gpus: str) -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES for `all` GPUs, or for numbers such as 0,1,2. Raises UserError."""
     n_gpus = torch.cuda.device_count()
     chosen = list(range(n_gpus)) if gpus == "all" else [int(number) for number in gpus.split(",")]
     if not chosen or max(chosen) >= n_gpus:
@@ -279,42 +197,12 @@ def visible_gpus(gpus):
     return [names[i] if len(names) > i and names[i] else str(i) for i in chosen]
 
 
-def _without_gpus(words):
+def _without_gpus(words: Iterable[str]) -> list[str]:
     """A command line without --gpus and its value."""
-    kept = []
-    words = iter(words)
+    kept, words = [], iter(words)
     for word in words:
         if word == "--gpus":
             next(words)
         elif not word.startswith("--gpus="):
             kept.append(word)
     return kept
-
-
-def run_ranks(n, command):
-    """Run a Python script on n ranks of this machine. Returns the exit code of the first rank that fails, or 0."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank that fails prints its error
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-
-    def pass_on(number, frame):
-        raise SignalException("", signal.Signals(number))
-
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, pass_on)  # the launcher handles only SIGINT and SIGTERM
-    try:
-        elastic_launch(config, sys.executable)("-u", *map(str, command))
-    except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    return 0

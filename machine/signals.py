@@ -5,8 +5,8 @@ import signal
 
 from machine import ranks
 
-# Slurm can send SIGUSR1 before it preempts a job
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Slurm can send SIGUSR1 before it preempts a job; a terminal that is closed sends SIGHUP
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 class StoppedError(Exception):
@@ -16,6 +16,8 @@ class StoppedError(Exception):
 class StopSignals:
     """Inside `with`, records the signals of `STOP_SIGNALS` instead of ending the process.
 
+    A signal that was ignored when the program began, such as SIGHUP by nohup, stays ignored.
+
     received: the first signal of this process; agreed: the signal that all ranks stop for. Both are None until a signal
     comes. A SIGINT after another signal ends the process at once.
     """
@@ -24,13 +26,14 @@ class StopSignals:
         self.received = self.agreed = None
 
     def __enter__(self):
-        self.handlers_before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        recorded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers_before = {number: signal.signal(number, self._record) for number in recorded}
 
     def __exit__(self, *exception):
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _record(self, number, frame):
         repeated = self.received is not None and number == signal.SIGINT
         if repeated and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends a second SIGINT for one Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_DFL)

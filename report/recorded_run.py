@@ -12,9 +12,9 @@ import numpy as np
 from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from genotypes import Genotype, from_str
+from report.search_log import alpha_tag
 from run.folder import RunFolder, read_json, reading
 from run.options import in_a_shell
-from run.tensorboard import alpha_tag
 
 KINDS = ("normal", "reduce")
 

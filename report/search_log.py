@@ -10,7 +10,23 @@ from evidence import search_state
 from genotypes import network_of
 from models.costs import cost, describe, describe_latency
 from report.cells import INPUTS, plot
-from run.tensorboard import alpha_tag
+
+
+def alpha_tag(kind: str, node: int, source: int, op: str) -> str:
+    """The tag of the weight of an operation on an edge. kind: the kind of cell, "normal" or "reduce"."""
+    return f"alpha_{kind}/node{node}_from{source}/{op}"
+
+
+def chart_edges(run, net):
+    """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
+    charts = {}
+    for kind, nodes in net.edge_weights().items():
+        edges = [(node, source) for node, weights in enumerate(nodes) for source in range(len(weights))]
+        charts[f"alpha_{kind}"] = {
+            f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in net.primitives]]
+            for node, source in edges
+        }
+    run.charts(charts)
 
 
 @torch.no_grad()
@@ -27,7 +43,7 @@ def show(epoch, run, net, history):
             if path.suffix == ".png":
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB"))
-                run.tensorboard.add_image(f"cell/{kind}", pixels, run.step, dataformats="HWC")
+                run.picture(f"cell/{kind}", pixels)
     run.log(f"genotype = {genotype}")
     show_state(run, genotype, history)
 

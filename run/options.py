@@ -193,7 +193,6 @@ class RunOptions(Options):
         super().__init__(argv)
         if self.auto_resume:
             folder = self.folder()
-            folder.recover()
             if folder.config.is_file():
                 folder.check()
                 self.resume = str(folder)
@@ -215,7 +214,6 @@ class RunOptions(Options):
             if name not in (*MAY_CHANGE, "resume", "gpus"):
                 allowed = ", ".join(f"--{option_name(other)}" for other in MAY_CHANGE)
                 raise UserError(f"--{option_name(name)} is fixed by the run {folder}; --resume allows only {allowed}")
-        folder.recover()
         folder.check()
         saved = read_json(folder.config) if folder.path.is_dir() else None
         if saved is None:

@@ -7,7 +7,6 @@ import torch
 from tqdm import tqdm
 
 from machine import ranks
-from run.checkpoints import EPOCH_START
 
 
 class AverageMeter:
@@ -27,7 +26,7 @@ class AverageMeter:
         self.avg = self.sum / self.count
 
 
-def accuracy(output, target, topk=(1,)):
+def accuracy(output: torch.Tensor, target: torch.Tensor, topk=(1,)) -> list[torch.Tensor]:
     """Top-k accuracy: the fraction of samples whose target is among the k largest logits, a tensor for each k in topk.
 
     output: (N, n_classes); target: (N,). If there are at most k classes it is 1.
@@ -41,59 +40,53 @@ def accuracy(output, target, topk=(1,)):
 class Meters:
     """Averages of loss, top-1 and top-5 accuracy (fractions) over a pass of n_steps batches.
 
-    `show` displays them: on a terminal as a progress bar with the time left, elsewhere as a log line every `print_freq`
-    steps. position: the position in an epoch's training from which the run resumes, see `EPOCH_START`. steps_done: the
-    number of batches so far, including those before an interruption.
+    title: of the pass, in the log; prefix: of its tags, such as `train` in `train/loss`; learning_rates: name -> the
+    rate in use, if this is training; steps_done, states: where an interrupted pass goes on, see `state`.
+
+    On a terminal the pass has a progress bar with the time left, elsewhere a log line every `print_freq` steps.
     """
 
-    def __init__(self, run, title, n_steps, position=EPOCH_START):
-        self.run = run
-        self.title = title
-        self.n_steps = n_steps
+    def __init__(self, run, title, prefix, n_steps, learning_rates=None, steps_done=0, states=()):
+        self.run, self.title, self.prefix, self.n_steps = run, title, prefix, n_steps
+        self.learning_rates = learning_rates or {}
         self.loss, self.top1, self.top5 = AverageMeter(), AverageMeter(), AverageMeter()
-        for meter, state in zip(self._all(), position["meters"]):
+        for meter, state in zip(self._all(), states):
             vars(meter).update(state)
-        self.steps_done = self.steps_before = position["batches"]
+        self.steps_done = self.steps_before = steps_done
         self.started = time.monotonic()
         on_terminal = ranks.rank() == 0 and sys.stderr.isatty()
         self.bar = tqdm(
-            total=n_steps,
-            initial=self.steps_before,
-            desc=title,
-            leave=False,
-            dynamic_ncols=True,
-            disable=not on_terminal,
+            total=n_steps, initial=steps_done, desc=title, leave=False, dynamic_ncols=True, disable=not on_terminal
         )
 
     def _all(self):
         return self.loss, self.top1, self.top5
 
-    def state(self):
+    def state(self) -> list[dict]:
         """The averages as built-in types, for a checkpoint."""
         return [dict(vars(meter)) for meter in self._all()]
 
-    def update(self, loss, logits, y, n, others=()):
-        """Add a global batch of n images. loss, logits, y: those of this rank's rows.
+    def update(self, loss, logits, y, n, scalars) -> dict[str, float]:
+        """Add a global batch of n images, and read all numbers of a step from the device at once.
 
-        others: scalars, the same on all ranks, that are read along and returned as floats. Call it once per step, after
-        the step's work is queued, since reading the numbers synchronises with the device. On several ranks the same
-        all-reduce exchanges the received signals, so that all ranks stop after the same step.
+        loss, logits, y: those of this rank's rows; scalars: name -> a scalar tensor that is the same on all ranks.
+        Returns name -> the number, with the loss of the global batch as "loss". On several ranks the same all-reduce
+        exchanges the signals that each has received, so that all ranks stop after the same step.
         """
         means = torch.stack([loss, *accuracy(logits, y, topk=(1, 5))])
+        flags = means.new_empty(0)
         if ranks.size() > 1:
-            signals = self.run.signals
-            flags = torch.cat([means.new_full((1,), flag) for flag in signals.flags()])
+            flags = means.new_tensor(self.run.signals.flags())
             means, flags = ranks.average([ranks.row_weighted(means, y), flags], y)
-            others = *others, *flags
-        numbers = torch.cat([means, *(other.view(1).to(means.dtype) for other in others)]).tolist()
+        others = [scalar.detach().view(1).to(means.dtype) for scalar in scalars.values()]
+        numbers = torch.cat([means, flags, *others]).tolist()  # waits for the device
         for meter, value in zip(self._all(), numbers):
             meter.update(value, n)
         self.steps_done += 1
-        others = numbers[len(means) :]
+        first = len(means) + len(flags)
         if ranks.size() > 1:
-            signals.agree(others[-len(flags) :])
-            del others[-len(flags) :]
-        return others
+            self.run.signals.agree(numbers[len(means) : first])
+        return {"loss": numbers[0]} | dict(zip(scalars, numbers[first:]))
 
     def show(self):
         """Advance the progress bar; without one, log a line every `print_freq` steps."""
@@ -104,19 +97,25 @@ class Meters:
             seconds_left = self.seconds_per_step() * (self.n_steps - self.steps_done)
             self.run.log(f"{self.title}  step {self.steps_done}/{self.n_steps}  {self}  {seconds_left:.0f} s left")
 
-    def seconds_per_step(self):
+    def seconds_per_step(self) -> float:
         return (time.monotonic() - self.started) / max(self.steps_done - self.steps_before, 1)
 
-    def write_scalars(self, prefix, attribute="avg"):
-        """Write the averages (attribute "avg") or the values of the last batch ("val") to TensorBoard."""
+    def write_scalars(self, prefix, attribute):
+        """Log the averages (attribute "avg") or the values of the last batch ("val")."""
         for name in ("loss", "top1", "top5"):
             self.run.scalar(f"{prefix}/{name}", getattr(getattr(self, name), attribute))
 
-    def finish(self, prefix, note=""):
-        """Log the averages of the whole pass, and write them to TensorBoard."""
+    def finish(self):
+        """Log the averages of the whole pass."""
         self.bar.close()
-        self.write_scalars(prefix)
-        self.run.log(f"{self.title}  {self}  {note}{self.seconds_per_step():.2f} s a step")
+        self.write_scalars(self.prefix, "avg")
+        rates = ""
+        for name, rate in self.learning_rates.items():
+            self.run.scalar(f"lr/{name}", rate)
+            rates += f"{name}_lr {rate:.5f}  "
+        if rates:
+            self.run.scalar("speed/steps_per_second", 1 / self.seconds_per_step())
+        self.run.log(f"{self.title}  {self}  {rates}{self.seconds_per_step():.2f} s a step")
 
     def __str__(self):
         return f"loss {self.loss.avg:.4f}  top1 {self.top1.avg:.2%}  top5 {self.top5.avg:.2%}"

@@ -1,7 +1,6 @@
 """What a run leaves, and where two runs differ."""
 
 import json
-import re
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,7 +13,7 @@ def outcome(run):
     values = {}
     for name in ("checkpoint.pt", "best.pt"):
         state = load_checkpoint(run / name)
-        values[name] = {key: state[key] for key in ("epoch", "step", "random", "keeps", "results")}
+        values[name] = {key: state[key] for key in ("epoch", "step", "random", "parts", "results")}
     for name in ("genotype.json", "history.json"):
         if (run / name).exists():
             values[name] = json.loads((run / name).read_text())
@@ -22,15 +21,7 @@ def outcome(run):
     events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         if not tag.startswith("speed/"):
-            values[f"tb {tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
-    lines = [line.split("  ", 1)[1] for line in (run / "log.txt").read_text().splitlines()]
-    # what each part of a run says anew, or says of its time, its machine and its name
-    of_a_part = re.compile(
-        r"(resumed|all \d+ epochs|device|SIG|warning|summary|name  |workers  |the network: |a forward pass"
-        r"|images of each class|cells are kept|edges that are no standard|no CUDA graphs)"
-        r"|^\d+ (training )?(and )?.*images"
-    )
-    values["log.txt"] = [re.sub(r"[\d.]+ s (left|a step)", "", line) for line in lines if not of_a_part.match(line)]
+            values[f"tb {tag}"] = {event.step: event.value for event in events.Scalars(tag)}
     return values
 
 

@@ -107,8 +107,6 @@ def batch(n=6, channels=1, size=8, n_classes=3, dtype=torch.float64, seed=0):
 class Batches(list):
     """Global batches in a list, in the place of a `Loader`."""
 
-    samples = None  # of `Loader`, asked for after a fault only
-
     def epoch(self, epoch, first=0):
         for X, y in self[first:]:
             rows = ranks.rows(len(y))

@@ -1,12 +1,10 @@
 """What the tests of the gates share: small runs in this process, whose files are then spoilt."""
 
-import copy
 import dataclasses
 import shutil
 from itertools import islice
 
 import pytest
-import torch
 
 import augment
 import search
@@ -78,66 +76,3 @@ def refused(capsys, main, words, *mentions):
     assert len(lines[0]) < 2000
     for mention in mentions:
         assert mention in lines[0]
-
-
-ODD_VALUES = [
-    None,
-    True,
-    False,
-    -1,
-    0,
-    2**70,
-    1e400,
-    float("nan"),
-    0.5,
-    "",
-    "x" * 10**6,
-    "\0",
-    "\ud800",
-    "--overwrite",
-    "-1",
-    [],
-    {},
-    [[[1]]],
-    {"a": {"b": 1}},
-    "all",
-    "../../x",
-]
-
-ODD_OBJECTS = [
-    torch.zeros(()),
-    torch.zeros(0),
-    torch.zeros(1),
-    torch.zeros(3, dtype=torch.complex64),
-    torch.zeros(1).expand(9),
-    torch.zeros(5, dtype=torch.uint8),
-    torch.zeros(2, 3).to_sparse(),
-    (),
-    (1, 2),
-    b"x",
-    10**5000,
-    -1e300,
-    1 + 2j,
-]
-
-
-def spoilt(content, chance):
-    """A copy of nested dicts and lists in which one value, or one key, is another."""
-    content = copy.deepcopy(content)
-    places = list(places_of(content))
-    container, key = chance.choice(places)
-    how = chance.randrange(8)
-    if how == 0:
-        del container[key]
-    elif how == 1 and isinstance(container, dict):
-        container[chance.choice(["odd", 7, ""])] = container[key]
-    else:
-        container[key] = chance.choice(ODD_VALUES + ODD_OBJECTS)
-    return content
-
-
-def places_of(content):
-    for key in list(content) if isinstance(content, dict) else range(len(content)):
-        yield content, key
-        if isinstance(content[key], (dict, list)) and len(content[key]) < 1000:
-            yield from places_of(content[key])

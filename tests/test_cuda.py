@@ -191,7 +191,7 @@ def test_cuda_graphs_give_the_bits_of_eager_steps(words, tmp_path):
         process = run_script("search.py", *words, "--cuda-graphs", graphs, "--name", graphs, cwd=tmp_path)
         assert process.returncode == 0, process.stderr
         assert ("no CUDA graphs" in process.stdout) == (graphs == "off")
-    states = [load_checkpoint(tmp_path / "search" / name / "checkpoint.pt")["keeps"] for name in ("auto", "off")]
+    states = [load_checkpoint(tmp_path / "search" / name / "checkpoint.pt")["parts"] for name in ("auto", "off")]
     for a, b in zip(*map(torch.utils._pytree.tree_leaves, states), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
@@ -241,5 +241,5 @@ def test_a_resumed_run_has_the_same_bits_with_deterministic(tmp_path):
     process = run_script("search.py", "--resume", tmp_path / "search/parts", "--epochs", 2, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     whole, parts = (load_checkpoint(tmp_path / "search" / name / "checkpoint.pt") for name in ("whole", "parts"))
-    for name, value in whole["keeps"]["net"].items():
-        assert torch.equal(value, parts["keeps"]["net"][name]), name
+    for name, value in whole["parts"]["net"].items():
+        assert torch.equal(value, parts["parts"]["net"][name]), name

@@ -297,14 +297,13 @@ def test_test_images_are_read_without_train(image_folder):
 def test_images_that_changed_under_a_run_are_refused_by_what_differs(before, after, mention, image_folder, tmp_path):
     root = image_folder(classes=("left", "right", "up"))
     data = get_data("folder", root, 0, False)[3]
-    saved = {"data": {"training": data.fingerprint()}}
-    assert saved["data"]["training"]["classes"] == {"left": 12, "right": 12, "up": 12}
-    check_unchanged({"training": data}, {})  # a new run
+    saved = {"training": data.fingerprint()}
+    assert saved["training"]["classes"] == {"left": 12, "right": 12, "up": 12}
     root = root.rename(tmp_path / "moved")
-    check_unchanged({"training": get_data("folder", root, 0, False)[3]}, saved)
+    check_unchanged({"training": get_data("folder", root, 0, False)[3].fingerprint()}, saved)
     (root / "train" / before).rename(root / "train" / after)
     with pytest.raises(UserError, match=f"the training images .*{mention}"):
-        check_unchanged({"training": get_data("folder", root, 0, False)[3]}, saved)
+        check_unchanged({"training": get_data("folder", root, 0, False)[3].fingerprint()}, saved)
 
 
 def test_a_fingerprint_of_images_without_names_is_of_their_labels():

@@ -56,8 +56,8 @@ def test_fine_tuning_starts_from_the_weights_on_data_of_other_classes(cwd, image
     words = (*TINY[:4], "--batch-size", 8, "--epochs", 1, "--genotype", "DARTS_V1", "--lr", 1e-9, "--weight-decay", 0)
     process = run_script("augment.py", *data, *words, "--init-checkpoint", trained, cwd=cwd)
     assert process.returncode == 0, process.stderr
-    tuned = load_checkpoint(cwd / "runs/augment/folder/checkpoint.pt")["keeps"]["net"]
-    for name, tensor in load_checkpoint(trained / "best.pt")["keeps"]["net"].items():
+    tuned = load_checkpoint(cwd / "runs/augment/folder/checkpoint.pt")["parts"]["net"]
+    for name, tensor in load_checkpoint(trained / "best.pt")["parts"]["net"].items():
         if name.endswith("linear.weight"):
             assert tuned[name].shape[0] == 2
         elif name.endswith(("weight", "bias")) and "linear" not in name:  # at this learning rate they stay
@@ -95,7 +95,7 @@ def test_weights_are_loaded_whole_or_not_at_all(cwd):
 )
 def test_tensors_must_have_the_names_shapes_and_types_of_the_networks(change, cwd, tmp_path):
     checkpoint = load_checkpoint(cwd / "runs/augment/digits/best.pt")
-    change(checkpoint["keeps"]["net"])
+    change(checkpoint["parts"]["net"])
     save_checkpoint(checkpoint, tmp_path)
     with pytest.raises(UserError, match=r"checkpoint\.pt"):
         load_trained(tmp_path / "checkpoint.pt")

@@ -62,7 +62,7 @@ def test_save_checkpoint_writes_the_last_and_on_demand_the_best(tmp_path):
     save_checkpoint({"epoch": 2}, tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True) == {"epoch": 2}
     assert torch.load(tmp_path / "best.pt", weights_only=True) == {"epoch": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt", "previous.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt"]
 
 
 class Unwritable:

@@ -11,11 +11,9 @@ from command_line.errors import UserError
 from config import AugmentConfig
 from genotypes import Genotype, from_str
 from images.loading import Images, Loader, check_unchanged
-from machine import ranks
 from machine.devices import pick_device
 from models.augment_cnn import AugmentCNN
-from run.checkpoint_checks import state_misfit
-from run.checkpoints import load_checkpoint
+from run.checkpoints import check_network, load_checkpoint
 from run.folder import RunFolder, reading
 from utils import get_data, get_test_data
 
@@ -104,12 +102,10 @@ def load_trained(path: str | Path, network: type[AugmentCNN] = AugmentCNN) -> Tr
     with reading(path):
         config = AugmentConfig.restored(checkpoint["config"], path)
         trained = TrainedNetwork(
-            path, config, from_str(config.genotype), checkpoint["results"], checkpoint["keeps"]["net"]
+            path, config, from_str(config.genotype), checkpoint["results"], checkpoint["parts"]["net"]
         )
         with torch.device("meta"):  # shapes without values
-            difference = state_misfit(trained.tensors, trained.new_network(network))
-    if difference:
-        raise UserError(f"{path} is not a checkpoint of this network: {difference}")
+            check_network(trained.new_network(network), trained.tensors, path)
     return trained
 
 
@@ -130,7 +126,7 @@ def start_from(net: AugmentCNN, trained: TrainedNetwork, classes: list[str]) -> 
     other = [name for name in state if name not in saved or saved[name].shape != state[name].shape]
     errors = [name for name in other if name not in classifiers]
     if errors:
-        raise ranks.user_error(
+        raise UserError(
             f"--init-checkpoint is of another network: {len(errors)} of {len(state)} tensors are missing or of another "
             f"shape, first {errors[0]}"
         )
@@ -158,7 +154,7 @@ def images_of(trained: TrainedNetwork, data_path: str | None = None) -> Images:
         images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
     else:
         images = get_test_data(**options)
-    check_unchanged({trained.measured_on: images}, results)
+    check_unchanged({trained.measured_on: images.fingerprint()}, results["data"])
     return images
 
 

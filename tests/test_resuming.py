@@ -1,4 +1,4 @@
-"""Nothing is lost and nobody's code run: kills, damaged files, signals, full disks, bad images."""
+"""A run that is killed, stopped or disturbed loses nothing, and no code of a stranger's is run."""
 
 import errno
 import json
@@ -16,16 +16,15 @@ import pytest
 import torch
 from comparing import differences, outcome
 from conftest import ROOT, assert_one_line_error, run_script
-from PIL import Image
+from gates import command, refused
 
+import augment
 import search
-from command_line.errors import UserError, user_errors_in_one_line
 from config import SearchConfig
+from images.loading import Loader, LoadingError
 from models.search_cnn import SearchCNN
-from run.checkpoints import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
-from run.folder import RunFolder
+from run.checkpoints import load_checkpoint, save_checkpoint
 from run.run import Run
-from utils import get_data
 
 SMALL = ("--layers", 3, "--init-channels", 2, "--batch-size", 256, "--workers", 0, "--checkpoint-minutes", 0)
 WORDS = {
@@ -74,7 +73,7 @@ def test_killed_runs_end_as_those_left_alone(stage, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("stage", WORDS)
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_signals_finish_the_step_and_save(stage, name, alone, tmp_path):
     number = getattr(signal, name)
     process, run = begin(stage, tmp_path)
@@ -123,60 +122,9 @@ def test_a_second_interrupt_stops_at_once_and_damages_nothing(tmp_path):
 
 @pytest.fixture
 def saved(alone, tmp_path):
-    """A copy of a search's folder, its checkpoint and the one before."""
+    """A copy of a search's folder."""
     shutil.copytree(alone["search"], tmp_path / "run")
     return tmp_path / "run"
-
-
-def damaged_files(data):
-    chance = random.Random(0)
-    for length in [*range(5), *(chance.randrange(len(data)) for _ in range(100)), len(data) - 1]:
-        yield data[:length]
-    for _ in range(100):
-        changed = bytearray(data)
-        changed[chance.randrange(len(data))] ^= chance.randrange(1, 256)
-        yield bytes(changed)
-    for n in (2, 10, 100):
-        changed = bytearray(data)
-        for _ in range(n):
-            changed[chance.randrange(len(data))] ^= chance.randrange(1, 256)
-        yield bytes(changed)
-    for place in range(1, 120):  # the checksum itself, and the archive's directory
-        changed = bytearray(data)
-        changed[-place] ^= 1
-        yield bytes(changed)
-
-
-@pytest.mark.process
-def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_used(saved):
-    folder, before = RunFolder(saved), load_checkpoint(saved / "previous.pt")
-    checkpoint, path, warning = find_checkpoint(folder)
-    assert checkpoint["epoch"] > before["epoch"]
-    assert path == saved / "checkpoint.pt"
-    assert warning is None
-    for data in damaged_files(path.read_bytes()):
-        path.write_bytes(data)
-        with pytest.raises(DamagedCheckpointError):
-            load_checkpoint(path)
-        checkpoint, used, warning = find_checkpoint(folder)
-        assert checkpoint["epoch"] == before["epoch"]
-        assert used == saved / "previous.pt"
-        assert "checkpoint.pt" in warning
-        assert "previous.pt" in warning
-    (saved / "previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no other"):
-        find_checkpoint(folder)
-
-
-@pytest.mark.process
-def test_a_run_whose_last_checkpoint_is_damaged_ends_as_it_did(saved, alone):
-    with open(saved / "checkpoint.pt", "r+b") as file:
-        file.truncate(1000)
-    process = run_script("search.py", "--resume", saved, cwd=saved.parent)
-    assert process.returncode == 0
-    assert process.stderr.startswith("warning: ")
-    assert len(process.stderr.splitlines()) == 1
-    assert differences(outcome(alone["search"]), outcome(saved)) == []
 
 
 class RunsCode:
@@ -188,66 +136,95 @@ class RunsCode:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("how", ["torch.save", "sealed", "pickle"])
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
 def test_code_in_a_checkpoint_is_refused_and_not_run(how, saved, tmp_path):
     state = load_checkpoint(saved / "checkpoint.pt") | {"results": RunsCode(tmp_path / "ran")}
-    path = saved / "checkpoint.pt"
-    if how == "sealed":
-        save_checkpoint(state, saved)
-    elif how == "torch.save":
-        torch.save(state, path)
+    if how == "torch.save":
+        torch.save(state, saved / "checkpoint.pt")
     else:
-        path.write_bytes(pickle.dumps({"format": RunsCode(tmp_path / "ran")}))
-    assert_one_line_error(run_script("search.py", "--resume", saved, cwd=tmp_path), "checkpoint.pt", "plain types")
+        (saved / "checkpoint.pt").write_bytes(pickle.dumps(state, protocol=2))
+    assert_one_line_error(run_script("search.py", "--resume", saved, cwd=tmp_path), "checkpoint.pt")
     assert not (tmp_path / "ran").exists()
 
 
+def change(content, path, value):
+    """Set an entry of nested dicts and lists; value None: delete it."""
+    *parents, last = path
+    for key in parents:
+        content = content[key]
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
 @pytest.mark.process
-def test_checkpoints_that_do_not_fit_are_refused_by_what_differs(saved, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("path", "value", "mentions"),
+    [
+        (["stage"], "augment", ["augment"]),
+        (["config", "init_channels"], 4, ["--init-channels 4, not 2"]),
+        (["classes", "network"], "GumbelCNN", ["network GumbelCNN, not SearchCNN"]),
+        (["classes", "architect"], "L1", ["architect L1, not Architect"]),
+        (["parts"], {}, ["net"]),
+        (["parts", "net", "stem.0.weight"], None, ["stem.0.weight is missing"]),
+        (["parts", "net", "of_another"], torch.zeros(1), ["of_another is unknown"]),
+        (["parts", "net", "stem.0.weight"], torch.zeros(6, 1, 5, 5), ["stem.0.weight", "[6, 1, 5, 5]"]),
+        (["parts", "net", "stem.0.weight"], torch.zeros(6, 1, 3, 3).double(), ["float64"]),
+        (["parts", "net", "stem.0.weight"], "x", ["str"]),
+        (["parts", "w_optim", "state", 0, "momentum_buffer"], torch.zeros(1), ["momentum_buffer of parameter 0"]),
+        (["parts", "w_optim", "state", 10**6], {"momentum_buffer": torch.zeros(1)}, ["IndexError"]),
+        (["parts", "alpha_optim", "state", 0, "exp_avg"], torch.zeros(9), ["exp_avg of parameter 0"]),
+        (["random"], {}, ["cpu"]),
+        (["random", "cpu"], torch.zeros(7, dtype=torch.uint8), ["not as this program writes it"]),
+        (["epoch"], "one", ["not as this program writes it"]),
+        (["results", "data", "training", "classes", "0"], 99, ["no longer those of the run"]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_what_differs(path, value, mentions, saved, monkeypatch, capsys):
     state = load_checkpoint(saved / "checkpoint.pt")
-    net_without_stem = {name: part for name, part in state["keeps"]["net"].items() if not name.startswith("stem")}
-    for changes, mentions in (
-        ({"format": 99}, ["format 99", "2"]),
-        ({"stage": "augment"}, ["stage 'augment'"]),
-        ({"config": state["config"] | {"init_channels": 4}}, ["init_channels 4"]),
-        ({"keeps": {}}, ["too small"]),
-        ({"keeps": state["keeps"] | {"net": {}}}, ["too small"]),
-        ({"keeps": state["keeps"] | {"net": net_without_stem}}, ["another network", "stem"]),
-        ({"random": {}}, ["cpu"]),
-        ({"within": {}}, ["within"]),
-        ({"config": state["config"] | {"momentum_of_alpha": 0.5}}, ["unrecognized", "momentum-of-alpha"]),
-        ({"classes": "SearchCNN"}, ["classes is 'SearchCNN'"]),
-        ({"classes": {"network": "GumbelCNN"}}, ["network GumbelCNN, not SearchCNN"]),
-        ({"classes": {"network": "SearchCNN", "architect": "L1"}}, ["architect L1, not Architect"]),
-    ):
-        save_checkpoint(state | changes, saved)
-        monkeypatch.setattr("sys.argv", ["search.py", "--resume", str(saved)])
-        with pytest.raises(SystemExit) as stop:
-            search.main()
-        (line,) = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2
-        assert all(mention in line for mention in mentions)
-
-
-def without(option, saved):
-    """Let a run be as one from before the program had this option."""
-    options = json.loads((saved / "config.json").read_text())
-    del options[option]
-    (saved / "config.json").write_text(json.dumps(options))
-    state = load_checkpoint(saved / "checkpoint.pt")
-    del state["config"][option]
+    change(state, path, value)
     save_checkpoint(state, saved)
+    refused(capsys, search.main, ["--resume", saved], *mentions)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("stage", "option"), [("search", "primitives"), ("search", "amp"), ("augment", "execution")])
+def test_damaged_checkpoints_are_one_line(saved, capsys):
+    data = (saved / "checkpoint.pt").read_bytes()
+    chance = random.Random(0)
+    for length in [*range(5), *(chance.randrange(len(data) // 2) for _ in range(5))]:
+        (saved / "checkpoint.pt").write_bytes(data[:length])
+        refused(capsys, search.main, ["--resume", saved], "checkpoint.pt")
+
+
+@pytest.mark.process
+def test_buffers_are_laid_out_in_memory_as_their_parameters(saved, alone):
+    """Fused steps of optimizers rely on it, and files keep the strides that tensors had."""
+    state = load_checkpoint(saved / "checkpoint.pt")
+    for buffers in state["parts"]["w_optim"]["state"].values():
+        buffers["momentum_buffer"] = buffers["momentum_buffer"].contiguous()
+    save_checkpoint(state, saved)
+    for run in (saved, alone["search"]):
+        shutil.copytree(run, run.with_name(f"{run.name}-longer"))
+        process = run_script("search.py", "--resume", f"{run}-longer", "--epochs", 4, cwd=saved.parent)
+        assert process.returncode == 0, process.stderr
+    assert differences(*(outcome(run.with_name(f"{run.name}-longer")) for run in (alone["search"], saved))) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("stage", "option"), [("search", "order"), ("augment", "execution")])
 def test_a_run_from_before_an_option_goes_on_with_its_default(stage, option, alone, tmp_path):
-    shutil.copytree(alone[stage], tmp_path / "run")
-    before = json.loads((tmp_path / "run/config.json").read_text())
-    without(option, tmp_path / "run")
-    process = run_script(f"{stage}.py", "--resume", tmp_path / "run", "--epochs", 4, cwd=tmp_path)
+    run = shutil.copytree(alone[stage], tmp_path / "run")
+    options = json.loads((run / "config.json").read_text())
+    state = load_checkpoint(run / "checkpoint.pt")
+    for without in (options, state["config"]):
+        del without[option]
+    (run / "config.json").write_text(json.dumps(options))
+    save_checkpoint(state, run)
+    process = run_script(f"{stage}.py", "--resume", run, "--epochs", 4, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert json.loads((tmp_path / "run/config.json").read_text()) == before | {"epochs": 4}
+    before = json.loads((alone[stage] / "config.json").read_text())
+    assert json.loads((run / "config.json").read_text()) == before | {"epochs": 4}
 
 
 @pytest.mark.process
@@ -280,49 +257,27 @@ def test_what_is_saved_is_a_copy_of_what_was_handed_over(tmp_path):
     run.end_epoch(True, {"history": history})
     history.append("half of epoch 2")
     run.save()
-    run.tensorboard.close()
     assert load_checkpoint(run.folder.checkpoint)["results"] == {"history": ["epoch 1"]}
 
 
 @pytest.mark.process
-def test_a_file_without_a_seal_is_taken_for_no_checkpoint_of_ours(saved):
-    torch.save(load_checkpoint(saved / "checkpoint.pt"), saved / "checkpoint.pt")
-    with pytest.raises(DamagedCheckpointError, match="checksum is missing"):
-        load_checkpoint(saved / "checkpoint.pt")
-
-
-@pytest.mark.process
-def test_a_run_killed_before_it_saved_anything_starts_when_resumed(alone, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copy(alone["search"] / "config.json", run)
-    process = run_script("search.py", "--resume", run, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert differences(outcome(alone["search"]), outcome(run)) == []
-
-
-@pytest.mark.process
 @pytest.mark.parametrize(
-    ("stage", "words", "phase"),
+    ("stage", "words", "mention"),
     [
-        ("search", ["--w-lr", 2e9], "alpha"),
-        ("augment", ["--lr", 2e9], "w"),
+        ("search", ["--w-lr", 2e9], "train"),
+        ("augment", ["--lr", 2e9], "train"),
+        ("search", ["--w-lr", 2e9, "--batch-size", 720], "valid"),
+        ("augment", ["--lr", 2e9, "--batch-size", 1437], "test"),
     ],
 )
-def test_numbers_that_are_not_finite_stop_the_run_before_they_spoil_it(stage, words, phase, tmp_path):
+def test_a_number_that_is_not_finite_ends_the_run_and_the_checkpoint_is_from_before(stage, words, mention, tmp_path):
     process = run_script(f"{stage}.py", *WORDS[stage], *words, cwd=tmp_path)
-    assert process.returncode == 2
-    assert "Traceback" not in process.stderr
-    complaint = process.stderr.splitlines()[-1]
-    assert all(mention in complaint for mention in (f"phase {phase}", "learning rate", "not both finite"))
+    assert_one_line_error(process, mention, "learning rate")
     run = tmp_path / "runs" / stage / "digits"
-    fault = json.loads((run / "fault.json").read_text())
+    assert not (run / "best.pt").exists()
     state = load_checkpoint(run / "checkpoint.pt")
-    assert fault["step"] == state["step"] + 1
-    assert fault["phase"] == phase
-    assert all(len(samples) > 1 for samples in fault["samples"].values())
     # running variances may be infinite: they are recorded while the loss is found out
-    assert all(t.isfinite().all() for name, t in state["keeps"]["net"].items() if "running" not in name)
+    assert all(t.isfinite().all() for name, t in state["parts"]["net"].items() if "running" not in name)
 
 
 @pytest.mark.process
@@ -368,35 +323,30 @@ def test_a_file_that_cannot_be_written_leaves_the_ones_that_are_there(tmp_path, 
     with pytest.raises(OSError, match="No space"):
         save_checkpoint({"step": 3}, tmp_path, is_best=True)
     steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
-    assert steps == {"checkpoint.pt": 2, "previous.pt": 1, "best.pt": 2}
+    assert steps == {"checkpoint.pt": 2, "best.pt": 2}
 
 
 def test_out_of_memory_says_what_to_lower(capsys):
-    with pytest.raises(SystemExit) as stop, user_errors_in_one_line("search.py"):
-        torch.empty(10**16)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--batch-size" in line
-    assert "--recompute" in line
+    refused(capsys, lambda: torch.empty(10**16), [], "--batch-size", "--recompute")
 
 
-BAD = {
-    "truncated.png": lambda path: path.write_bytes(path.with_name("000.png").read_bytes()[:60]),
-    "empty.png": lambda path: path.touch(),
-    "text.png": lambda path: path.write_text("no image"),
-    "real.tif": lambda path: Image.new("F", (12, 12)).save(path),
-}
+@pytest.mark.process
+def test_the_steps_before_a_failing_loading_process_are_saved(alone, tmp_path, monkeypatch, capsys):
+    words, epoch_of = [*WORDS["augment"], "--runs-path", tmp_path], Loader.epoch
 
+    def failing(self, epoch, first=0):
+        for i, batch in enumerate(epoch_of(self, epoch, first)):
+            if (epoch, i) == (2, 3):
+                raise LoadingError("a process that loads images has failed")
+            yield batch
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_images_are_named_or_left_out(name, image_folder, tmp_path, capsys):
-    folder = image_folder(tmp_path / "images")
-    BAD[name](folder / "train" / "left" / name)
-    with pytest.raises(UserError, match=f"cannot read the image .*{name}.*--skip-bad-images"):
-        get_data("folder", folder, 0, False, image_size=8)
-    *_, data = get_data("folder", folder, 0, False, image_size=8, skip_bad_images=True)
-    assert len(data) == 24
-    assert "1 of 25 images left out" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "epoch", failing)
+        refused(capsys, augment.main, [*words, "--checkpoint-minutes", 10], "has failed")
+    run = tmp_path / "augment/digits"
+    assert load_checkpoint(run / "checkpoint.pt")["steps_of_epoch"] == 3
+    assert command(augment.main, ["--resume", run]) == 0
+    assert differences(outcome(alone["augment"]), outcome(run)) == []
 
 
 @pytest.mark.process
@@ -421,14 +371,6 @@ def test_a_search_leaves_bad_images_out_when_told_to(image_folder, tmp_path):
     process = run_script("search.py", *words, "--skip-bad-images", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "1 of 24 images left out" in process.stderr
-
-
-def test_a_class_of_bad_images_alone_cannot_be_skipped(image_folder):
-    folder = image_folder(splits=("train",))
-    for path in (folder / "train" / "left").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="no image of left"):
-        get_data("folder", folder, 0, False, skip_bad_images=True)
 
 
 @pytest.mark.process

@@ -1,0 +1,108 @@
+"""The folder of a run: one process writes to it, it leads nowhere else, and it is replaced as a whole or not at all."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from comparing import differences, outcome
+from conftest import ROOT
+from gates import STAGES, command, refused
+
+import search
+from run.folder import RunFolder, read_json, reading, write_json
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.txt", "lock", "plots/x.png", "tb", "a/b/c.txt"])
+def test_a_folder_with_a_link_in_it_is_refused_and_nothing_is_written(name, copied, tmp_path, capsys):
+    victim = tmp_path / "victim"
+    path = copied["search"] / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        victim.mkdir()
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        victim.write_text("mine")
+    path.symlink_to(victim)
+    refused(capsys, search.main, ["--resume", copied["search"]], name, "a link")
+    assert victim.read_text() == "mine" if victim.is_file() else os.listdir(victim) == []
+
+
+@pytest.mark.process
+def test_a_run_that_is_running_is_not_touched_by_another_command(tmp_path, capsys):
+    words = [word.format(tmp_path) for word in STAGES["search"][1]] + ["--epochs", "1000000", "--workers", "1"]
+    first = subprocess.Popen([sys.executable, ROOT / "search.py", *words], stdout=subprocess.DEVNULL)
+    folder = RunFolder(tmp_path / "search/digits")
+    while not folder.history.exists():
+        assert first.poll() is None
+    for more in (["--overwrite"], ["--auto-resume"], ["--resume", folder]):
+        refused(capsys, search.main, more if "--resume" in more else [*words, *more], "in use by another process")
+    first.kill()  # whereupon the lock is gone, whatever becomes of the process that loads images
+    first.wait()
+    folder.lock()
+    folder.unlock()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_a_folder_is_unlocked_when_a_run_leaves_it(end, tmp_path, monkeypatch):
+    words = [word.format(tmp_path) for word in STAGES["search"][1]]
+    if end == "failed":
+        monkeypatch.setattr("search.train", None)
+        with pytest.raises(TypeError):
+            command(search.main, words)
+    else:
+        assert command(search.main, words) == 0
+    code = f"from run.folder import RunFolder; RunFolder({str(tmp_path / 'search/digits')!r}).lock()"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+class Killed(BaseException):
+    """The process ends at once: nothing of the program runs any more."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["full disk", "killed"])
+@pytest.mark.parametrize("place", ["run.folder.write_json", "run.run.save_checkpoint", "os.fsync"])
+def test_an_overwritten_run_is_there_until_the_new_one_is_saved(how, place, finished, tmp_path, monkeypatch, capsys):
+    path = shutil.copytree(finished["search"], tmp_path / "search/digits")
+    words = [*(word.format(tmp_path) for word in STAGES["search"][1]), "--seed", "7", "--overwrite"]
+    before = outcome(path)
+
+    def disturbed(*args):
+        raise Killed if how == "killed" else OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, disturbed)
+        if how == "killed":
+            patch.setattr(shutil, "rmtree", lambda *args, **options: None)
+            with pytest.raises(Killed):
+                command(search.main, words)
+        else:
+            refused(capsys, search.main, words, "No space left")
+            assert os.listdir(path.parent) == ["digits"]
+    assert differences(before, outcome(path)) == []
+    assert command(search.main, words) == 0
+    assert read_json(path / "config.json")["seed"] == 7
+
+
+def test_a_json_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            write_json(path, 2)
+    assert read_json(path) == 1
+    assert os.listdir(tmp_path) == ["x.json"]
+    assert read_json(tmp_path / "nothing.json") is None
+
+
+@pytest.mark.parametrize("use", [lambda: {}["a"], lambda: "a" + 1, lambda: None.x, lambda: 2.0**10**9])
+def test_an_error_in_the_use_of_a_file_names_the_file(use):
+    with pytest.raises(ValueError, match=r"x\.json is not as this program writes it"), reading("x.json"):
+        use()
