@@ -5,36 +5,45 @@ differentiation, at the current w, on one batch with BN by the batch's statistic
 cheaper, since the fused execution could compute them, but ReLUs and max pools make them unreliable: docs/collapse.md.
 """
 
-import contextlib
+import copy
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.search_cnn import frozen_statistics, tracking
+from models.search_cnn import SearchCNN
 from models.sync_bn import SyncBatchNorm2d
 
-MAX_PIXELS = 8192  # of all images of the batch: the graph of a default network keeps about 2.5 GB for these
+MAX_PIXELS = 8192  # in all images of the batch together: the graph of a default network takes about 2.5 GB for these
 MAX_PRODUCTS = 8
 TOLERANCE = 0.03
 
 
-def images_within(n, size):
+def images_within(n: int, size: int) -> int:
     """How many of n images of size x size pixels are used: as many as have `MAX_PIXELS` together, but 2 if n allows."""
     return min(n, max(2, MAX_PIXELS // size**2))
 
 
-def dominant_eigenvalue(net, X, y, tolerance=TOLERANCE, max_products=MAX_PRODUCTS, seed=0):
-    """The eigenvalue of largest magnitude of d2 L / d alpha2 at a batch, or None where it cannot be computed.
+def dominant_eigenvalue(
+    net: SearchCNN,
+    X: torch.Tensor,
+    y: torch.Tensor,
+    tolerance: float = TOLERANCE,
+    max_products: int = MAX_PRODUCTS,
+    seed: int = 0,
+) -> float | None:
+    """The eigenvalue of largest magnitude of d2 L / d alpha2 at a batch, or None if it cannot be computed.
 
     By Lanczos's method with full orthogonalisation, from a seeded direction, until the residual's bound on the error is
-    below `tolerance` times the eigenvalue, or after `max_products` products. The network is as it was afterwards, and
-    no random number is drawn from the global generators.
+    below `tolerance` times the eigenvalue, or after `max_products` products. The network does not change, and no random
+    number is drawn from the global generators.
     """
-    alphas = list(net.alphas())
     try:
-        with _twice_differentiable(net), torch.autocast(X.device.type, enabled=False):
+        net = _twice_differentiable(net)
+        alphas = list(net.alphas())
+        with torch.autocast(X.device.type, enabled=False):
             gradient = _flat(torch.autograd.grad(net.loss(X, y), alphas, create_graph=True, materialize_grads=True))
 
             def product(v):
@@ -48,7 +57,7 @@ def dominant_eigenvalue(net, X, y, tolerance=TOLERANCE, max_products=MAX_PRODUCT
         return None
 
 
-def lanczos(product, start, tolerance, max_products):
+def lanczos(product: Callable, start: torch.Tensor, tolerance: float, max_products: int) -> float:
     """The eigenvalue of largest magnitude of a symmetric matrix, given by its product with a vector."""
     basis, diagonal, off_diagonal = [start / start.norm()], [], []
     while True:
@@ -75,47 +84,29 @@ def _flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-@contextlib.contextmanager
 def _twice_differentiable(net):
-    """Inside, the network's loss can be differentiated twice in alpha, as in training, without noise; w is constant.
+    """A copy of the network in training mode, without noise, whose loss can be differentiated twice in alpha.
 
-    The cells run by their definition, since the fused execution can be differentiated once only, and so can BN over
-    ranks. Convolutions run as `_Convolution`.
+    The cells run by their definition, since the fused execution can be differentiated only once, and so can BN over
+    ranks. w is constant.
     """
-    training, noise, recompute = net.training, net.noise, net.recompute
-    executions = [cell.execution for cell in net.cells]
-    synced = [module for module in net.modules() if type(module) is SyncBatchNorm2d]
-    convolutions = [module for module in net.modules() if _is_plain_convolution(module)]
-    weights = list(net.weights())
-    try:
-        net.train()
-        net.noise, net.recompute = None, False
-        for cell in net.cells:
-            cell.execution = "plain"
-        for bn in synced:
-            bn.__class__ = nn.BatchNorm2d
-        for w in weights:
-            w.requires_grad_(False)
-        for convolution in convolutions:
-            convolution.forward = lambda x, convolution=convolution: _Convolution.apply(x, convolution)
-        with frozen_statistics(tracking(net)):
-            yield
-    finally:
-        for convolution in convolutions:
-            del convolution.forward
-        for w in weights:
-            w.requires_grad_(True)
-        for bn in synced:
-            bn.__class__ = SyncBatchNorm2d
-        for cell, execution in zip(net.cells, executions):
-            cell.execution = execution
-        net.noise, net.recompute = noise, recompute
-        net.train(training)
+    net = copy.deepcopy(net).train()
+    net.noise, net.recompute = None, False
+    for cell in net.cells:
+        cell.execution = "plain"
+    for w in net.weights():
+        w.requires_grad_(False)
+    for module in net.modules():
+        if type(module) is SyncBatchNorm2d:
+            module.__class__ = nn.BatchNorm2d
+        elif type(module) is nn.Conv2d and module.bias is None and module.padding_mode == "zeros":
+            module.__class__ = _Conv2d
+    return net
 
 
-def _is_plain_convolution(module):
-    is_plain = type(module) is nn.Conv2d and module.bias is None and module.padding_mode == "zeros"
-    return is_plain and "forward" not in vars(module)
+class _Conv2d(nn.Conv2d):
+    def forward(self, x):
+        return _Convolution.apply(x, self)
 
 
 class _Convolution(torch.autograd.Function):

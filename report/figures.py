@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from evidence.intervals import mean_interval
-from evidence.search_state import WINDOW, cell, changes, early_stop, margins, skip_connections
+from evidence.search_state import WINDOW, cell, changes, early_stop, skip_connections
 from models.choices import PRIMITIVES
 from report.cells import INPUTS
 from report.recorded_run import KINDS
@@ -114,26 +114,23 @@ def draw_edge(axes, weights, candidates, source):
     epoch_axis(axes)
 
 
-def settling(genotypes, weights, candidates, history=()):
+def settling(genotypes, history):
     """Margins of the chosen operations, skip connections and changes of the cell, and the eigenvalue, by epoch.
 
-    weights: kind -> [node][source], (epochs, candidates) each; history: of the search, see `search_state`.
+    genotypes, history: of the search, by epoch; see `search_state`.
     """
-    has_eigenvalues = any(entry.get("eigenvalue") is not None for entry in history)
+    has_eigenvalues = any(entry["eigenvalue"] is not None for entry in history)
     figure = Figure(figsize=(10 if has_eigenvalues else 7, 2.8), layout="constrained")
     left, right, *rest = figure.subplots(1, 2 + has_eigenvalues)
     for axes in rest:
         eigenvalues(axes, history)
-    epochs = range(1, len(genotypes) + 1)
+    epochs = [entry["epoch"] for entry in history]
     for kind, colour, height in zip(KINDS, ("C0", "C3"), (-0.35, -0.7)):
-        genes = [getattr(genotype, kind) for genotype in genotypes]
-        by_epoch = [
-            margins([[edge[i] for edge in node] for node in weights[kind]], gene, candidates)
-            for i, gene in enumerate(genes)
-        ]
-        left.plot(epochs, [np.mean(values) for values in by_epoch], color=colour, label=f"{kind}, mean")
-        left.plot(epochs, [np.min(values) for values in by_epoch], color=colour, ls=":", label=f"{kind}, smallest")
-        right.plot(epochs, list(map(skip_connections, genes)), color=colour, label=kind, drawstyle="steps-mid")
+        margins = [entry["margins"][kind] for entry in history]
+        left.plot(epochs, list(map(np.mean, margins)), color=colour, label=f"{kind}, mean")
+        left.plot(epochs, list(map(np.min, margins)), color=colour, ls=":", label=f"{kind}, smallest")
+        skips = [skip_connections(getattr(genotype, kind)) for genotype in genotypes]
+        right.plot(epochs, skips, color=colour, label=kind, drawstyle="steps-mid")
         changed = [epochs[i] for i in changes([getattr(cell(genotype), kind) for genotype in genotypes])]
         right.plot(changed, [height] * len(changed), "|", color=colour)
     left.set(xlabel="epoch")
@@ -149,7 +146,7 @@ def settling(genotypes, weights, candidates, history=()):
 
 def eigenvalues(axes, history):
     """The dominant eigenvalue of the Hessian of L_val in alpha, and where DARTS-ES stops."""
-    known = [entry for entry in history if entry.get("eigenvalue") is not None]
+    known = [entry for entry in history if entry["eigenvalue"] is not None]
     axes.plot([entry["epoch"] for entry in known], [entry["eigenvalue"] for entry in known], marker=".")
     stop = early_stop(history)
     if stop is not None:

@@ -36,17 +36,16 @@ def content_of(run: RecordedRun) -> dict:
 
 
 def search_content(run):
-    genotypes, candidates = run.genotypes(), run.candidates
-    weights = {kind: run.edge_weights(kind) for kind in KINDS}
+    genotypes = run.genotypes()
     drawings, epochs = cells_by_epoch(genotypes)
     return {
         "drawings": drawings,
         "epochs": epochs,
         "labels": [f"epoch {epoch['epoch']}, top 1 {epoch['valid_top1']:.2%}" for epoch in run.history],
-        "edge_weights": {kind: picture(figures.edge_weights(weights[kind], candidates)) for kind in KINDS},
+        "edge_weights": {kind: picture(figures.edge_weights(run.edge_weights(kind), run.candidates)) for kind in KINDS},
         "verdict": verdict(run.history),
         "changes": [i + 1 for i in changes([cell(genotype) for genotype in genotypes])],
-        "settling": picture(figures.settling(genotypes, weights, candidates, run.history)),
+        "settling": picture(figures.settling(genotypes, run.history)),
     }
 
 

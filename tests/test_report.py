@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from evidence import search_state
-from genotypes import DARTS_V1, DARTS_V2, Genotype, from_str, parse
+from genotypes import Genotype, from_str, parse
 from models.choices import PRIMITIVES
 from report import figures, pages
 from report.recorded_run import KINDS, read_run
@@ -75,6 +75,7 @@ def write_search(folder, candidates, epochs=4, nodes=2, skipped_tag=None):
         concat = range(2, nodes + 2)
         genotypes.append(Genotype(genes["normal"], concat, genes["reduce"], concat))
         history.append({"epoch": epoch, "valid_top1": epoch / 10, "string": str(genotypes[-1])})
+        history[-1] |= {"eigenvalue": None, "margins": {kind: [0.1, 0.2] for kind in KINDS}}
     writer.close()
     (folder / "history.json").write_text(json.dumps(history))
     return weights, genotypes
@@ -194,21 +195,6 @@ def test_titles_name_the_strongest_candidate_but_none():
     values = np.array([[0.1, 0.6, 0.3], [0.7, 0.1, 0.2]])  # the last epoch counts
     figure = figures.edge_weights([[values, values]], ["none", "skip_connect", "sep_conv_3x3"])
     assert [axes.get_title() for axes in figure.axes] == ["c_{k-2}: sep_conv_3x3", "c_{k-1}: sep_conv_3x3"]
-
-
-def test_margins_are_of_the_chosen_over_the_best_other_but_none():
-    weights = torch.full((2, len(PRIMITIVES)), 0.05)
-    weights[0, 0], weights[0, 3], weights[0, 7] = 0.3, 0.2, 0.9
-    weights[1, 2] = 0.4
-    margins = search_state.margins([weights.tolist()], [[("max_pool_3x3", 0), ("skip_connect", 1)]], PRIMITIVES)
-    assert margins == pytest.approx([0.1, 0.35])
-    candidates = ["none", "skip_connect", "sep_conv_3x3"]
-    rows = [[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]]
-    margins = search_state.margins([rows], [[("sep_conv_3x3", 0), ("skip_connect", 1)]], candidates)
-    assert margins == pytest.approx([0.2, 0.2])
-    assert search_state.margins([[[0.6, 0.4]]], [[("skip_connect", 0)]], ["none", "skip_connect"]) == [0.4]
-    assert search_state.skip_connections(DARTS_V1.normal) == 3
-    assert search_state.skip_connections(DARTS_V2.reduce) == 3
 
 
 @pytest.mark.parametrize(("script", "message"), [("exit 1", "graphviz's `dot` failed"), (None, "install graphviz")])
