@@ -52,53 +52,32 @@ sizes = {
 several = st.integers(1, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(K=st.integers(1, 37), edges=several, terms=several, with_bases=st.booleans(), with_shifts=st.booleans(), **sizes)
-def test_mix_is_a_sum_of_matrix_products(N, H, W, C, K, edges, terms, with_bases, with_shifts, seed, dtype, threads):
+def test_sums_and_products_of_images(N, H, W, C, K, edges, terms, with_bases, with_shifts, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    given_terms = []
-    for i in range(terms):
-        xs = [images(N, K + i, H, W, dtype) for _ in range(edges)]
-        given_terms.append((xs, torch.randn(edges, K + i, C, dtype=dtype)))
-    bases = [images(N, C, H, W, dtype) for _ in range(edges)] if with_bases else None
+    xs = [[images(N, K, H, W, dtype) for _ in range(edges)] for _ in range(terms)]
+    gs = [images(N, C, H, W, dtype) for _ in range(edges)]
+    A, weights = torch.randn(terms, edges, K, C, dtype=dtype), torch.randn(edges, terms, dtype=dtype).T
     shifts = torch.randn(edges, C, dtype=dtype) if with_shifts else None
-    found = native.mix(given_terms, bases, shifts)
-    assert len(found) == edges
-    for e, y in enumerate(found):
-        expected = sum(torch.einsum("nkhw,kc->nchw", xs[e].double(), A[e].double()) for xs, A in given_terms)
-        expected = expected + (bases[e].double() if with_bases else 0)
-        close(y, expected + (shifts[e].double()[:, None, None] if with_shifts else 0), dtype)
+    x, g = torch.stack([torch.stack(row) for row in xs]).double(), torch.stack(gs).double()
 
+    ys = native.mix(list(zip(xs, A)), gs if with_bases else None, shifts)
+    expected = torch.einsum("tenkhw,tekc->enchw", x, A.double()) + (g if with_bases else 0)
+    close(torch.stack(ys), expected + (shifts.double()[:, None, :, None, None] if with_shifts else 0), dtype)
 
-@settings(max_examples=60, deadline=None)
-@given(K=st.integers(1, 37), pairs=several, **sizes)
-def test_products_are_sums_over_pixels(N, H, W, C, K, pairs, seed, dtype, threads):
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    a, b = ([images(N, channels, H, W, dtype) for _ in range(pairs)] for channels in (K, C))
-    sums, products = native.products(a, b)
-    a, b = torch.stack(a).double(), torch.stack(b).double()
-    close(sums, a.sum((1, 3, 4)), dtype, a.abs().sum((1, 3, 4)))
-    exact, magnitudes = (torch.einsum("enkhw,enchw->ekc", *pair) for pair in ((a, b), (a.abs(), b.abs())))
+    sums, products = native.products(xs[0], gs)
+    close(sums, x[0].sum((1, 3, 4)), dtype, x[0].abs().sum((1, 3, 4)))
+    exact, magnitudes = (torch.einsum("enkhw,enchw->ekc", *pair) for pair in ((x[0], g), (x[0].abs(), g.abs())))
     close(products, exact, dtype, magnitudes)
 
-
-@settings(max_examples=60, deadline=None)
-@given(T=several, edges=several, **sizes)
-def test_blends_and_dots_are_weighted_sums_and_their_gradient(N, H, W, C, T, edges, seed, dtype, threads):
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    xs, gs = ([images(N, C, H, W, dtype) for _ in range(n)] for n in (T, edges))
-    weights = torch.randn(T, edges, dtype=dtype).T  # not contiguous
-    ys = native.blend(xs, weights)
-    expected = torch.einsum("et,tnchw->enchw", weights.double(), torch.stack(xs).double())
-    assert len(ys) == edges
-    for y, exact in zip(ys, expected):
-        close(y, exact, dtype)
-    g, x = torch.stack(gs).double(), torch.stack(xs).double()
-    dots, magnitudes = (torch.einsum("enchw,tnchw->et", *pair) for pair in ((g, x), (g.abs(), x.abs())))
-    close(native.dots(gs, xs), dots, dtype, magnitudes)
+    blends = native.blend([row[0] for row in xs], weights.T)
+    close(torch.stack(blends), torch.einsum("te,tnkhw->enkhw", weights.double(), x[:, 0]), dtype)
+    blends = native.blend(gs, weights)  # weights that are not contiguous
+    close(torch.stack(blends), torch.einsum("te,enchw->tnchw", weights.double(), g), dtype)
+    exact, magnitudes = (torch.einsum("enchw,fnchw->ef", pair, pair) for pair in (g, g.abs()))
+    close(native.dots(gs, gs), exact, dtype, magnitudes)
 
 
 @settings(max_examples=60, deadline=None)
@@ -267,16 +246,12 @@ GRAMS, M = torch.rand(1, 9, 9).double(), torch.randn(1, 3, 9)
     [
         lambda: native.depthwise([X], [False], *only(torch.randn(4, 1, 3, 3), (1, 1, 1))),
         lambda: native.depthwise([X], [False], *only(torch.randn(9, 1, 3, 3).double(), (1, 1, 1))),
-        lambda: native.depthwise([X], [False], *only(torch.randn(9, 1, 3, 5), (1, 1, 1))),
         lambda: native.depthwise([X, X[..., 1:]], [False] * 2, *only(torch.randn(9, 1, 3, 3), (1, 1, 1))),
         lambda: native.mix([([X], A[:, :4])]),
-        lambda: native.mix([([X], A.double())]),
         lambda: native.mix([([X], A)], [Y[:1]]),
-        lambda: native.mix([([X], A)], [Y.double()]),
         lambda: native.blend([X, Y], torch.randn(1, 2)),
         lambda: native.dots([X], [Y]),
         lambda: native.products([X], [X[:1]]),
-        lambda: native.products([X], [X.double()]),
         lambda: native.fold(GRAMS[:, 0], GRAMS[:, :8], 9.0, M, None, None, 0.1, 1),
         lambda: native.fold(GRAMS[:, 0], GRAMS, 9.0, M, torch.rand(1, 3).double(), None, 0.1, 1),
         lambda: native.fold(GRAMS[:, 0], GRAMS, 9.0, M, None, torch.rand(1, 2), 0.1, 1),
