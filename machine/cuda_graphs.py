@@ -42,11 +42,11 @@ def reason_against(config, device: torch.device) -> str | None:
 class Recording:
     """The graph of a function, with the tensors that it reads and writes.
 
-    layouts: shape, strides, type and device of each input; attributes: see `StepGraphs._attributes`, at the first step
+    layouts: shape, strides, type and device of each input; numbers: `StepGraphs._numbers` before the last eager step
     """
 
     layouts: list[tuple]
-    attributes: list[tuple[str, Any]]
+    numbers: dict[tuple[int, str], Any] = field(default_factory=dict)
     eager_steps: int = 0
     graph: torch.cuda.CUDAGraph | None = None
     inputs: list[torch.Tensor] = field(default_factory=list)
@@ -100,13 +100,12 @@ class StepGraphs:
             return function(*inputs, *fixed)
         new = [leaf for leaf in (*inputs, *noise) if leaf is not None]
         layouts = [(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in new]
-        if function not in self.recordings:
-            self.recordings[function] = Recording(layouts, self._attributes())
-        recording = self.recordings[function]
+        recording = self.recordings.setdefault(function, Recording(layouts))
         if layouts != recording.layouts:
             return function(*inputs, *fixed)
         if recording.eager_steps < EAGER_STEPS:
             recording.eager_steps += 1
+            recording.numbers = self._numbers(fixed)
             return self._warm_up(function, inputs, fixed)
         if recording.graph is None and not self._record(recording, function, inputs, fixed, fills):
             return function(*inputs, *fixed)
@@ -125,7 +124,8 @@ class StepGraphs:
 
     def _record(self, recording, function, inputs, fixed, fills):
         """Record what it launches, without running it. Returns whether that was possible."""
-        for (name, before), (_, now) in zip(recording.attributes, self._attributes()):
+        for (owner, name), now in self._numbers(fixed).items():
+            before = recording.numbers.get((owner, name))
             if now is not before and (isinstance(now, torch.Tensor) or now != before):
                 return self._give_up(f"{name} changes from step to step")
         self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -147,20 +147,33 @@ class StepGraphs:
         recording.gradients = [(parameter, parameter.grad) for parameter in fills]
         return True
 
-    def _attributes(self):
-        """Names and values that a graph would repeat: numbers, words and tensors of the network and the architect.
+    def _numbers(self, fixed):
+        """What a graph would repeat: numbers, words and tensors of network and architect, and what optimizers count.
 
-        A subclass may change one in each step, which a replay would not see, so that it would compute something else.
+        A subclass may change one in each step. A replay would not see that, and silently compute something else.
         """
-        attributes = []
-        for owner in (self.architect, *self.net.modules()):
-            for name, value in (vars(owner) | vars(owner).get("_buffers", {})).items():
+        owners = [
+            (type(owner).__name__, vars(owner) | vars(owner).get("_buffers", {}))
+            for owner in (self.architect, *self.net.modules())
+        ]
+        for optimizer in fixed:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                owners += [(type(optimizer).__name__, counts(state)) for state in optimizer.state.values()]
+        numbers = {}
+        for i, (owner, attributes) in enumerate(owners):
+            for name, value in attributes.items():
                 if isinstance(value, bool | int | float | str | torch.Tensor) and value is not self.net.noise:
-                    attributes.append((f"{type(owner).__name__}.{name}", value))
-        return attributes
+                    numbers[i, f"{owner}.{name}"] = value
+        return numbers
 
     def _give_up(self, reason):
         self.reason_against = reason
         self.forget()
         self.log(f"no CUDA graphs from here on: {reason}")
         return False
+
+
+def counts(state: dict[str, Any]) -> dict[str, float]:
+    """The numbers on the CPU in an optimizer's state of a parameter, such as Adam's count of steps."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: tensor.item() for name, tensor in tensors.items() if tensor.is_cpu and tensor.dim() == 0}

@@ -154,6 +154,22 @@ def test_an_epoch_repeats_its_fixed_numbers_and_the_next_records_anew(replayed):
     assert replays(graphs) == [2, 2]
 
 
+def test_gradients_that_depend_on_an_optimizers_count_of_steps_are_not_repeated(replayed):  # noqa: F811
+    graphs, weight = replayed(True), torch.nn.Parameter(torch.ones(3))
+    net, optimizer = small_net(), torch.optim.Adam([weight])
+    step_graphs = StepGraphs(Run, net, Architect(net, 0.9, 3e-4))
+
+    def divided(x, optimizer):
+        steps = optimizer.state[weight]["step"].item() if weight in optimizer.state else 0
+        weight.grad = x / (1 + steps)
+
+    for step in range(EAGER_STEPS + 2):
+        step_graphs.run(divided, inputs=(torch.ones(3),), fixed=(optimizer,), fills=[weight])
+        assert torch.equal(weight.grad, torch.ones(3) / (1 + step))
+        optimizer.step()
+    assert graphs == []
+
+
 @pytest.mark.parametrize(
     ("words", "device", "n_ranks", "reason"),
     [
