@@ -84,10 +84,7 @@ def search(network, architect_class, loggers, select):
     eigenvalue_images = eigenvalue_images[: images_within(config.eigenvalue_images, size)]
 
     seed_generators(config.seed)
-    net = build(network, config, run.device, channels, n_classes)
-    w_optim = architect_class.w_optimizer(net.weights(), config)
-    alpha_decay = config.alpha_weight_decay
-    alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=alpha_decay)
+    net, w_optim, alpha_optim = build(network, architect_class, config, run.device, channels, n_classes)
     architect = architect_class(net, config.w_momentum, config.w_weight_decay, config.eps_scale)
 
     with run.interruptible(), garbage_collection_of_new_objects():
@@ -139,8 +136,8 @@ def load_data(config):
     )
 
 
-def build(network, config, device, channels, n_classes):
-    """The network of these options, on the device."""
+def build(network, architect_class, config, device, channels, n_classes):
+    """The network of these options on the device, the optimizer of its weights and that of its alphas."""
     net = network(
         channels,
         config.init_channels,
@@ -155,7 +152,11 @@ def build(network, config, device, channels, n_classes):
     net = net.to(device, memory_format=torch.channels_last)
     if config.sync_bn:
         synchronise(net)
-    return net
+    w_optim = architect_class.w_optimizer(net.weights(), config)
+    alpha_optim = torch.optim.Adam(
+        net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
+    )
+    return net, w_optim, alpha_optim
 
 
 def log_start(run, net, data, w_half, alpha_half, size, channels, n_classes):

@@ -1,26 +1,35 @@
 """The small researches of examples/, which docs/changing.md shows: each has its effect, under both executions."""
 
+import json
+import re
 import runpy
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Batches, batch, run_script, sgd, small_net
-from exact import hessian_product
+from exact import by_definition, hessian_product
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import augment
 import search
 from architect import Architect
-from config import SearchConfig
-from genotypes import parse
+from config import AugmentConfig, SearchConfig
+from genotypes import DARTS_V2, from_str, parse
+from models.augment_cnn import AugmentCNN
 from models.choices import EXECUTIONS, PRIMITIVES
 from models.fast import search_cell
 from models.ops import OPS, FactorizedReduce, MixedOp, SepConv
 from models.search_cnn import SearchCNN
+from run.loggers import Logger
 from run.run import Run
 from utils import cosine_lr
 
-EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation"]
+EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation", "w_penalty", "nesterov"]
 NEW_SPACE = ("none", "skip_connect", "sep_conv_3x3", "max_pool_5x5")
 
 
@@ -37,11 +46,18 @@ both_executions = pytest.mark.parametrize("execution", EXECUTIONS)
 
 def classes_of(name):
     """The network's and the architect's class with which an example calls search.main."""
+    arguments = arguments_of(name)
+    return arguments.get("network", SearchCNN), arguments.get("architect", Architect)
+
+
+def arguments_of(name):
+    """What an example passes to search.main or augment.main."""
     arguments = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "main", lambda **options: arguments.update(options))
+        for script in (search, augment):
+            patch.setattr(script, "main", lambda **options: arguments.update(options))
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-    return arguments.get("network", SearchCNN), arguments.get("architect", Architect)
+    return arguments
 
 
 def network(kind, execution, primitives=PRIMITIVES, C=4):
@@ -54,10 +70,9 @@ def two_steps(net, architect=Architect):
     """Two steps of the search by the script's own loop; the alphas' gradients of the last."""
     trn, val = (Batches(batch(n=8, seed=seed + i) for i in range(2)) for seed in (10, 50))
     config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", "--overwrite"])
-    w_optim = torch.optim.SGD(net.weights(), config.w_lr, momentum=0.9, weight_decay=3e-4)
+    w_optim = architect.w_optimizer(net.weights(), config)
     alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-    bilevel = architect(net, 0.9, 3e-4)
-    search.train(1, Run(config), net, bilevel, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+    search.train(1, Run(config), net, architect(net, 0.9, 3e-4), trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
     return [alpha.grad.clone() for alpha in net.alphas()]
 
 
@@ -78,7 +93,7 @@ def test_both_executions_of_an_example_are_the_same_search(name):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [*EXAMPLES, "adam", "select_by_removal", "csv_logger"])
 def test_an_example_runs_as_a_command(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     words = ["--epochs", 1, "--batch-size", 360, "--layers", 3, "--init-channels", 4, "--nodes", 2]
@@ -88,24 +103,6 @@ def test_an_example_runs_as_a_command(name, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "genotype = Genotype(" in done.stdout
     assert ("run by their own forward" in done.stdout) == (name == "half_channels")
-
-
-@both_executions
-def test_sigmoid_weights_do_not_compete(execution):
-    kind, _ = classes_of("sigmoid")
-    net = network(kind, execution)
-    for kind_of_cell, alphas in (("normal", net.alpha_normal), ("reduce", net.alpha_reduce)):
-        assert all(torch.equal(w, torch.sigmoid(a)) for w, a in zip(net.edge_weights()[kind_of_cell], alphas))
-    with torch.no_grad():  # raising all others takes nothing from an operation's weight, and its edge stays the first
-        net.alpha_normal[0][0] = torch.tensor([3.0, 2.9, 2.9, 2.9, 2.9, 2.9, 2.9, 2.9])
-        net.alpha_normal[0][1, 1] = 2.95
-    assert net.genotype().normal[0] == [("max_pool_3x3", 0), ("avg_pool_3x3", 1)]
-    softmax = network(SearchCNN, execution)
-    softmax.load_state_dict(net.state_dict())
-    assert softmax.genotype().normal[0] == [("avg_pool_3x3", 1), ("max_pool_3x3", 0)]
-    before = [alpha.detach().clone() for alpha in net.alphas()]
-    two_steps(net)
-    assert all((alpha != old).any() for alpha, old in zip(net.alphas(), before))
 
 
 @pytest.mark.long
@@ -207,6 +204,187 @@ def test_a_subset_with_a_new_operation_is_what_is_searched(execution):
     genotype = net.genotype()
     assert {op for op, _ in genotype.normal[1]} == {"max_pool_5x5"}
     assert {op for node in genotype.reduce for op, _ in node} <= set(NEW_SPACE) - {"none"}
+
+
+# Objectives, optimizers, selection, loggers, batches.
+
+
+@both_executions
+def test_an_objective_of_w_is_in_the_step_of_w_the_virtual_step_and_eq_7(execution):
+    _, kind = classes_of("w_penalty")
+    net = network(SearchCNN, execution)
+    X, y = batch(seed=1)
+    plain, sparse = Architect(net, 0.9, 3e-4), kind(net, 0.9, 3e-4)
+    signs = [1e-5 * w.detach().sign() for w in net.weights()]
+    for virtual, usual, sign in zip(*(a.virtual_step(X, y, 0.1, sgd(net)) for a in (sparse, plain)), signs):
+        torch.testing.assert_close(virtual, usual - 0.1 * sign, rtol=0, atol=1e-12)
+    assert sparse.alpha_objective(X, y) == plain.alpha_objective(X, y)
+    gradients = []
+    for architect in (plain, sparse):
+        for w in net.weights():
+            w.grad = None
+        search.w_backward(X, y, net, architect, list(net.weights()), torch.autocast("cpu", enabled=False))
+        gradients.append([w.grad for w in net.weights()])
+    for usual, other, sign in zip(*gradients, signs):
+        torch.testing.assert_close(other - usual, sign, rtol=0, atol=1e-12)
+
+
+@both_executions
+def test_an_overridden_loss_is_what_both_w_and_alpha_descend(execution):
+    class SmoothedCNN(SearchCNN):
+        def loss(self, X, y):
+            return F.cross_entropy(self(X), y, label_smoothing=0.3)
+
+    net = network(SmoothedCNN, execution).train()
+    X, y = batch(seed=1)
+    expected = F.cross_entropy(net(X), y, label_smoothing=0.3).detach()
+    weights, architect = list(net.weights()), Architect(net, 0.9, 3e-4)
+    logits, loss = search.w_backward(X, y, net, architect, weights, torch.autocast("cpu", enabled=False))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(F.cross_entropy(logits, y, label_smoothing=0.3), expected)
+    torch.testing.assert_close(architect.unrolled_backward(X, y, X, y, 0.0, None), expected)
+
+
+OPTIMIZERS = ["nesterov", "adam"]
+
+
+def architect_and_optimizer(name, net, eps_scale, steps):
+    """The architect of an example, and its optimizer of w after some steps."""
+    config = SearchConfig(["--w-lr", "0.02", "--w-weight-decay", "0.01"])
+    _, kind = classes_of(name)
+    optim = kind.w_optimizer(net.weights(), config)
+    for step in range(steps):
+        optim.zero_grad()
+        net.loss(*batch(seed=100 + step)).backward(inputs=list(net.weights()))
+        optim.step()
+    return kind(net, config.w_momentum, config.w_weight_decay, eps_scale), optim
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_virtual_step_is_the_step_that_the_optimizer_takes(name, steps):
+    net = small_net(smooth=True).train()
+    architect, optim = architect_and_optimizer(name, net, 0.01, steps)
+    X, y = batch(seed=1)
+    virtual = architect.virtual_step(X, y, 0.02, optim)
+    optim.zero_grad()
+    net.loss(X, y).backward(inputs=list(net.weights()))
+    optim.step()
+    for w, expected in zip(virtual, net.weights()):
+        torch.testing.assert_close(w, expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_eq_6_is_exact_through_the_update_of_any_optimizer(name, steps):
+    """Against differentiation through the update. Adam's w' is not linear in the gradient, so d alone is not enough."""
+    net, xi = by_definition(small_net(smooth=True)).train(), 0.02
+    architect, optim = architect_and_optimizer(name, net, 1e-5, steps)
+    (X, y), validation = batch(seed=1), batch(seed=2)
+    weights, alphas = list(net.weights()), list(net.alphas())
+    grads = torch.autograd.grad(net.loss(X, y), weights, create_graph=True)
+    virtual = [w.detach() - xi * u for w, u in zip(weights, architect.w_update(grads, optim))]
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    moved = {names[id(w)]: value for w, value in zip(weights, virtual)}
+    logits = torch.func.functional_call(net, moved, (validation[0],))
+    exact = torch.autograd.grad(net.criterion(logits, validation[1]), alphas)
+    architect.unrolled_backward(X, y, *validation, xi, optim)
+    error = torch.cat([(alpha.grad - e).flatten() for alpha, e in zip(alphas, exact)]).norm()
+    assert error < 1e-5 * torch.cat([e.flatten() for e in exact]).norm()
+    first_order = torch.autograd.grad(net.loss(*validation), alphas)
+    assert error < 0.01 * torch.cat([(f - e).flatten() for f, e in zip(first_order, exact)]).norm()
+
+
+def run_main(main, *words, **options):
+    """Run a script in this process, with what a user's script passes to its main."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["script.py", *map(str, words)])
+        main(**options)
+
+
+TINY = ("--layers", 3, "--init-channels", 2, "--batch-size", 360, "--workers", 0, "--epochs", 2)
+
+
+@pytest.mark.long
+def test_a_selection_gets_the_trained_network_and_its_genotype_is_the_searchs_result(tmp_path):
+    select = arguments_of("select_by_removal")["select"]
+    networks = []
+
+    def watched(net, w_loader, alpha_loader):
+        before = [alpha.clone() for alpha in net.alphas()]
+        networks.append(select(net, w_loader, alpha_loader))
+        assert all(torch.equal(alpha, old) for alpha, old in zip(net.alphas(), before))
+        assert len(w_loader) == len(alpha_loader) == 2
+        return networks[-1]
+
+    run_main(search.main, *TINY, "--nodes", 2, "--eigenvalue-images", 0, "--runs-path", tmp_path, select=watched)
+    run = tmp_path / "search/digits"
+    last = json.loads((run / "genotype.json").read_text())["last"]["string"]
+    assert json.loads((run / "summary.json").read_text())["genotype"] == last == str(networks[0])
+    history = json.loads((run / "history.json").read_text())
+    assert from_str(last) != from_str(history[-1]["string"])  # the strongest operations
+
+
+@pytest.mark.long
+def test_a_logger_gets_what_tensorboard_gets(tmp_path):
+    (csv_logger,) = arguments_of("csv_logger")["loggers"]
+    words = (*TINY, "--nodes", 2, "--eigenvalue-images", 0, "--runs-path", tmp_path)
+    run_main(search.main, *words, loggers=[csv_logger])
+    run = tmp_path / "search/digits"
+    rows = [line.split(",") for line in (run / "scalars.csv").read_text().splitlines()]
+    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
+    in_tensorboard = {
+        (tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
+    }
+    assert {(tag, int(step), float(np.float32(value))) for step, tag, value in rows} == in_tensorboard
+    assert {"step/loss", "train/loss", "valid/top1", "lr/w", "step/alpha_loss"} <= {tag for _, tag, _ in rows}
+
+
+@pytest.mark.long
+def test_the_hosted_logger_of_the_docs_logs_to_the_service(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(class HostedLogger.*?)```", (ROOT / "docs/changing.md").read_text(), re.S)[1]
+    started, logged = [], []
+    service = SimpleNamespace(log=lambda values, step=None: logged.append((values, step)), finish=lambda: None)
+    wandb = SimpleNamespace(init=lambda **options: started.append(options) or service, Image=np.shape)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    names = {"Logger": Logger}
+    exec(code, names)
+    run_main(augment.main, *TINY, "--genotype", "DARTS_V1", "--runs-path", tmp_path, loggers=[names["HostedLogger"]])
+    assert started[0]["config"]["layers"] == 3
+    assert {"step/loss", "test/top1"} <= {tag for values, _ in logged for tag in values}
+
+
+def test_mixup_mixes_images_and_targets_alike():
+    mixup = arguments_of("mixup")["augment_batch"]
+    np.random.seed(0)
+    X, y = batch(n=4)
+    inputs, targets = mixup(X, y, 3)
+    assert torch.allclose(targets.sum(1), torch.ones(4, dtype=X.dtype))
+    np.random.seed(0)
+    share = np.random.beta(0.2, 0.2)
+    torch.testing.assert_close(inputs[1], share * X[1] + (1 - share) * X[2])
+    torch.testing.assert_close(targets[1], (share * F.one_hot(y, 3)[1] + (1 - share) * F.one_hot(y, 3)[2]).double())
+
+
+@pytest.mark.long
+def test_a_mixed_batch_is_what_augment_trains_on(tmp_path, monkeypatch):
+    """The objective is that of the mixed images and targets; accuracy is counted by the labels."""
+    monkeypatch.chdir(tmp_path)
+    config, X, y = AugmentConfig(["--genotype", "DARTS_V2", "--device", "cpu", "--lr", "0.1"]), *batch(n=8)
+
+    def weights_after(augment_batch, batches):
+        torch.manual_seed(0)
+        net = AugmentCNN(8, 1, 2, 3, 3, True, DARTS_V2).double()
+        optim = torch.optim.SGD(net.parameters(), config.lr)
+        augment.train(1, Run(config), net, Batches(batches), optim, augment_batch, 3)
+        return list(net.parameters())
+
+    def negative(X, y, n_classes):
+        return -X, F.one_hot(y, n_classes).to(X.dtype)
+
+    mixed, expected = weights_after(negative, [(X, y)]), weights_after(augment.unchanged, [(-X, y)])
+    for w, other in zip(mixed, expected):
+        torch.testing.assert_close(w, other, rtol=1e-12, atol=1e-14)
 
 
 # What is overridden runs, in whatever way.
@@ -446,14 +624,6 @@ def test_any_search_space_is_searched(primitives, execution, recompute):
     genotype = net.genotype(k=1)
     assert {len(node) for node in genotype.normal} == {1}
     assert {op for node in genotype.normal for op, _ in node} <= set(primitives) - {"none"}
-
-
-@pytest.mark.parametrize(
-    "primitives", [(), ("none",), ("skip_connect", "skip_connect"), ("skip_connect", "sep_conv_9x9")]
-)
-def test_spaces_that_cannot_be_searched_are_refused(primitives):
-    with pytest.raises(ValueError, match=r"primitives|unknown"):
-        network(SearchCNN, "plain", primitives)
 
 
 def test_parse_ranks_the_strongest_candidate_other_than_none_wherever_none_stands():

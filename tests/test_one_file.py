@@ -24,7 +24,7 @@ def test_twenty_steps_of_the_one_file_and_of_search_py_end_with_the_same_network
     trn, val = (Batches(batch(seed=seed + step) for step in range(20)) for seed in (100, 200))
 
     config, cpu = SearchConfig(words.split()), torch.device("cpu")
-    net, w_optim, alpha_optim = search.build(SearchCNN, config, cpu, channels=1, n_classes=3)
+    net, w_optim, alpha_optim = search.build(SearchCNN, Architect, config, cpu, channels=1, n_classes=3)
     net.double()
     with torch.no_grad():
         for alpha in net.alphas():
