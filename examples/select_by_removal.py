@@ -1,4 +1,4 @@
-"""The operations without which the trained network loses most.  python -m examples.select_by_removal"""
+"""The operations whose removal costs the network most.  python -m examples.select_by_removal --dataset cifar10"""
 
 import math
 

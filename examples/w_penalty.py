@@ -1,4 +1,4 @@
-"""An L1 penalty on the weights w, which alpha's validation loss lacks.  python -m examples.w_penalty"""
+"""An L1 penalty on w, which alpha's loss lacks.  python -m examples.w_penalty --dataset cifar10"""
 
 import search
 from architect import Architect

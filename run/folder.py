@@ -21,10 +21,10 @@ class RunFolder:
     path: `RUNS_PATH/search/NAME` or `RUNS_PATH/augment/NAME`.
     """
 
+    _lock = None  # the lock that this process holds
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._lock = None
-
         self.config = self.path / "config.json"  # the options
         self.lock_file = self.path / "lock"  # locked by the process that writes to the folder
 
