@@ -11,6 +11,7 @@ from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
 from run.options import (
     Options,
     RunOptions,
+    in_a_shell,
     natural,
     nonnegative,
     number,
@@ -58,6 +59,7 @@ def augmentation(text: str) -> str:
 
 
 def check_layers(layers: int):
+    """Raise UserError if one of the two kinds of cell would be missing."""
     if layers < 3:
         raise UserError(f"--layers {layers}: with fewer than 3 cells, none of them is a normal cell")
 
@@ -66,9 +68,7 @@ def check_layers(layers: int):
 class DataOptions(Options):
     """The options that choose and load the images."""
 
-    title = "data"
-
-    dataset: str = option("digits", "data set", choices=list(DATASETS))
+    dataset: str = option("digits", "data set", group="data", choices=list(DATASETS))
     data_path: str = option("data", "folder in which data sets are, or into which they are downloaded", path)
     image_size: int = option(32, "height and width, in pixels, of images of the data set folder", number(int, 8, 8192))
     image_channels: int = option(3, "channels of images of the data set folder: grey or colour", int, choices=(1, 3))
@@ -94,12 +94,19 @@ class DataOptions(Options):
         if self.dataset == "digits":
             self.refuse_without_effect(("data_path",), "with --dataset digits, which is a part of scikit-learn")
 
+    def data_options(self) -> str:
+        """The options that select the same images, as a command line."""
+        names = [field.name for field in dataclasses.fields(DataOptions) if field.name not in ("dataset", "workers")]
+        return in_a_shell({"dataset": self.dataset} | self.changed(names))
+
 
 @dataclass(init=False)
-class SearchNetworkOptions(Options):
-    title = "network"
+class SearchConfig(DataOptions, RunOptions):
+    """Search for a cell: DARTS, first or second order."""
 
-    layers: int = option(8, "number of cells, at least 3", positive_int)
+    stage = "search"
+
+    layers: int = option(8, "number of cells, at least 3", positive_int, "network")
     init_channels: int = option(16, "channels of the first cells", positive_int)
     nodes: int = option(4, "number of nodes in a cell", positive_int)
     primitives: list[str] = option(  # noqa: RUF009
@@ -116,12 +123,7 @@ class SearchNetworkOptions(Options):
         choices=("auto", "off"),
     )
 
-
-@dataclass(init=False)
-class BilevelOptions(Options):
-    title = "search"
-
-    epochs: int = option(50, "number of epochs", positive_int)
+    epochs: int = option(50, "number of epochs", positive_int, "search")
     batch_size: int = option(64, "images per step from each half of the data, summed over ranks", positive_int)
     order: str = option(
         "second", "gradient of alpha: eq. 6, or the faster one with xi = 0", choices=("first", "second")
@@ -142,20 +144,14 @@ class BilevelOptions(Options):
         "--variant NAME --help the options of one",
     )
 
-
-@dataclass(init=False)
-class SearchConfig(SearchNetworkOptions, BilevelOptions, DataOptions, RunOptions):
-    """Search for a cell: DARTS, first or second order."""
-
-    stage = "search"
-
     @classmethod
     def groups(cls, given):
         groups = super().groups(given)
         if given.get("variant") is not None:
             from variants import named  # here, since it imports torch, which takes seconds
 
-            groups |= {f"variant {name}": kind for name, kind in named(given["variant"]).items()}
+            for name, kind in named(given["variant"]).items():
+                groups[f"variant {name}"] = dataclasses.fields(kind)
         return groups
 
     @classmethod
@@ -169,6 +165,7 @@ class SearchConfig(SearchNetworkOptions, BilevelOptions, DataOptions, RunOptions
 
     def check(self):
         super().check()
+        check_layers(self.layers)
         if self.order == "first":
             self.refuse_without_effect(("eps_scale",), "with --order first")
         if self.early_stop:
@@ -196,34 +193,34 @@ IMAGENET = {
 
 
 @dataclass(init=False)
-class AugmentNetworkOptions(Options):
-    title = "network"
+class AugmentConfig(DataOptions, RunOptions):
+    """Train the network that a genotype makes, from scratch."""
+
+    stage = "augment"
 
     genotype: str | None = option(
         None,
         "cells of the network: a published one such as DARTS_V2, random:SEED, a string 'Genotype(...)', JSON, a file "
         "of these, or the folder of a search",
         path,
+        "network",
     )
     stem: str = option("cifar", "first layers; imagenet: for 64 pixels and up, and with other defaults", choices=STEMS)
     layers: int = option(20, "number of cells, at least 3", positive_int)
     init_channels: int = option(36, "channels of the first cells", positive_int)
     execution: str = option("fused", "how cells are computed: fused is fast, plain the definition", choices=EXECUTIONS)
 
-
-@dataclass(init=False)
-class EvaluationOptions(Options):
-    title = "evaluation, without training"
-
-    evaluate: str | None = option(None, "run, or checkpoint, whose accuracy is printed, overall and by class", path)
+    evaluate: str | None = option(
+        None,
+        "run, or checkpoint, whose accuracy is printed, overall and by class",
+        path,
+        "evaluation, without training",
+    )
     mirror: bool = option(False, "average the predictions for each image and its mirror image")
 
-
-@dataclass(init=False)
-class TrainingOptions(Options):
-    title = "training"
-
-    init_checkpoint: str | None = option(None, "run, or checkpoint, whose weights are taken at the start", path)
+    init_checkpoint: str | None = option(
+        None, "run, or checkpoint, whose weights are taken at the start", path, "training"
+    )
     epochs: int = option(600, "number of epochs", positive_int)
     hold_out: float = option(0.0, "fraction of the training images to measure on, and not to train on", probability)
     batch_size: int = option(96, "images per step, summed over ranks", positive_int)
@@ -241,13 +238,6 @@ class TrainingOptions(Options):
     cutout_length: int = option(16, "side in pixels of the square cut out of an image, at most half of it", natural)
     drop_path_prob: float = option(0.2, "probability of drop path at the end, linear from 0", probability)
 
-
-@dataclass(init=False)
-class AugmentConfig(AugmentNetworkOptions, EvaluationOptions, TrainingOptions, DataOptions, RunOptions):
-    """Train the network that a genotype makes, from scratch."""
-
-    stage = "augment"
-
     @classmethod
     def default_values(cls, given):
         defaults = super().default_values(given)
@@ -255,11 +245,12 @@ class AugmentConfig(AugmentNetworkOptions, EvaluationOptions, TrainingOptions, D
 
     def check(self):
         if self.evaluate is not None:
-            counting = ("evaluate", "mirror", "data_path", "batch_size", "workers", "device")
-            return self.refuse_without_effect(vars(self).keys() - set(counting), "with --evaluate")
+            others = vars(self).keys() - {"evaluate", "mirror", "data_path", "batch_size", "workers", "device"}
+            return self.refuse_without_effect(sorted(others), "with --evaluate")
         super().check()
         if self.genotype is None:
             raise UserError("--genotype is required")
+        check_layers(self.layers)
         self.refuse_without_effect(("mirror",), "without --evaluate")
 
     @property

@@ -8,7 +8,6 @@ from command_line.errors import UserError, shown
 from config import AugmentConfig, DataOptions, SearchConfig
 from genotypes import PUBLISHED
 from run.options import (
-    Options,
     RunOptions,
     folder_name,
     gpus,
@@ -33,21 +32,16 @@ SET_HERE_TO_AUGMENT = (*SET_HERE, "genotype", "hold_out", "evaluate", "mirror", 
 
 
 @dataclass(init=False)
-class MemberOptions(Options):
-    title = "members"
+class ProtocolOptions(DataOptions):
+    """Search, select, train in full, and compare with random and published cells."""
 
-    searches: int = option(4, "number of searches, with the seeds S+1, S+2, ...", up_to_1000)
+    searches: int = option(4, "number of searches, with the seeds S+1, S+2, ...", up_to_1000, "members")
     random: int = option(4, "number of random cells from the search space, with the same seeds", up_to_1000)
     like: str | None = option(None, "cell whose number of parameters random cells have, to 5 %", path)
     cells: list[str] = option([], "published cells", choices=PUBLISHED, nargs="*")  # noqa: RUF009
     seed: int = option(0, "seed S", natural)
 
-
-@dataclass(init=False)
-class StageOptions(Options):
-    title = "stages"
-
-    search: str = option("", 'options of search.py in quotes, such as "--order first"')
+    search: str = option("", 'options of search.py in quotes, such as "--order first"', group="stages")
     augment: str = option("", 'options of augment.py in quotes, such as "--layers 8"')
     select_epochs: int = option(100, "epochs of the trainings that select a cell", positive_int)
     hold_out: float = option(0.1, "fraction of the training images whose accuracy selects a cell", fraction)
@@ -58,22 +52,12 @@ class StageOptions(Options):
         choices=("best", "all"),
     )
 
-
-@dataclass(init=False)
-class PlaceOptions(Options):
-    title = "run"
-
-    name: str | None = option(None, "name of the folder (default: the data set)", folder_name)
+    name: str | None = option(None, "name of the folder (default: the data set)", folder_name, "run")
     runs_path: str = option("runs", "folder of all runs; the protocol's is in its subfolder protocol", path)
     label: str | None = option(None, "label of the searches in tables (default: the name)")
     device: str = option("auto", "device of each run: auto (CUDA if there is a GPU), cpu, cuda, cuda:1, ...")
     gpus: str | None = option(None, "GPUs of this machine to use, with one run at a time on each: 0,1,2 or all", gpus)
     member: int | None = option(None, "only member to run, or only final training, for job arrays", positive_int)
-
-
-@dataclass(init=False)
-class ProtocolOptions(MemberOptions, StageOptions, DataOptions, PlaceOptions):
-    """Search, select, train in full, and compare with random and published cells."""
 
     def check(self):
         super().check()

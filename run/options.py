@@ -5,6 +5,8 @@ An option is a field of a dataclass, made by `option`. config.py says which opti
 
 import argparse
 import dataclasses
+import inspect
+import itertools
 import math
 import os
 import re
@@ -69,13 +71,14 @@ def gpus(text: str) -> str:
 # Options in general
 
 
-def option(default: Any, help: str, type: Callable = str, **settings) -> Any:
+def option(default: Any, help: str, type: Callable = str, group: str | None = None, **settings) -> Any:
     """A field of a dataclass that is an option of the command line; one whose default is False is a switch.
 
-    help: a noun phrase, or for a switch a verb; type: reads the text; settings: of `add_argument`, such as choices.
+    help: a noun phrase, or for a switch a verb; type: reads the text; group: the title in --help of this option and of
+    those after it; settings: of `add_argument`, such as choices.
     """
     metavar = {int: "N", float: "X"}.get(default.__class__) if "choices" not in settings else None
-    settings |= {"default": default, "help": help, "type": type, "metavar": metavar}
+    settings |= {"default": default, "help": help, "type": type, "metavar": metavar, "group": group}
     return dataclasses.field(default_factory=lambda: default, metadata=settings)
 
 
@@ -89,8 +92,8 @@ class OptionParser(argparse.ArgumentParser):
 class Options:
     """Options as attributes. argv: the words of the command line; None: those of `sys.argv`.
 
-    A subclass is a dataclass of `option`s, or inherits from several. Each class with a `title` is a group in --help.
-    Raises UserError if the words are not allowed, or contradict each other.
+    A subclass is a dataclass of `option`s, and has those of the classes that it inherits from too. Raises UserError if
+    the words are not allowed, or contradict each other.
     """
 
     def __init__(self, argv: Iterable[str] | None = None):
@@ -101,19 +104,25 @@ class Options:
         """Raise UserError if options contradict each other, or if one has no effect and not its default."""
 
     @classmethod
-    def groups(cls, given: dict) -> dict:
-        """title -> dataclass, for each group of options. given: name -> value of options on the command line."""
-        return {kind.title: kind for kind in cls.__mro__ if "title" in vars(kind)}
+    def groups(cls, given: dict) -> dict[str, list[dataclasses.Field]]:
+        """title -> options, for each group of --help. given: name -> value of options on the command line."""
+        groups, title = {}, None
+        for kind in cls.__mro__:
+            for name in inspect.get_annotations(kind):
+                field = kind.__dataclass_fields__[name]
+                title = field.metadata["group"] or title
+                groups.setdefault(title, []).append(field)
+        return groups
 
     @classmethod
     def build_parser(cls, given: dict | None = None, add_help: bool = True) -> OptionParser:
         """A parser that returns the options on the command line only, without the defaults of others."""
         parser = OptionParser(description=cls.__doc__.splitlines()[0], allow_abbrev=False, add_help=add_help)
-        for title, kind in cls.groups(given or {}).items():
+        for title, fields in cls.groups(given or {}).items():
             group = parser.add_argument_group(title)
-            for field in dataclasses.fields(kind):
+            for field in fields:
                 settings = dict(field.metadata)
-                default = settings.pop("default")
+                default, _ = settings.pop("default"), settings.pop("group")
                 if default is False:
                     settings = {"help": settings["help"], "action": "store_true"}
                 elif default is not None and not isinstance(default, list):
@@ -140,7 +149,7 @@ class Options:
     @classmethod
     def default_values(cls, given: dict) -> dict:
         """name -> default of each option. given: name -> value of options on which others may depend."""
-        fields = [field for kind in cls.groups(given).values() for field in dataclasses.fields(kind)]
+        fields = itertools.chain(*cls.groups(given).values())
         return {field.name: field.metadata["default"] for field in fields}
 
     @classmethod
@@ -168,10 +177,9 @@ class Options:
 class RunOptions(Options):
     """The options that every run has, how they are saved, and how a run is resumed."""
 
-    title = "run"
     stage = None  # "search" or "augment": the name of the folder that contains the run's folder
 
-    name: str | None = option(None, "name of the run's folder (default: the data set)", folder_name)
+    name: str | None = option(None, "name of the run's folder (default: the data set)", folder_name, "run")
     runs_path: str = option("runs", "folder of all runs; this run's is in its subfolder search or augment", path)
     overwrite: bool = option(False, "replace the run that the folder holds, if there is one")
     resume: str | None = option(
@@ -215,7 +223,7 @@ class RunOptions(Options):
                 allowed = ", ".join(f"--{option_name(other)}" for other in MAY_CHANGE)
                 raise UserError(f"--{option_name(name)} is fixed by the run {folder}; --resume allows only {allowed}")
         folder.check()
-        saved = read_json(folder.config) if folder.path.is_dir() else None
+        saved = read_json(folder.config)
         if saved is None:
             raise UserError(f"--resume {given['resume']}: no {cls.stage} run's {folder.config.name} in {folder}")
         with reading(folder.config):
@@ -254,12 +262,6 @@ class RunOptions(Options):
                 if is_rank_0():
                     cls.parse(sys.argv[1:])
             sys.exit()
-
-    def data_options(self) -> str:
-        """The options that select the same images, as a command line."""
-        names = ("data_path", "image_size", "image_channels", "resize", "augmentation", "skip_bad_images")
-        changed = self.changed(names)
-        return in_a_shell({"dataset": self.dataset} | changed)
 
     def as_dict(self) -> dict:
         """The options that are saved with the run: all but those in `NOT_SAVED`."""

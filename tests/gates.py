@@ -13,7 +13,7 @@ from images.data_sets import DATASETS
 from run.folder import RunFolder
 
 SMALL = [
-    *("--layers", "1", "--init-channels", "2", "--batch-size", "64", "--workers", "0", "--epochs", "2"),
+    *("--layers", "3", "--init-channels", "2", "--batch-size", "64", "--workers", "0", "--epochs", "2"),
     *("--device", "cpu", "--runs-path", "{}"),
 ]
 STAGES = {

@@ -15,7 +15,7 @@ from run.checkpoints import load_checkpoint
 from trained.evaluation import evaluate, images_of, load_trained, start_from
 from visualize import write_report
 
-TINY = ("--layers", 1, "--init-channels", 2, "--batch-size", 8, "--workers", 0)
+TINY = ("--layers", 3, "--init-channels", 2, "--batch-size", 8, "--workers", 0)
 DATA = ("--dataset", "folder", "--image-size", 8, "--image-channels", 1)
 SEARCH = ("search.py", *TINY, "--nodes", 1, "--order", "first", *DATA, "--epochs")
 AUGMENT = ("augment.py", *TINY, "--genotype", "DARTS_V1", "--aux-weight", 0, *DATA, "--epochs")

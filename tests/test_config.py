@@ -234,16 +234,32 @@ def test_an_option_that_a_saved_run_lacks_has_its_default():
     ],
 )
 def test_saved_options_pass_the_checks_of_the_command_line(changes, mention):
-    with pytest.raises(UserError, match=f"^config.json: .*{mention}"):
+    with pytest.raises(UserError, match=rf"^config\.json: .*{mention}"):
         SearchConfig.restored(SearchConfig([]).as_dict() | changes, "config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "[" * 10**5, '{"epochs": ' + "9" * 10**4 + "}", "\xff"])
+def test_a_damaged_config_json_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        SearchConfig(["--resume", str(tmp_path)])
+
+
+def test_resuming_takes_the_options_of_the_run_and_allows_few_others(tmp_path):
+    saved = SearchConfig(["--order", "first", "--name", "other"])
+    (tmp_path / "config.json").write_text(json.dumps(saved.as_dict()))
+    resumed = SearchConfig(["--resume", str(tmp_path), "--epochs", "60"])
+    assert resumed.as_dict() == saved.as_dict() | {"epochs": 60}
+    assert resumed.folder().path == tmp_path
+    for words in (["--seed", "2"], ["--overwrite"], ["--name", "x"], ["--runs-path", "y"], ["--auto-resume"]):
+        with pytest.raises(UserError, match=f"{words[0]} is fixed by the run"):
+            SearchConfig(["--resume", str(tmp_path), *words])
 
 
 def test_reading_a_command_line_changes_nothing_on_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/augment/.digits.replaced").mkdir(parents=True)
-    before = sorted(tmp_path.rglob("*"))
-    AugmentConfig(AUGMENT)
-    assert sorted(tmp_path.rglob("*")) == before
+    AugmentConfig([*AUGMENT, "--auto-resume"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_markdown_is_a_table_of_every_option():

@@ -233,7 +233,7 @@ def test_class_folders_that_are_not_utf8_are_reported(tmp_path, image_folder):
     root = image_folder(size=8, classes=("$_$", r"$\frac$"))
     for split in ("train", "val"):
         os.rename(root / split / r"$\frac$", os.fsencode(root / split) + b"/caf\xe9")
-    words = ("--dataset", "folder", "--data-path", root, "--image-size", 8, "--layers", 1, "--init-channels", 2)
+    words = ("--dataset", "folder", "--data-path", root, "--image-size", 8, "--layers", 3, "--init-channels", 2)
     process = run_script(
         "augment.py", *words, "--genotype", "DARTS_V1", "--epochs", 1, "--workers", 0, "--batch-size", 8, cwd=tmp_path
     )

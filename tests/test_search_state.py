@@ -18,7 +18,7 @@ from evidence.search_state import (
 from genotypes import DARTS_V1, DARTS_V2, Genotype
 
 CONV = [[("sep_conv_3x3", 0), ("sep_conv_3x3", 1)]] * 4
-TINY = ["--layers", "1", "--init-channels", "2", "--nodes", "1", "--batch-size", "720", "--workers", "0"]
+TINY = ["--layers", "3", "--init-channels", "2", "--nodes", "1", "--batch-size", "720", "--workers", "0"]
 
 
 def with_skips(n):
