@@ -101,7 +101,7 @@ class Run:
             set_random_state(checkpoint["random"], self.device)
             self.epoch, self.step, self.results = (checkpoint[name] for name in ("epoch", "step", "results"))
             self.steps_of_epoch, self.averages_of_epoch = checkpoint["steps_of_epoch"], checkpoint["averages_of_epoch"]
-            self.seconds_before = checkpoint["seconds"]
+            self.seconds_before, self.epochs_before = checkpoint["seconds"], checkpoint["config"]["epochs"]
             if self.config.epochs < self.epoch + (self.steps_of_epoch > 0):
                 raise UserError(f"--epochs {self.config.epochs}: {self.folder} has begun more epochs already")
         # the optimizers' steps were in another process, so PyTorch warns wrongly
@@ -122,17 +122,22 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
         if self.config.resume is not None:
-            return self.log(self._where_resumed())
+            return self._log_resumption()
         table = self.config.as_markdown()
         self.text("config", table)
         for row in table.splitlines()[2:]:
             self.log("  ".join(cell.strip() for cell in row.strip("|").split("|", 1)))
 
-    def _where_resumed(self):
+    def _log_resumption(self):
         if self.epoch == self.config.epochs:
-            return f"all {self.epoch} epochs are done; --epochs adds more"
+            return self.log(f"all {self.epoch} epochs are done; --epochs adds more")
         within = f"step {self.step}, in epoch {self.epoch + 1}"
-        return f"resumed after {within if self.steps_of_epoch else f'epoch {self.epoch}'}"
+        self.log(f"resumed after {within if self.steps_of_epoch else f'epoch {self.epoch}'}")
+        if self.config.epochs != self.epochs_before:
+            self.warn(
+                f"--epochs is {self.config.epochs}, and was {self.epochs_before}: from here on learning rates are those "
+                f"of a run of {self.config.epochs} epochs, so they jump"
+            )
 
     # The passes of an epoch
 

@@ -301,6 +301,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(searched):
     assert "all 1 epochs are done" in again.stdout
     more = run_script("search.py", "--resume", run, "--epochs", 2, cwd=cwd)
     assert more.returncode == 0
+    assert "--epochs is 2, and was 1: from here on learning rates are those of a run of 2 epochs" in more.stderr
     assert json.loads((run / "config.json").read_text())["epochs"] == 2
     # the second of two epochs: half-way down the cosine, whatever the first was told
     assert scalars(run)[0]["lr/w"][-1][1] == pytest.approx(0.013, rel=1e-6)

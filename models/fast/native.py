@@ -292,8 +292,8 @@ def _run(words):
 
 def _cache_folder():
     """The cache folder for compiled code. None unless only this user can write to it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darts"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darts"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except (OSError, RuntimeError):  # it cannot be made, or the user has no home folder
