@@ -135,8 +135,8 @@ class Run:
         self.log(f"resumed after {within if self.steps_of_epoch else f'epoch {self.epoch}'}")
         if self.config.epochs != self.epochs_before:
             self.warn(
-                f"--epochs is {self.config.epochs}, and was {self.epochs_before}: from here on learning rates are those "
-                f"of a run of {self.config.epochs} epochs, so they jump"
+                f"--epochs is {self.config.epochs}, and was {self.epochs_before}: from here on learning rates are "
+                f"those of a run of {self.config.epochs} epochs, so they jump"
             )
 
     # The passes of an epoch
