@@ -6,6 +6,7 @@ import pytest
 from conftest import assert_one_line_error, run_script
 
 import search
+from architect import Architect
 from evidence.search_state import (
     chosen,
     early_stop,
@@ -215,10 +216,11 @@ def test_the_architects_eps_scale_is_the_options(tmp_path, monkeypatch):
     class StoppedError(Exception):
         pass
 
-    def architect(net, w_momentum, w_weight_decay, eps_scale):
-        raise StoppedError(eps_scale)
+    class StoppingArchitect(Architect):
+        def __init__(self, net, w_momentum, w_weight_decay, eps_scale):
+            raise StoppedError(eps_scale)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["search.py", *TINY, "--eps-scale", "0.1"])
     with pytest.raises(StoppedError, match=r"^0\.1$"):
-        search.main(architect=architect)
+        search.main(architect=StoppingArchitect)

@@ -16,7 +16,7 @@ from comparing import differences, outcome
 from conftest import ROOT, Batches, assert_one_line_error, batch, run_script, sgd, small_net
 from test_architect import XI, exact_alpha_gradient, relative_error
 from test_extending import both_executions, classes_of, two_steps
-from test_faults import wait_for_step
+from test_resuming import wait_for_step
 from torch import nn
 from torch.distributions import Dirichlet
 
