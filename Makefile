@@ -1,6 +1,6 @@
 # make demo: set up, search a cell on the embedded digits, train the network that it makes
 # make check: set up, lint, and the tests that are quick and start no process: for daily work
-# make test: set up, run all tests          make lint: ruff          make clean: remove what make made
+# make test: set up, run all tests          make lint: ruff, ty          make clean: remove what make made
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -40,6 +40,7 @@ test: setup-dev
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --quiet
 
 clean:
 	rm -rf .venv runs/search/demo runs/augment/demo .pytest_cache .ruff_cache

@@ -1,20 +1,20 @@
 """The gradient of the architecture parameters: DARTS's eq. 6 and 7 (Liu et al., arXiv:1806.09055, section 2.3)."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from machine import ranks
 from machine.precision import full_float32
-from models.search_cnn import frozen_statistics, tracking
+from models.search_cnn import SearchCNN, frozen_statistics, tracking
 
 
 class Architect:
     """Computes the alphas' gradient of L_V(w'(alpha), alpha), w' being w after one virtual step on L_T.
 
-    net: a module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of the optimizer of
+    net: the network, or any module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of the optimizer of
     its weights, so that the virtual step is the one it would take if gradients were not clipped; eps_scale: the length
     of eq. 7's shift of w.
 
@@ -23,14 +23,14 @@ class Architect:
     optimizer as they were, to the last bit.
     """
 
-    def __init__(self, net: nn.Module, w_momentum: float, w_weight_decay: float, eps_scale: float = 0.01):
+    def __init__(self, net: SearchCNN, w_momentum: float, w_weight_decay: float, eps_scale: float = 0.01):
         self.net = net
         self.w_momentum = w_momentum
         self.w_weight_decay = w_weight_decay
         self.eps_scale = eps_scale
         # listed once: walking through all modules in every step is slow
         self.weights, self.alphas, self.tracking = list(net.weights()), list(net.alphas()), tracking(net)
-        self._trn_grads = None  # g, kept for an overridden `w_update` alone
+        self._trn_grads: list[Tensor] | None = None  # g, kept for an overridden `w_update` alone
 
     # What a script may override: the objectives, and the optimizer of w with its update
 
@@ -54,7 +54,7 @@ class Architect:
         Here momentum * buf + g + weight_decay * w, with the momentum buffers of `w_optim`, none before its first step.
         An override must be differentiable in g, and change neither the weights nor the optimizer.
         """
-        updates = torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay)
+        updates = list(torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay))
         buffers = [w_optim.state.get(w, {}).get("momentum_buffer") for w in self.weights]
         with_buffer = [(update, buffer) for update, buffer in zip(updates, buffers) if buffer is not None]
         if with_buffer:
@@ -71,7 +71,7 @@ class Architect:
         _, grads = self._grad(self.w_objective, trn_X, trn_y, self.weights)
         self._trn_grads = grads if self._overrides_update() else None
         with torch.no_grad():
-            return self._weights_plus(self.w_update(grads, w_optim), -xi)
+            return list(self._weights_plus(self.w_update(grads, w_optim), -xi))
 
     def unrolled_backward(
         self, trn_X: Tensor, trn_y: Tensor, val_X: Tensor, val_y: Tensor, xi: float, w_optim: torch.optim.Optimizer
@@ -117,7 +117,7 @@ class Architect:
 
     def _through_update(self, d, w_optim):
         """(du/dg)^T d, which takes the place of d in eq. 6 if u depends on g otherwise than SGD's, where du/dg = 1."""
-        if not self._overrides_update():
+        if self._trn_grads is None:
             return d
         grads = [grad.detach().requires_grad_() for grad in self._trn_grads]
         with torch.enable_grad():
@@ -141,7 +141,7 @@ class Architect:
             return loss.detach(), torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
 
     @contextlib.contextmanager
-    def _weights_at(self, values: list[Tensor]) -> Iterator[None]:
+    def _weights_at(self, values: list[Tensor]) -> Generator[None]:
         """Run at other weights; afterwards the weights are copied back rather than shifted back, which would round.
 
         Autocast keeps the bf16 casts of weights until its outermost context ends, so they are dropped at each change.

@@ -18,7 +18,7 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool = False):
     torch.save(state, buffer)
     # best.pt first: if the run is killed in between, it goes on from the older checkpoint.pt and does this again
     for path in [files.best] * is_best + [files.checkpoint]:
-        write_atomically(path, buffer.getbuffer())
+        write_atomically(path, buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -49,7 +49,8 @@ class Run:
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = 0.0  # the running time before the last interruption
         self.save_failed = False
-        self.log, self.loggers = lambda line: None, []
+        self.log: Callable[[str], None] = lambda line: None
+        self.loggers: list[Logger] = []
         ranks.on_rank_0(self._check_folder)
 
     def _check_folder(self):
