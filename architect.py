@@ -14,9 +14,9 @@ from models.search_cnn import SearchCNN, frozen_statistics, tracking
 class Architect:
     """Computes the alphas' gradient of L_V(w'(alpha), alpha), w' being w after one virtual step on L_T.
 
-    net: the network, or any module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of the optimizer of
-    its weights, so that the virtual step is the one it would take if gradients were not clipped; eps_scale: the length
-    of eq. 7's shift of w.
+    net: the network, or any module with `loss(X, y)`, `weights()` and `alphas()`; w_momentum, w_weight_decay: those of
+    the optimizer of its weights, so that the virtual step is the one it would take if gradients were not clipped;
+    eps_scale: the length of eq. 7's shift of w.
 
     Each method takes this rank's rows of a batch and returns the global batch's result on every rank, at the cost of
     three all-reduces: w', (d, the alphas' gradient at w'), and H. Every method leaves weights, BN statistics and
@@ -54,7 +54,7 @@ class Architect:
         Here momentum * buf + g + weight_decay * w, with the momentum buffers of `w_optim`, none before its first step.
         An override must be differentiable in g, and change neither the weights nor the optimizer.
         """
-        updates = list(torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay))
+        updates = torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay)
         buffers = [w_optim.state.get(w, {}).get("momentum_buffer") for w in self.weights]
         with_buffer = [(update, buffer) for update, buffer in zip(updates, buffers) if buffer is not None]
         if with_buffer:
@@ -71,7 +71,7 @@ class Architect:
         _, grads = self._grad(self.w_objective, trn_X, trn_y, self.weights)
         self._trn_grads = grads if self._overrides_update() else None
         with torch.no_grad():
-            return list(self._weights_plus(self.w_update(grads, w_optim), -xi))
+            return self._weights_plus(self.w_update(grads, w_optim), -xi)
 
     def unrolled_backward(
         self, trn_X: Tensor, trn_y: Tensor, val_X: Tensor, val_y: Tensor, xi: float, w_optim: torch.optim.Optimizer
