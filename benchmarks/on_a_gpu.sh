@@ -1,93 +1,78 @@
 #!/usr/bin/env bash
-# Half an hour on a GPU: what must hold there, and what it costs. Needs no network.
+# A quarter of an hour on a GPU: what must hold there, and what it costs. Needs no network.
 #
-#   benchmarks/on_a_gpu.sh OUT             all stages, each of less than nine minutes; those that have ended are left out
-#   benchmarks/on_a_gpu.sh OUT STAGE...    these stages, again if need be
+#   benchmarks/on_a_gpu.sh OUT first       tests, steps, torch.compile, kernels, augment: less than eight minutes
+#   benchmarks/on_a_gpu.sh OUT second      a search for as long as there is time, and one that is stopped and resumed
+#   benchmarks/on_a_gpu.sh OUT STAGE...    these stages, such as: tests steps
 #
-# OUT gets a text file for each stage, STAGE.txt, and its figures as lines of JSON, STAGE.json. A stage that fails does not
-# keep the next from running; the script's exit code is then 1. Variables: PYTHON; DEVICE, cpu for trying it without a GPU,
-# at a small SIZE, BATCH, LAYERS and ROUNDS; IMAGES, a folder with train/CLASS/ for the last stage, without which it searches
-# on digits; BEFORE, another checkout, whose step is timed as well.
+# OUT gets a text file for each stage, STAGE.txt, and the times as lines of JSON, STAGE.json, as they come. A stage that
+# fails does not keep the next one from running; the script's exit code is then 1. Variables: PYTHON; DEVICE, cpu to try
+# the script without a GPU, with small SIZE, BATCH, LAYERS, CHANNELS and ROUNDS; IMAGES, a folder with train/CLASS/ for the
+# long search, which otherwise searches on digits; SEARCH_SECONDS.
 
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
-out=${1:?usage: benchmarks/on_a_gpu.sh OUT [STAGE...]}
+out=${1:?usage: benchmarks/on_a_gpu.sh OUT first|second|STAGE...}
 shift
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
-PYTHON=${PYTHON:-python}
-DEVICE=${DEVICE:-cuda}
-SIZE=${SIZE:-32} BATCH=${BATCH:-64} LAYERS=${LAYERS:-8} ROUNDS=${ROUNDS:-10}
-IMAGES=${IMAGES:-data/images}
-cuda=()
-[ "$DEVICE" = cuda ] && cuda=(--cuda)
-common=(--batch-size "$BATCH" --layers "$LAYERS" --rounds "$ROUNDS")
+PYTHON=${PYTHON:-python} DEVICE=${DEVICE:-cuda} IMAGES=${IMAGES:-data/images}
+options=(--device "$DEVICE" --sizes "${SIZE:-32}" --rounds "${ROUNDS:-9}")
+options+=(${BATCH:+--batch-size "$BATCH"} ${LAYERS:+--layers "$LAYERS"} ${CHANNELS:+--init-channels "$CHANNELS"})
+graphs=graphs
+[ "$DEVICE" = cuda ] || graphs=
 
 tests() {
     $PYTHON -m pytest -q -x tests/test_cuda.py
 }
-quick_tests() {
-    $PYTHON -m pytest -q -x tests/test_architect.py tests/test_precision.py tests/test_gpu_step.py tests/test_training.py
+steps() {
+    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --json "$1" \
+        --ways "plain" "plain $graphs" "fused" "fused $graphs" "fused amp"
 }
-tf32() {
-    $PYTHON benchmarks/gpu.py tf32 --device "$DEVICE" --size 8 --batch-size "$BATCH" --layers "$LAYERS" --json "$1" &&
-        $PYTHON benchmarks/gpu.py tf32 --device "$DEVICE" --size "$SIZE" --batch-size "$BATCH" --layers "$LAYERS" --json "$1"
+compile() {
+    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --json "$1" --ways "fused $graphs" "plain compile"
 }
-step() {
-    $PYTHON benchmarks/search_step.py --sizes "$SIZE" "${common[@]}" "${cuda[@]}" --json "$1" || return
-    if [ -n "${BEFORE:-}" ]; then
-        (cd "$BEFORE" && $PYTHON benchmarks/search_step.py --sizes "$SIZE" "${common[@]}" "${cuda[@]}") || return
-        $PYTHON benchmarks/search_step.py --sizes "$SIZE" "${common[@]}" "${cuda[@]}" --json "$1"
-    fi
-}
-profile() {
-    $PYTHON benchmarks/gpu.py profile --device "$DEVICE" --size "$SIZE" "${common[@]}" --json "$1"
-}
-graphs() {
-    $PYTHON benchmarks/gpu.py graphs --device "$DEVICE" --size "$SIZE" "${common[@]}" --json "$1"
-}
-layouts() {
-    $PYTHON benchmarks/gpu.py layouts --device "$DEVICE" --size "$SIZE" "${common[@]}" --json "$1"
+kernels() {
+    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --profile --ways "fused"
 }
 augment() {
-    local words=(--size "$SIZE" --rounds "$ROUNDS" "${cuda[@]}" --json "$1")
-    [ "$DEVICE" = cuda ] || words+=(--layers 3 --init-channels 4 --batch-size 8)
-    $PYTHON benchmarks/augment_step.py "${words[@]}" && $PYTHON benchmarks/augment_step.py "${words[@]}" --amp
+    $PYTHON benchmarks/steps.py augment "${options[@]}" --json "$1" \
+        --ways "fused nchw" "fused" "fused $graphs" "fused nchw amp" "fused amp" "fused amp $graphs"
 }
 search() {
-    # As long as there is time; then one that is stopped and goes on, against one that is not.
-    local data=(--dataset digits) runs seconds=${SEARCH_SECONDS:-270}
+    local data=(--dataset digits) runs
     runs=$(mktemp -d)
-    [ -d "$IMAGES/train" ] && data=(--dataset folder --data-path "$IMAGES" --image-size "$SIZE")
-    local words=(--device "$DEVICE" --runs-path "$runs" --layers "$LAYERS" --print-freq 10 --deterministic)
-    timeout --signal TERM "$seconds" $PYTHON search.py "${data[@]}" "${words[@]}" --name long
+    [ -d "$IMAGES/train" ] && data=(--dataset folder --data-path "$IMAGES" --image-size "${SIZE:-32}")
+    local words=(--device "$DEVICE" --runs-path "$runs" --order first --print-freq 10)
+    timeout --signal TERM "${SEARCH_SECONDS:-270}" $PYTHON search.py "${data[@]}" "${words[@]}" --name long
     cp "$runs/search/long/log.txt" "$out/search-log.txt"
-    words+=(--layers 3 --init-channels 8 --epochs 2)
-    $PYTHON search.py "${words[@]}" --name whole || return
-    $PYTHON search.py "${words[@]}" --name parts --epochs 1 || return
-    $PYTHON search.py --resume "$runs/search/parts" --epochs 2 || return
-    $PYTHON - "$runs/search" "$1" <<'END'
-import json, sys, torch
-states = [torch.load(f"{sys.argv[1]}/{name}/checkpoint.pt", weights_only=True)["keeps"]["net"] for name in ("whole", "parts")]
-same = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-print("a resumed run has the same bits:", same)
-open(sys.argv[2], "a").write(json.dumps({"resumed_with_the_same_bits": same}) + "\n")
-sys.exit(not same)
+    words+=(--layers 3 --init-channels 8 --deterministic)
+    $PYTHON search.py "${words[@]}" --epochs 2 --name whole || return
+    $PYTHON search.py "${words[@]}" --epochs 1 --name resumed || return
+    $PYTHON search.py --resume "$runs/search/resumed" --epochs 2 || return
+    PYTHONPATH=.:tests $PYTHON - "$runs/search" <<'END'
+import sys
+from pathlib import Path
+from comparing import differences, outcome
+states = [outcome(Path(sys.argv[1], name))["checkpoint.pt"] for name in ("whole", "resumed")]
+print("the resumed run differs in", differences(*states) or "no bit")
+sys.exit(bool(differences(*states)))
 END
 }
 
-all=(tests quick_tests tf32 step profile graphs layouts augment search)
+declare -A limits=([tests]=120 [steps]=150 [compile]=120 [kernels]=45 [augment]=120 [search]=420)
+[ "$*" = first ] && set -- tests steps compile kernels augment
+[ "$*" = second ] && set -- search
 failed=0
-export -f "${all[@]}"
-for stage in "${@:-${all[@]}}"; do
-    case " ${all[*]} " in *" $stage "*) ;; *) echo "no stage $stage; there are ${all[*]}" >&2; exit 2 ;; esac
-    [ $# -eq 0 ] && [ -e "$out/$stage.done" ] && continue
+for stage in "$@"; do
+    [ -n "${limits[$stage]:-}" ] || { echo "no stage $stage; there are ${!limits[*]}" >&2; exit 2; }
     echo "== $stage"
-    rm -f "$out/$stage.json" "$out/$stage.done"
-    timeout 530 bash -c "$(declare -p out PYTHON DEVICE SIZE BATCH LAYERS ROUNDS IMAGES cuda common); $stage $out/$stage.json" \
-        2>&1 | tee "$out/$stage.txt"
+    rm -f "$out/$stage.json"
+    export -f "$stage"
+    variables=$(declare -p out PYTHON DEVICE IMAGES options graphs)
+    timeout "${limits[$stage]}" bash -c "$variables; $stage $out/$stage.json" 2>&1 | tee "$out/$stage.txt"
     code=${PIPESTATUS[0]}
-    if [ "$code" -eq 0 ]; then touch "$out/$stage.done"; else echo "$stage failed: $code" | tee -a "$out/$stage.txt"; failed=1; fi
+    [ "$code" -eq 0 ] || { echo "$stage failed: $code" | tee -a "$out/$stage.txt"; failed=1; }
 done
 exit $failed
