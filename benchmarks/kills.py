@@ -27,7 +27,7 @@ from comparing import differences, outcome
 
 KILLS_PER_RUN = 3
 SMALL = "--layers 3 --init-channels 2 --batch-size 256 --epochs 4 --workers 0 --checkpoint-minutes 0 --print-freq 2"
-VARIANT = "--nodes 1 --variant pc-darts,beta-darts,snas --pc-share 2 --pc-warm-up 1 --early-stop"
+VARIANT = "--nodes 1 --variant pc-darts,beta-darts,snas --pc-share 2 --pc-warm-up 1"
 OPTIONS = {"search": f"{VARIANT} {SMALL}", "augment": f"--genotype DARTS_V2 {SMALL}"}
 
 

@@ -65,8 +65,9 @@ def load_optimizer(optim: torch.optim.Optimizer, saved: dict, source: str | Path
                 value = torch.empty_like(parameters[index], device="cpu").copy_(value)  # noqa: PLW2901
             state[index][name] = value
     groups = optim.state_dict()["param_groups"]
-    for group in groups:
-        group["initial_lr"] = group["lr"]  # which a learning-rate schedule starts from
+    for group, saved_group in zip(groups, saved["param_groups"]):
+        if "initial_lr" in saved_group:  # it has a learning-rate schedule, which starts from this
+            group["initial_lr"] = group["lr"]
     optim.load_state_dict({"state": state, "param_groups": groups})
 
 
