@@ -1,19 +1,18 @@
 """A stand-in for CUDA graphs on the CPU: it records what a function does to tensors, and does it again.
 
-As a graph does, it changes nothing while it records; it computes on the tensors that were there then, and leaves
-results in the same places, whatever Python has done since. It fails where one of these tensors has been freed or has
-moved, and where Python reads a number while it records. Before a replay all that was made is filled with NaN.
+Like a graph, it changes nothing while it records; it computes on the tensors that were there then, and leaves results
+in the same places, whatever Python has done since. It fails if Python reads a number while it records. Before a replay
+all tensors that were made are filled with NaN.
 
 It knows nothing of streams, of the states of libraries, of graphs that share memory, or of what CUDA cannot record.
 """
 
 import contextlib
-import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from machine import cuda_graphs
 from models.fast import search_cell
@@ -23,20 +22,15 @@ class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
     def __init__(self):
-        self.calls, self.made, self.addresses, self.replays = [], {}, [], 0
+        self.calls, self.made, self.replays = [], {}, 0
 
     def replay(self):
         self.replays += 1
-        for reference, address in self.addresses:
-            tensor = reference()
-            assert tensor is not None, "a tensor that was recorded has been freed"
-            assert tensor.data_ptr() == address, "a tensor that was recorded has moved"
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for tensor in self.made.values():
                 if tensor.is_floating_point():
                     whole(tensor).fill_(torch.nan)
-            for function, arguments, results in self.calls:
-                args, kwargs = tree_map_only(weakref.ref, lambda reference: reference(), arguments)
+            for function, args, kwargs, results in self.calls:
                 for old, new in zip(tensors_of(results), tensors_of(function(*args, **kwargs))):
                     if storage(old) != storage(new):
                         old.copy_(new)
@@ -59,16 +53,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_of(results):
             if storage(tensor) not in self.before:
                 self.graph.made.setdefault(storage(tensor), tensor)
-        arguments = tree_map(self._reference, (args, kwargs or {}))
-        self.graph.calls.append((function, arguments, results))
+        self.graph.calls.append((function, args, kwargs or {}, results))
         return results
-
-    def _reference(self, leaf):
-        """To what a graph knows the address of, and does not keep."""
-        if not isinstance(leaf, torch.Tensor) or storage(leaf) in self.graph.made:
-            return leaf
-        self.graph.addresses.append((weakref.ref(leaf), leaf.data_ptr()))
-        return weakref.ref(leaf)
 
     def __exit__(self, *error):
         super().__exit__(*error)

@@ -5,12 +5,9 @@ import contextlib
 import pytest
 import torch
 from conftest import batch, sgd, small_net
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import architect
 from architect import Architect
 from machine.precision import full_float32
-from models.fast import search_cell
 
 backends = torch.backends
 if not hasattr(backends.cudnn, "conv"):
@@ -87,47 +84,3 @@ def test_tf32_is_off_in_every_pass_of_the_architect_and_as_the_user_set_it_outsi
     with contextlib.suppress(ZeroDivisionError), full_float32():
         raise ZeroDivisionError
     assert precision() == before
-
-
-class TF32(TorchDispatchMode):
-    """Rounds what convolutions and products read to TF32's 10 bits if a GPU would, as far as it is allowed."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        is_lossy = False
-        if name.startswith("aten::convolution"):  # those without groups, which cuDNN computes
-            is_lossy = args[-2 if "backward" in name else -1] == 1 and backends.cudnn.allow_tf32
-        if name in ("aten::mm", "aten::bmm", "aten::addmm"):
-            is_lossy = backends.cuda.matmul.allow_tf32
-        if is_lossy:
-            args = tuple(rounded(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
-        return func(*args, **(kwargs or {}))
-
-
-def rounded(x):
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).view_as(x)
-
-
-def hessian_error(execution):
-    """Relative error of eq. 7 in float32, as a GPU would compute it, against float64."""
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        net = small_net(C_in=3, C=4, n_nodes=3, dtype=torch.float32, execution=execution).to(dtype)
-        trn, val = (batch(n=8, channels=3, seed=seed, dtype=torch.float32) for seed in (1, 2))
-        trn, val = ((X.to(dtype), y) for X, y in (trn, val))
-        d = torch.autograd.grad(net.loss(*val), list(net.weights()))
-        with TF32() if dtype == torch.float32 else contextlib.nullcontext():
-            hessian = Architect(net, 0.9, 3e-4).compute_hessian([g.to(dtype) for g in d], *trn)
-        results.append(torch.cat([h.flatten().double() for h in hessian]))
-    found, exact = results
-    return ((found - exact).norm() / exact.norm()).item()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("execution", ["plain", "fused"])
-def test_tf32_would_spoil_eq_7_and_is_not_used_in_it(execution, monkeypatch):
-    monkeypatch.setattr(search_cell, "layout_for", lambda x: search_cell.BATCHED)
-    torch.set_float32_matmul_precision("high")
-    assert hessian_error(execution) < 0.02  # rounding by 2^-24, divided by eps
-    monkeypatch.setattr(architect, "full_float32", contextlib.nullcontext)
-    assert hessian_error(execution) > 0.05

@@ -42,15 +42,9 @@ def _runs_in_c(x):
 
 def _is_relu_chain(op, dtype):
     """Whether all links of an operation are standard, with ReLU, BN in training, and weights of this type."""
-    if any(weight.dtype != dtype or not weight.is_cpu for weight in op.parameters()):
+    if signature(op) is None or any(weight.dtype != dtype or not weight.is_cpu for weight in op.parameters()):
         return False
-    known = signature(op)
-    if known not in _RELU_CHAINS:
-        links = links_of(op)
-        _RELU_CHAINS[known] = bool(known and links) and all(
-            is_standard_link(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links
-        )
-    return _RELU_CHAINS[known]
-
-
-_RELU_CHAINS = {}  # signature -> the answer
+    links = links_of(op)
+    return bool(links) and all(
+        is_standard_link(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links
+    )

@@ -17,15 +17,17 @@ the sums over pixels in float64, since variances are differences of such sums.
 """
 
 import torch
+from torch import nn
 
 from models.fast import native
 from models.fast.modules import is_synced
 from models.sync_bn import refuse_second_derivatives, sum_over_ranks
 
 
-def normalised_product(z, weight, bn):
+def normalised_product(z: torch.Tensor, weight: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
     """bn(conv(z)) in training, with the pointwise weight (C, K, 1, 1); updates the running statistics of bn."""
-    mean, var, y = Mixture.apply(bn.eps, is_synced(bn), 1, bn.weight, bn.bias, weight, z)
+    w, bias = (values if values is None else values.unsqueeze(0) for values in (bn.weight, bn.bias))
+    mean, var, y = Mixture.apply(bn.eps, is_synced(bn), 1, w, bias, weight.flatten(1).unsqueeze(0), z)
     if bn.track_running_stats:
         with torch.no_grad():
             bn.running_mean.lerp_(mean[0], bn.momentum)
@@ -38,19 +40,20 @@ def normalised_product(z, weight, bn):
 class Mixture(torch.autograd.Function):
     """For each of E edges y = base + bias + sum of w BN(M z) over the products of the edge; saves only the z.
 
-    The products of edge e have the indices e, e + E, ...; if there are E products, each edge has one. M: (products, C,
-    K), or the weight (C, K, 1, 1) of a single convolution; w: (products,), or (C,) for a single convolution, or None;
-    bias: (E * C,) or None; tensors: the z of each product, (N, K, h, w), and then the base of each edge, (N, C, h, w),
-    if there are bases. Returns the means and unbiased variances of M z, (products, C), and the y of each edge,
-    (N, C, h, w). synced: BN uses the pixels of all ranks; the gradients of w, bias and M are this rank's part.
+    The products of edge e have the indices e, e + E, ...; if there are E products, each edge has one.
+
+    synced: BN uses the pixels of all ranks; the gradients of w, bias and M are this rank's part
+    w: (products, 1) or (products, C), or None; bias: (E, C) or None; M: (products, C, K)
+    tensors: the z of each product, (N, K, h, w), and then the base of each edge, (N, C, h, w), if there are bases
+
+    Returns the means and unbiased variances of M z, (products, C), and the y of each edge, (N, C, h, w).
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, eps, synced, edges, w, bias, M, *tensors):
-        count = _number_of_products(M)
-        images, bases = tensors[:count], tensors[count:]
-        ctx.save_for_backward(w, bias, M, *images)
+        images, bases = tensors[: len(M)], tensors[len(M) :]
+        ctx.save_for_backward(w, M, *images)
         ctx.set_materialize_grads(False)
         n = images[0].numel() // images[0].shape[1]
         if n < 2:
@@ -58,9 +61,8 @@ class Mixture(torch.autograd.Function):
         sums, grams = native.products(images, images)
         if synced:
             sums, grams, n = _sums_over_ranks(sums, grams, sums.new_tensor(float(n)))
-        rows = _with_rows(M, w, bias, edges)
-        A, shifts, mean, var, moments = native.fold(sums, grams, float(n), *rows, eps, edges)
-        terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, count, edges)]
+        A, shifts, mean, var, moments = native.fold(sums, grams, float(n), M, w, bias, eps, edges)
+        terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, len(M), edges)]
         ys = native.mix(terms, list(bases), shifts)
         ctx.options = synced, edges, float(n), moments, bool(bases)
         ctx.mark_non_differentiable(mean, var)
@@ -70,37 +72,26 @@ class Mixture(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, _, __, *gs):
         refuse_second_derivatives()
-        w, bias, M, *images = ctx.saved_tensors
+        w, M, *images = ctx.saved_tensors
         synced, edges, n, moments, has_bases = ctx.options
         _, _, _, wants_w, wants_bias, wants_M, *wants_z = ctx.needs_input_grad
         N, _, *size = images[0].shape
-        gs = [images[0].new_zeros(N, M.shape[-2 if M.dim() == 3 else 0], *size) if g is None else g for g in gs]
+        gs = [images[0].new_zeros(N, M.shape[1], *size) if g is None else g for g in gs]
         gs_of_products = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // edges)
         sums, products = native.products(gs_of_products, images)
-        rows, wants_z = _with_rows(M, w, bias, edges)[:2], any(wants_z[: len(images)])
+        wants_z = any(wants_z[: len(images)])
         dw, dM, *for_z = native.fold_gradients(
-            sums, products, n, *rows, moments, wants_w, wants_M, wants_z and not synced
+            sums, products, n, M, w, moments, wants_w, wants_M, wants_z and not synced
         )
-        dbias = sums[:edges].to(M.dtype).view_as(bias) if wants_bias else None
+        dbias = sums[:edges].to(M.dtype) if wants_bias else None
         dzs = [None] * len(images)
         if wants_z:
             if synced:
                 sums, products = _sums_over_ranks(sums, products)
-                _, _, *for_z = native.fold_gradients(sums, products, n, *rows, moments, False, False, True)
+                _, _, *for_z = native.fold_gradients(sums, products, n, M, w, moments, False, False, True)
             A, D, shift = for_z
             dzs = native.mix([(gs_of_products, A), (images, D)], shifts=shift)
-        dw, dM = dw.view_as(w) if wants_w else None, dM.view_as(M) if wants_M else None
         return None, None, None, dw, dbias, dM, *dzs, *(gs if has_bases else [])
-
-
-def _number_of_products(M):
-    return len(M) if M.dim() == 3 else 1
-
-
-def _with_rows(M, w, bias, edges):
-    """M, w and bias in the shapes that `native.fold` takes: a row for each product or edge."""
-    M = M if M.dim() == 3 else M[None, :, :, 0, 0]
-    return M, w if w is None else w.view(len(M), -1), bias if bias is None else bias.view(edges, -1)
 
 
 def _sums_over_ranks(*tensors):

@@ -5,14 +5,9 @@
    Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. Threads are PyTorch's own. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads(void) { return 1; }
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
 #ifdef __AVX512F__ /* a vector's bytes; how many sums of products are kept in registers */
 #include <immintrin.h>
