@@ -24,11 +24,6 @@ class GenotypeError(ValueError):
     """A genotype that cannot be read or built; the message says where and what is allowed."""
 
 
-def n_edges(n_nodes: int) -> int:
-    """The number of edges of a search cell, in which node i has i + 2: from both inputs and from each earlier node."""
-    return n_nodes * (n_nodes + 3) // 2
-
-
 def parse(alpha: Iterable["torch.Tensor"], k: int, primitives: Sequence[str] = PRIMITIVES) -> Gene:
     """Derive a gene from the strengths of the operations on the edges (DARTS, section 2.4).
 

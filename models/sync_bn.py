@@ -13,7 +13,7 @@ from torch import nn
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that normalises by the statistics of the global batch in training."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         y, mean, var = batch_norm(x, self.weight, self.bias, self.eps)
@@ -25,7 +25,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return y
 
 
-def synchronise(net):
+def synchronise(net: nn.Module) -> None:
     """Make all BN layers of a network use the statistics of the global batch.
 
     This is done on one rank too, where the result differs only by rounding. A rounding error can switch a ReLU near
@@ -37,7 +37,9 @@ def synchronise(net):
             module.__class__ = SyncBatchNorm2d
 
 
-def batch_norm(x, weight, bias, eps):
+def batch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """BN of x, (N, C, ...), by the statistics over all ranks: (y, mean, unbiased variance).
 
     weight, bias: (C,) or None. If the batch is so small that every rank has all of it (see `ranks.rows`), the unbiased
@@ -46,14 +48,14 @@ def batch_norm(x, weight, bias, eps):
     return _SyncedBatchNorm.apply(x, weight, bias, eps)
 
 
-def sum_over_ranks(tensor):
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the ranks, in place. Autograd does not record it."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def refuse_second_derivatives():
+def refuse_second_derivatives() -> None:
     """Raise RuntimeError if this is called in a backward pass with create_graph=True.
 
     For functions that can be differentiated only once. PyTorch's `once_differentiable` would not raise: `autograd.grad`

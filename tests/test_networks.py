@@ -12,7 +12,6 @@ from genotypes import DARTS_V1, DARTS_V2, Genotype, GenotypeError, parse
 from models.augment_cells import AugmentCell
 from models.augment_cnn import AugmentCNN, AuxiliaryHead
 from models.choices import EXECUTIONS
-from models.genotype import n_edges
 from models.ops import DropPath_, Identity
 from models.search_cells import SearchCell
 from models.search_cnn import SearchCNN
@@ -48,11 +47,6 @@ def test_alphas_start_as_a_thousandth_of_normal_noise():
     # of 1440 values: the standard deviation's own is 1 / sqrt(2 n) = 1.9 %, the mean's 1e-3 / sqrt(n); five of each
     assert abs(alphas.std().item() / 1e-3 - 1) < 0.1
     assert abs(alphas.mean().item()) < 1.4e-4
-
-
-def test_a_cell_has_as_many_edges_as_alphas_have_rows():
-    for n_nodes in (1, 2, 4, 7):
-        assert n_edges(n_nodes) == sum(len(alpha) for alpha in small_net(n_nodes=n_nodes).alpha_normal)
 
 
 def test_weights_and_alphas_are_all_parameters_and_share_none():

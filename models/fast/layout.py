@@ -69,8 +69,7 @@ class Product:
 class EdgeGroup:
     """Edges that run together, from each of S sources to each of n_targets nodes.
 
-    They are numbered source by source: edge s * n_targets + t is from source s to target t.
-    products[t]: step t of the chains that have more steps than t + 1; products[-1]: the last step of every chain;
+    They are numbered source by source: edge s * n_targets + t is from source s to target t. products[t]: step t of the chains that have more steps than t + 1; products[-1]: the last step of every chain;
     weights_of_equal: the weights of the candidates with equal outputs, (candidates * S * n_targets, 1).
     """
 
@@ -92,8 +91,8 @@ class Layout:
     activations_of_depthwise = ()  # classes of activations that `_depthwise` computes too
     weights_by_channel = False  # whether the weights of chains are repeated for each channel
 
-    def prepared(self, operations, weights) -> list[EdgeGroup]:
-        """The groups of a cell, with all that needs no images, which takes a few calls for the whole cell.
+    def edge_groups(self, operations: list[list], weights: torch.Tensor) -> list[EdgeGroup]:
+        """The groups of a cell. What needs no images is computed here, with a few calls for the whole cell.
 
         operations: for each group, operations[s][t] are the candidates on the edge from source s to target t; weights:
         (candidates, edges), the edges of the first group, source by source, then those of the second, ...
@@ -114,7 +113,7 @@ class Layout:
         return groups
 
     def _group(self, operations, weights):
-        """An `EdgeGroup`, yet without stacked tensors. weights: for each candidate, (edges,)."""
+        """An `EdgeGroup` whose parameters and weights are not stacked yet. weights: for each candidate, (edges,)."""
         by_candidate = zip(*itertools.chain(*operations), strict=True)
         candidates = [Candidate(list(ops), w, kind_of(ops)) for ops, w in zip(by_candidate, weights, strict=True)]
         chains = [candidate for candidate in candidates if candidate.kind == "chain"]

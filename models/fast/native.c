@@ -1,15 +1,15 @@
-/* What cells do on the CPU with channels-last images, in C: depthwise convolutions, products with small matrices and
-   their BN, and weighted sums, each with what its gradient needs. native.py compiles this, with REAL as float or
-   double, and calls it.
+/* What cells compute on the CPU from channels-last images: depthwise convolutions, products with small matrices and
+   their BN, and weighted sums, each with what its gradient needs. native.py compiles this file, with REAL as float or
+   double, and calls its functions.
 
-   Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. Threads are PyTorch's own. */
+   Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. The threads are PyTorch's. */
 
 #include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512F__ /* a vector's bytes; how many sums of products are kept in registers */
+#ifdef __AVX512F__ /* bytes of a vector; number of sums of products that are held in registers */
 #include <immintrin.h>
 enum { BYTES = 64, MANY = 16 };
 #else
@@ -30,7 +30,7 @@ static vector *zeros(size_t vectors) {
     return posix_memalign(&memory, 64, size) ? NULL : memset(memory, 0, size);
 }
 
-/* Some channels of a pixel, zeros for the rest of the vector; and back. */
+/* Read some channels of a pixel into a vector, with zeros in its other lanes; and write them back. */
 INLINE vector get(const REAL *from, long lanes) {
     vector v = {0};
     if (lanes == LANES) memcpy(&v, from, sizeof v);
@@ -58,32 +58,33 @@ INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 
 /* Depthwise convolutions. Kernels are square with an odd side k; the padding is 'same', dilation * (k / 2).
 
-   Of a kernel only the middle is used that meets pixels: of a large one on few pixels the rest reads zeros alone. Work
-   is done on a block of channels, as many as a vector has lanes, in planes: the block's pixels as vectors, with a
-   border of zeros. All convolutions of an image read the same planes, so that it comes from memory once.
+   Only the middle of a kernel is used, as far as it meets pixels: if a large kernel meets few pixels, the rest of it
+   reads only zeros. Channels are processed in blocks of as many as a vector has lanes. A block's pixels are copied to a
+   plane: vectors with a border of zeros. All convolutions of an image read the same planes, so that the image is read
+   from memory once.
 
    A function takes several batches of images, (N, H, W, C) each. */
 
 struct batch {
     const REAL *x;
-    REAL *dx; /* or null where it is not wanted */
+    REAL *dx; /* null if it is not wanted */
     long relu; /* whether relu(x) is convolved */
 };
 
 struct convolution {
     const REAL *weight; /* (C, side, side) */
     REAL *z;            /* the output, or its gradient: (N, up(H, stride), up(W, stride), C) */
-    REAL *dweight;      /* (C, side, side), or null where it is not wanted */
+    REAL *dweight;      /* (C, side, side); null if it is not wanted */
     long side, stride, dilation;
-    long k; /* the side of the kernel's middle, beyond which it meets no pixels */
-    long batch, at; /* which it convolves; where its kernel is packed, set here */
+    long k; /* the side of the kernel's middle, outside of which it meets no pixels */
+    long batch, at; /* the index of its batch; the offset of its packed kernel, which `sizes_of` sets */
 };
 
 struct sizes {
     long border, width; /* zeros on each side of a plane; pixels in a row */
-    long inside, plane; /* where the first pixel is; vectors in a plane */
-    long blocks, taps;  /* in an image; of all kernels */
-    long groups;        /* of blocks: an image is one thread's work, unless there are more threads than images */
+    long inside, plane; /* offset of the first pixel in a plane; vectors in a plane */
+    long blocks, taps;  /* blocks in an image; taps of all kernels */
+    long groups;        /* groups of blocks: one for each image, unless there are more threads than images */
 };
 static struct sizes sizes_of(struct convolution *all, long count, long N, long H, long W, long C) {
     struct sizes s = {0};
@@ -108,18 +109,18 @@ static void fill(vector *inside, long width, const REAL *image, long C, long lan
         if (stride > 1) memset(inside, 0, W * sizeof(vector));
         for (long x = 0; x < W && y % stride == 0; x += stride, image += C) {
             vector v = get(image, lanes);
-            inside[x] = relu ? where(v, ~(v < 0)) : v; /* as PyTorch's, it lets nan pass */
+            inside[x] = relu ? where(v, ~(v < 0)) : v; /* like PyTorch's ReLU, it lets nan pass */
         }
     }
 }
 
-/* Where tap t of a kernel's middle is in the weight, for a channel. */
+/* The offset in the weight of tap t of a kernel's middle, for a channel. */
 static long place(const struct convolution *f, long c, long t) {
     long skipped = (f->side - f->k) / 2;
     return (c * f->side + skipped + t / f->k) * f->side + skipped + t % f->k;
 }
 
-/* The kernels of all convolutions, block by block, as vectors; turned by 180 degrees for the gradient of x. */
+/* Copy the kernels of all convolutions, block by block, to vectors; rotated by 180 degrees for the gradient of x. */
 static void pack_kernels(vector *to, const struct convolution *all, long count, long C, int turned) {
     for (const struct convolution *f = all; f < all + count; f++)
         for (long c = 0, taps = f->k * f->k; c < C; c += LANES)
@@ -181,7 +182,7 @@ static void correlate(vector *out, const vector *in, const vector *dz, long widt
 #undef SOME
 }
 
-/* Every z. */
+/* Compute every z. */
 int depthwise(const struct batch *batches, long n_batches, long N, long H, long W, long C, struct convolution *all,
               long count) {
     const struct sizes s = sizes_of(all, count, n_batches * N, H, W, C);
@@ -211,13 +212,13 @@ int depthwise(const struct batch *batches, long n_batches, long N, long H, long 
     return 0;
 }
 
-/* From the gradients z every dx, and what every dweight, zeros before, gets in addition. */
+/* From the gradients z compute every dx, and add to every dweight, which must be zeros before. */
 int depthwise_gradients(const struct batch *batches, long n_batches, long N, long H, long W, long C,
                         struct convolution *all, long count) {
     const struct sizes s = sizes_of(all, count, n_batches * N, H, W, C);
     enum { TAPS = 64, DOUBLES = sizeof(double) / sizeof(REAL) };
     long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_all = s.blocks * s.taps;
-    long summed = 0; /* vectors of dweights that are wanted, of an image */
+    long summed = 0; /* vectors of the dweights of an image; 0 if none is wanted */
     for (const struct convolution *f = all; f < all + count; f++)
         if (f->dweight) summed = of_all;
     vector *kernels = zeros(of_all + summed * (N + DOUBLES) + omp_get_max_threads() * each);
@@ -237,7 +238,7 @@ int depthwise_gradients(const struct batch *batches, long n_batches, long N, lon
         for (const struct convolution *f = all; f < all + count; f++) {
             if (f->batch != batch - batches) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
-            long at_once = max(1, 64 / columns); /* rows: few enough to be summed without loss */
+            long at_once = max(1, 64 / columns); /* rows: few enough to be summed in REAL */
             for (long b = from; b < until; b++) {
                 long kernel = f->at + b * f->k * f->k;
                 fill(dz + s.inside, s.width, f->z + n * rows * columns * C + b * LANES, C, min(LANES, C - b * LANES), H,
@@ -247,7 +248,7 @@ int depthwise_gradients(const struct batch *batches, long n_batches, long N, lon
                               planes + b * s.plane + (first + y * f->stride) * s.width + first,
                               dz + s.inside + y * f->stride * s.width, s.width, f->k, f->stride, f->dilation,
                               min(at_once, rows - y), columns);
-                for (long y = 0; y < H && batch->dx; y++) /* dz convolved with the turned kernel, see depthwise.py */
+                for (long y = 0; y < H && batch->dx; y++) /* dz convolved with the rotated kernel, see depthwise.py */
                     convolve((REAL *)(sums + (b * H + y) * W), LANES, LANES, 1, dz + (first + y) * s.width + first,
                              s.width, kernels + kernel, f->k, 1, f->dilation, W);
             }
@@ -259,7 +260,7 @@ int depthwise_gradients(const struct batch *batches, long n_batches, long N, lon
                 put(batch->dx + at, batch->relu ? where(v, ~(get(batch->x + at, lanes) <= 0)) : v, lanes);
             }
     }
-    double *totals = (double *)(threads + omp_get_max_threads() * each); /* of all images, tap by tap */
+    double *totals = (double *)(threads + omp_get_max_threads() * each); /* over all images, tap by tap */
 #pragma omp parallel for schedule(static)
     for (long from = 0; from < summed; from += TAPS)
         for (long n = 0; n < N; n++)
@@ -274,8 +275,8 @@ int depthwise_gradients(const struct batch *batches, long n_batches, long N, lon
 }
 
 
-/* Products of images, as matrices of P pixels, with small matrices. What is summed in registers at a time are MANY
-   vectors: of so many rows, or of half as many rows of a pair. */
+/* Products of images, as matrices of P pixels, with small matrices. MANY vectors are summed in registers at a time:
+   that many rows of one vector, or half as many rows of a pair of vectors. */
 
 struct term {
     const REAL *x, *A; /* (P, K), (K, C) */
@@ -309,14 +310,14 @@ struct mixture {
     const REAL *base, *shift; /* (P, C) and (C), or null */
 };
 
-/* out = base + shift + sum over terms of x A, of `count` mixtures. terms: n of the first mixture, n of the second, ...;
-   their K are alike. */
+/* out = base + shift + sum over terms of x A, for `count` mixtures. terms: n for the first mixture, n for the second,
+   ..., with the same K in each mixture. */
 int mix(struct mixture *all, long count, struct term *terms, long n, long P, long C) {
     enum { AT_ONCE = 96 };
     long rows = 1, chunks = up(P, AT_ONCE);
     for (long i = 0; i < n; i++) rows += terms[i].K;
     long size = up(C, LANES) * rows;
-    vector *packed = zeros(count * size); /* of each mixture, for each vector or pair, the shift and all matrices */
+    vector *packed = zeros(count * size); /* for each mixture, and each vector or pair, the shift and all matrices */
     if (!packed) return 1;
     for (long i = 0; i < count; i++)
         for (long j = 0; j < C; j += PAIR) {
@@ -329,14 +330,14 @@ int mix(struct mixture *all, long count, struct term *terms, long n, long P, lon
 #pragma omp parallel for schedule(static)
     for (long unit = 0; unit < count * chunks; unit++) {
         const struct mixture m = all[unit / chunks];
-        const struct term *own = terms + unit / chunks * n;
+        const struct term *its = terms + unit / chunks * n;
         long from = unit % chunks * AT_ONCE, until = min(P, from + AT_ONCE);
         for (long j = 0; j < C; j += PAIR) {
             const vector *matrices = packed + unit / chunks * size + j / LANES * rows;
             long p = from, lanes = min(PAIR, C - j);
 #define SOME(lanes, vectors, pixels) \
     for (; p + pixels <= until; p += pixels) \
-        mix_some(m.out + p * C + j, m.base ? m.base + p * C + j : NULL, matrices, C, lanes, own, n, p, vectors, pixels)
+        mix_some(m.out + p * C + j, m.base ? m.base + p * C + j : NULL, matrices, C, lanes, its, n, p, vectors, pixels)
             if (lanes == PAIR) SOME(PAIR, 2, MANY / 2);
             else if (lanes == LANES) SOME(LANES, 1, MANY);
             else if (lanes < LANES) SOME(lanes, 1, MANY);
@@ -367,7 +368,7 @@ struct pair {
     const REAL *a, *b; /* (P, K), (P, C) */
 };
 
-/* total, (K, C) and then (K), += a' b and the sum of a, over n pixels. b: pixels of `wide` numbers, whole vectors. */
+/* total, (K, C) and then (K), += a' b and the sum of a, over n pixels. b has `wide` numbers a pixel: whole vectors. */
 static void add_products(double *total, const REAL *a, const REAL *b, long n, long K, long C, long wide) {
     for (long j = 0; j < C; j += PAIR) {
         long i = 0;
@@ -379,19 +380,19 @@ static void add_products(double *total, const REAL *a, const REAL *b, long n, lo
 #undef SOME
     }
     for (long i = 0; i < K; i += LANES) {
-        vector found = {0};
-        for (long p = 0; p < n; p++) found += get(a + p * K + i, min(LANES, K - i));
-        for (long l = 0; l < min(LANES, K - i); l++) total[K * C + i + l] += found[l];
+        vector sum = {0};
+        for (long p = 0; p < n; p++) sum += get(a + p * K + i, min(LANES, K - i));
+        for (long l = 0; l < min(LANES, K - i); l++) total[K * C + i + l] += sum[l];
     }
 }
 
-/* Of `count` pairs the sums, (K), of the pixels of a, and products, (K, C), = a' b. Chunks of pixels are summed in
-   REAL, the chunks of a block, and the blocks, in double. */
+/* For each of `count` pairs the sum over the pixels of a, (K), and the product a' b, (K, C). Chunks of pixels are
+   summed in REAL; the chunks of a block, and then the blocks, in double. */
 int products(struct pair *all, long count, double *sums, double *products, long P, long K, long C) {
     enum { CHUNK = 128, BLOCKS = 8 };
     long wide = up(C, LANES) * LANES, size = K * (C + 1), blocks = min(BLOCKS, up(P, CHUNK));
     double *totals = calloc(max(1, count * blocks * size), sizeof(double));
-    vector *copies = zeros(wide == C ? 0 : omp_get_max_threads() * CHUNK * wide / LANES); /* of b: whole vectors */
+    vector *copies = zeros(wide == C ? 0 : omp_get_max_threads() * CHUNK * wide / LANES); /* of b, as whole vectors */
     int failed = !totals || !copies;
 #pragma omp parallel for schedule(static) if (!failed)
     for (long unit = 0; unit < (failed ? 0 : count * blocks); unit++) {
@@ -410,9 +411,9 @@ int products(struct pair *all, long count, double *sums, double *products, long 
         }
     }
     for (long i = 0; i < (failed ? 0 : count * size); i++) {
-        double found = 0;
-        for (long block = 0; block < blocks; block++) found += totals[(i / size * blocks + block) * size + i % size];
-        *(i % size < K * C ? products + i / size * K * C + i % size : sums + i / size * K + i % size - K * C) = found;
+        double total = 0;
+        for (long block = 0; block < blocks; block++) total += totals[(i / size * blocks + block) * size + i % size];
+        *(i % size < K * C ? products + i / size * K * C + i % size : sums + i / size * K + i % size - K * C) = total;
     }
     free(totals);
     free(copies);
@@ -420,8 +421,8 @@ int products(struct pair *all, long count, double *sums, double *products, long 
 }
 
 
-/* BN of products u = M z, with z of K and u of C channels, times a scale, as one more product: folded_bn.py has the
-   mathematics. All of it is in double, for `count` products of the same sizes. */
+/* BN of products u = M z, with K channels of z and C of u, times a scale, written as one product: folded_bn.py has the
+   mathematics. It is computed in double, for `count` products of the same sizes. */
 
 /* to[.] += sum over rows of a[k * step] X[k, .], of n numbers each */
 INLINE void add_rows(double *restrict to, const double *restrict a, long step, const double *restrict X, long rows,
@@ -441,26 +442,27 @@ INLINE double dot(const double *restrict a, const double *restrict b, long n) {
     return sum;
 }
 
-struct moments { /* of a product, what its gradient needs */
+struct moments { /* what the gradient of a product needs */
     double *mean, *MS, *inverse; /* of z (K); M times its covariance (C, K); 1 / the standard deviation of u (C) */
 };
-INLINE struct moments moments_of(double *kept, long product, long K, long C) {
-    kept += product * (K + C * K + C);
-    return (struct moments){kept, kept + K, kept + K + C * K};
+INLINE struct moments moments_of(double *all, long product, long K, long C) {
+    double *first = all + product * (K + C * K + C);
+    return (struct moments){first, first + K, first + K + C * K};
 }
 
-/* From the sums of z (K) and of z z' (K, K) over n pixels: y = A' z + shift is BN(M z) times a scale, one or one for
-   each channel (`scales` numbers), or alone. A: (K, C). shifts: (edges, C), the sums over products e, e + edges, ...
-   and of the bias, alike or null. mean, var: of u, unbiased, (C). kept: what fold_gradients reads. */
+/* From the sums of z (K) and of z z' (K, K) over n pixels compute A (K, C) and shift (C), so that A' z + shift is
+   BN(M z) times the scale: `scales` numbers, one or one for each channel; null for 1. shifts: (edges, C); that of edge
+   e is the sum of the shifts of products e, e + edges, ..., and of the bias, (edges, C) or null. mean, var: of u,
+   unbiased, (C). moments: what fold_gradients reads. */
 int fold(const double *sums, const double *grams, double n, const REAL *M, const REAL *scale, long scales,
-         const REAL *bias, double eps, REAL *A, REAL *shifts, long edges, REAL *mean, REAL *var, double *kept,
+         const REAL *bias, double eps, REAL *A, REAL *shifts, long edges, REAL *mean, REAL *var, double *moments,
          long count, long K, long C) {
     double *covariances = malloc(max(1, count * (K * K + C) + omp_get_max_threads() * K) * sizeof(double));
     double *shift = covariances + count * K * K, *rows = shift + count * C;
     if (!covariances) return 1;
 #pragma omp parallel for schedule(static) if (count * K > 64)
     for (long u = 0; u < count * K; u++) {
-        const struct moments z = moments_of(kept, u / K, K, C);
+        const struct moments z = moments_of(moments, u / K, K, C);
         const double *of_product = sums + u / K * K, mean_k = sums[u] / n;
         z.mean[u % K] = mean_k;
         for (long j = 0; j < K; j++) covariances[u * K + j] = grams[u * K + j] / n - mean_k * (of_product[j] / n);
@@ -468,7 +470,7 @@ int fold(const double *sums, const double *grams, double n, const REAL *M, const
 #pragma omp parallel for schedule(static) if (count * C > 64)
     for (long u = 0; u < count * C; u++) {
         long p = u / C, i = u % C;
-        const struct moments z = moments_of(kept, p, K, C);
+        const struct moments z = moments_of(moments, p, K, C);
         double *row = rows + omp_get_thread_num() * K, *MS = z.MS + i * K;
         for (long k = 0; k < K; k++) row[k] = M[u * K + k], MS[k] = 0;
         add_rows(MS, row, 1, covariances + p * K * K, K, K);
@@ -490,18 +492,19 @@ int fold(const double *sums, const double *grams, double n, const REAL *M, const
     return 0;
 }
 
-/* From g = dL/dy, its sums (C) and those of g z' (C, K): the gradients of M and of the scale, and that of z as
-   A' g + D' z + shift, with A (C, K), D (K, K), shift (K). Null for what is not wanted; A, D and shift go together. */
+/* From the sums over n pixels of g = dL/dy (C) and of g z' (C, K) compute the gradients of M and of the scale, and
+   that of z as A' g + D' z + shift, with A (C, K), D (K, K), shift (K). What is not wanted is null; A, D and shift are
+   wanted together or not at all. */
 int fold_gradients(const double *sums, const double *products, double n, const REAL *M, const REAL *scale, long scales,
-                   double *kept, REAL *dscale, REAL *dM, REAL *A, REAL *D, REAL *shift, long count, long K, long C) {
+                   double *moments, REAL *dscale, REAL *dM, REAL *A, REAL *D, REAL *shift, long count, long K, long C) {
     long room = 2 * C * K + 2 * K + 2 * C;
     double *rooms = malloc(max(1, omp_get_max_threads() * room) * sizeof(double));
     if (!rooms) return 1;
 #pragma omp parallel for schedule(static) if (count > 1)
     for (long p = 0; p < count; p++) {
-        const struct moments z = moments_of(kept, p, K, C);
+        const struct moments z = moments_of(moments, p, K, C);
         double *matrix = rooms + omp_get_thread_num() * room, *cM = matrix + C * K, *R = cM + C * K, *row = R + K;
-        double *means = row + K /* of the gradient of u */, *of_scale = means + C;
+        double *means = row + K /* means of the gradient of u */, *of_scale = means + C;
         for (long i = 0; i < C; i++) {
             double *m = matrix + i * K, sum = sums[p * C + i];
             for (long k = 0; k < K; k++) {
@@ -551,8 +554,8 @@ int blend(REAL **outs, long count, REAL **images, long n, const REAL *w, long si
     return 0;
 }
 
-/* w[e, t] = the sum of the products of a[e] and b[t], for `count` images a and n images b. Pieces are summed in REAL,
-   the pieces of a block, and the blocks, in double. */
+/* w[e, t] = the sum of the products of a[e] and b[t], for `count` images a and n images b. Pieces are summed in REAL;
+   the pieces of a block, and then the blocks, in double. */
 int dots(REAL **a, long count, REAL **b, long n, double *w, long size) {
     enum { BLOCKS = 64 };
     long pieces = up(size, AT_A_TIME), blocks = min(BLOCKS, pieces);

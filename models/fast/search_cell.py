@@ -91,9 +91,9 @@ def fused_nodes(
     operations = [[[dag[i][j]._ops for i in targets] for j in sources] for sources, targets in groups]
     weights = [rows[i][j] for sources, targets in groups for j in sources for i in targets]
     layout, statistics = layout_for(s0), RunningStatistics()
-    prepared = layout.prepared(operations, torch.stack(weights, 1))
+    edge_groups = layout.edge_groups(operations, torch.stack(weights, 1))
     states, sums = [s0, s1], [None] * len(dag)
-    for (sources, targets), group in zip(groups, prepared):
+    for (sources, targets), group in zip(groups, edge_groups):
         images = [states[j] for j in sources]
         firsts = [dag[targets[0]][j] for j in sources]  # one edge from each source
         if getattr(firsts[0], "K", 1) == 1:
