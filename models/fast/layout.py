@@ -69,8 +69,9 @@ class Product:
 class EdgeGroup:
     """Edges that run together, from each of S sources to each of n_targets nodes.
 
-    They are numbered source by source: edge s * n_targets + t is from source s to target t. products[t]: step t of the chains that have more steps than t + 1; products[-1]: the last step of every chain;
-    weights_of_equal: the weights of the candidates with equal outputs, (candidates * S * n_targets, 1).
+    They are numbered source by source: edge s * n_targets + t is from source s to target t. products[t]: step t of the
+    chains that have more steps than t + 1; products[-1]: the last step of every chain; weights_of_equal: the weights of
+    the candidates with equal outputs, (candidates * S * n_targets, 1).
     """
 
     n_targets: int
