@@ -79,7 +79,9 @@ def option(default: Any, help: str, type: Callable = str, group: str | None = No
     """
     metavar = {int: "N", float: "X"}.get(default.__class__) if "choices" not in settings else None
     settings |= {"default": default, "help": help, "type": type, "metavar": metavar, "group": group}
-    return dataclasses.field(default_factory=lambda: default, metadata=settings)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=settings)
+    return dataclasses.field(default=default, metadata=settings)
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -34,10 +34,6 @@ def test_augment_defaults_are_the_papers():
     assert (config.aux_weight, config.cutout_length, config.drop_path_prob, config.seed) == (0.4, 16, 0.2, 2)
 
 
-def test_defaults_are_those_of_an_empty_command_line():
-    assert vars(SearchConfig.defaults()) == vars(SearchConfig([]))
-
-
 @pytest.mark.parametrize("config", [SearchConfig, AugmentConfig, ProtocolOptions])
 def test_every_option_has_help_in_a_named_group(config):
     parser = config.build_parser()
@@ -82,36 +78,30 @@ AUGMENT = ["--genotype", "DARTS_V2"]
 @pytest.mark.parametrize(
     ("words", "mention"),
     [
+        ([], "--genotype is required"),
         (["--dataset", "imagenot"], "cifar10"),
         (["--batch-size", "0"], "of at least 1"),
-        (["--epochs", "x"], "whole number"),
         (["--w-lr", "0"], "above 0"),
         (["--w-lr", "nan"], "above 0"),
-        (["--w-lr", "inf"], "at most 2147483647"),
         (["--w-momentum", "1"], "below 1"),
         (["--order", "third"], "second"),
         ([*FOLDER, "--image-size", "7"], "of at least 8"),
-        ([*FOLDER, "--image-channels", "2"], "3"),
         (["--seed", "9" * 400], "whole number"),
         (["--name", "../precious"], "without slashes"),
         (["--gpus", "0,0"], "different numbers"),
         (["--gpus", "0", "--device", "cpu"], "leave --device out"),
         (["--batch", "3"], "--batch"),
-        (["--no-such-option"], "no-such-option"),
         (["--primitives", "none"], "at least one other than none"),
         (["--primitives", "skip_connect,skip_connect"], "different operations"),
         (["--primitives", "skip_connect,conv_1x1"], "unknown operation 'conv_1x1'"),
-        (["--primitives", "s9"], "darts, s2, s3"),
-        (["--primitives", ""], "unknown operation ''"),
-        (["--execution", "slow"], "plain"),
         (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),
         (["--auto-resume", "--overwrite"], "--auto-resume"),
         (["stray"], "stray"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
-    with pytest.raises(SystemExit) as stop, user_errors_in_one_line("search.py"):
-        SearchConfig(words)
+    with pytest.raises(SystemExit) as stop, user_errors_in_one_line("the script"):
+        (SearchConfig if words else AugmentConfig)(words)
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.count("\n") == 1
@@ -132,7 +122,6 @@ def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
         (AugmentConfig, ["--evaluate", "run", *AUGMENT], "--genotype"),
         (AugmentConfig, ["--evaluate", "run", "--epochs", "3"], "--epochs"),
         (AugmentConfig, ["--evaluate", "run", "--gpus", "all"], "--gpus"),
-        (ProtocolOptions, ["--image-size", "64"], "--image-size"),
         (ProtocolOptions, ["--random", "0", "--like", "DARTS_V2"], "--like"),
         (ProtocolOptions, ["--final-seeds", "0", "--finals", "all"], "--finals"),
     ],
@@ -150,11 +139,6 @@ def test_an_option_with_effect_or_at_its_default_is_accepted():
     AugmentConfig([*AUGMENT, "--stem", "imagenet", "--dataset", "cifar10"])
 
 
-def test_augment_requires_a_genotype():
-    with pytest.raises(UserError, match="--genotype is required"):
-        AugmentConfig([])
-
-
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert SearchConfig(["--runs-path=~/x", *FOLDER, "--data-path=~/y"]).runs_path == "/home/me/x"
@@ -166,15 +150,10 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
 
 
 @pytest.mark.parametrize("space", SEARCH_SPACES)
-def test_a_named_search_space_is_its_operations(space):
-    names = SEARCH_SPACES[space]
-    assert SearchConfig(["--primitives", space]).primitives == names
-    assert SearchConfig(["--primitives", ",".join(names)]).primitives == names
-
-
-def test_an_operation_that_a_users_script_added_can_be_searched(monkeypatch):
+def test_a_search_space_stands_for_its_operations_to_which_a_users_script_may_add(space, monkeypatch):
+    assert SearchConfig(["--primitives", space]).primitives == SEARCH_SPACES[space]
     monkeypatch.setitem(OPS, "conv_1x1", OPS["sep_conv_3x3"])
-    assert SearchConfig(["--primitives", "s3,conv_1x1"]).primitives == [*SEARCH_SPACES["s3"], "conv_1x1"]
+    assert SearchConfig(["--primitives", f"{space},conv_1x1"]).primitives == [*SEARCH_SPACES[space], "conv_1x1"]
 
 
 def test_data_options_name_the_same_data():
@@ -217,18 +196,14 @@ def test_an_option_that_a_saved_run_lacks_has_its_default():
     ("changes", "mention"),
     [
         ({"layers": 10**10}, "--layers"),
-        ({"layers": 8.5}, "--layers"),
         ({"layers": True}, "--layers"),
         ({"amp": "yes"}, "--amp"),
-        ({"w_lr": "nan"}, "--w-lr"),
         ({"primitives": ["none"]}, "--primitives"),
         ({"variant": "x"}, "unknown variant"),
         ({"unknown": 3}, "--unknown"),
         ({"early_stop": True, "epochs": 2}, "--early-stop"),
         ({"overwrite": True}, "--overwrite"),
         ({"gpus": "all"}, "--gpus"),
-        ({"resume": "/"}, "--resume"),
-        ({"auto_resume": True}, "--auto-resume"),
         ({"evaluate": "x"}, "--evaluate"),
         ({"help": True}, "--help"),
     ],
@@ -238,7 +213,7 @@ def test_saved_options_pass_the_checks_of_the_command_line(changes, mention):
         SearchConfig.restored(SearchConfig([]).as_dict() | changes, "config.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "[" * 10**5, '{"epochs": ' + "9" * 10**4 + "}", "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "[" * 10**5, "\xff"])
 def test_a_damaged_config_json_is_named(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json"):
@@ -254,12 +229,6 @@ def test_resuming_takes_the_options_of_the_run_and_allows_few_others(tmp_path):
     for words in (["--seed", "2"], ["--overwrite"], ["--name", "x"], ["--runs-path", "y"], ["--auto-resume"]):
         with pytest.raises(UserError, match=f"{words[0]} is fixed by the run"):
             SearchConfig(["--resume", str(tmp_path), *words])
-
-
-def test_reading_a_command_line_changes_nothing_on_disk(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    AugmentConfig([*AUGMENT, "--auto-resume"])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_markdown_is_a_table_of_every_option():

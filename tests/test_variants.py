@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import differences, outcome
-from conftest import ROOT, Batches, assert_one_line_error, batch, run_script, sgd, small_net
+from conftest import ROOT, Batches, batch, run_script, sgd, small_net
 from test_architect import XI, exact_alpha_gradient, relative_error
-from test_extending import both_executions, classes_of, two_steps
+from test_extending import both_executions, two_steps
 from test_resuming import wait_for_step
 from torch import nn
 from torch.distributions import Dirichlet
@@ -32,7 +32,7 @@ from models.ops import OPS, MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
 from run.run import Run
 from utils import cosine_lr
-from variants import VARIANTS, compose
+from variants import VARIANTS, PCDarts, by_node, compose
 
 
 def classes(*words):
@@ -62,16 +62,6 @@ def gradients(net, *words, xi=0.1):
     _, architect = classes(*words)
     architect(net, 0.9, 3e-4).unrolled_backward(X, y, *val, xi, sgd(net))
     return [logits, loss, *grads, *(alpha.grad for alpha in net.alphas())]
-
-
-def assert_same(one, other, rtol=1e-10, atol=1e-12):
-    assert len(one) == len(other)
-    for a, b in zip(one, other):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
-
-
-def states(net):
-    return {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
 
 
 WORDS = {
@@ -114,8 +104,8 @@ def test_a_variant_without_effect_takes_the_steps_of_darts_to_the_bit(words, epo
         net.load_state_dict(darts.state_dict(), strict=False)
         two_steps(darts)
         two_steps(net, classes(*words)[1])
-        for name, value in states(darts).items():
-            assert torch.equal(states(net)[name], value), name
+        for name, value in darts.state_dict().items():
+            assert torch.equal(net.state_dict()[name], value), name
         assert net.genotype() == darts.genotype()
 
 
@@ -126,7 +116,8 @@ def test_both_executions_of_a_variant_are_the_same(words, layout, monkeypatch):
     if layout:
         monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, layout))
     plain, fused = (network(*words, execution=execution, epoch=20) for execution in ("plain", "fused"))
-    assert_same(gradients(fused, *words), gradients(plain, *words), rtol=1e-9, atol=1e-10)
+    for one, other in zip(gradients(fused, *words), gradients(plain, *words), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
     for net in (plain, fused):
         net.eval()
     torch.testing.assert_close(fused(batch()[0]), plain(batch()[0]), rtol=1e-10, atol=1e-12)
@@ -148,9 +139,8 @@ def test_pc_darts_mixes_a_quarter_of_the_channels_and_shuffles(stride, size):
     torch.testing.assert_close(edge(x, weights), shuffled, rtol=1e-10, atol=1e-12)
 
 
-@both_executions
-def test_pc_darts_normalises_edges_in_the_network_and_in_the_genotype(execution):
-    net = network(*WORDS["pc-darts"], execution=execution)
+def test_pc_darts_normalises_edges_in_the_network_and_in_the_genotype():
+    net = network(*WORDS["pc-darts"])
     with torch.no_grad():
         for number in net.alphas():
             number.normal_()
@@ -160,13 +150,6 @@ def test_pc_darts_normalises_edges_in_the_network_and_in_the_genotype(execution)
             expected = alpha.softmax(1) * (beta.exp() / beta.exp().sum())[:, None]
             torch.testing.assert_close(net.edge_weights()[kind][i], expected, rtol=1e-12, atol=0)
         assert getattr(net.genotype(), kind) == parse(net.edge_weights()[kind], 2)
-    # a node is the sum of beta's softmax times the edge's output at alpha's softmax
-    cell, s = net.cells[0], torch.randn(3, 12, 8, 8, dtype=torch.float64)
-    weights = net.edge_weights()["normal"]
-    s0, s1 = cell.preproc0(s), cell.preproc1(s)
-    alpha, beta = net.alpha_normal[0].softmax(1), net.beta_normal[0].softmax(0)
-    node = sum(b * edge(state, a) for b, a, edge, state in zip(beta, alpha, cell.dag[0], (s0, s1)))
-    torch.testing.assert_close(cell(s, s, weights)[:, :4], node, rtol=1e-9, atol=1e-11)
 
 
 def test_pc_darts_betas_learn_as_alphas_do_and_neither_does_in_the_warm_up():
@@ -183,33 +166,6 @@ def test_pc_darts_betas_learn_as_alphas_do_and_neither_does_in_the_warm_up():
                 two_steps(net)
         assert all((number != old).any() == learns for number, old in zip(net.alphas(), before))
         assert all((w != old).any() for w, old in zip(net.weights(), weights) if w.dim() == 4)
-
-
-@pytest.mark.process
-def test_channels_that_cannot_be_shared_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--pc-share 4 must divide --init-channels 6"):
-        network("--variant", "pc-darts", C=6)
-    words = ["--variant", "pc-darts", "--init-channels", 6, "--layers", 3]
-    assert_one_line_error(run_script("search.py", *words, cwd=tmp_path), "--pc-share 4")
-
-
-# beta-DARTS
-
-
-@both_executions
-def test_beta_darts_adds_the_gradient_of_the_mean_logsumexp(execution):
-    words = WORDS["beta-darts"]
-    darts, net = network(execution=execution), network(*words, execution=execution, epoch=11)
-    assert net.penalty == 50 * 10 / 50
-    with torch.no_grad():
-        for one, other in zip(darts.alphas(), net.alphas()):
-            one.copy_(other.normal_())
-    n = len(list(net.alphas()))
-    with_penalty, without = gradients(net, *words)[-n:], gradients(darts)[-n:]
-    n_edges = sum(len(alpha) for alpha in net.alphas())
-    for one, other, alpha in zip(with_penalty, without, net.alphas()):
-        # d logsumexp / d alpha is the softmax
-        torch.testing.assert_close(one - other, 10 * alpha.detach().softmax(1) / n_edges, rtol=1e-7, atol=1e-9)
 
 
 # DARTS-
@@ -264,7 +220,7 @@ def alphas_of(net):
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_nothing_is_drawn_in_evaluation_nor_for_the_genotype(name):
+def test_nothing_is_drawn_in_evaluation_for_the_genotype_nor_for_the_eigenvalue(name):
     net = moved(network("--variant", name, epoch=25))
     net.eval()
     darts = network()
@@ -274,16 +230,9 @@ def test_nothing_is_drawn_in_evaluation_nor_for_the_genotype(name):
     assert torch.equal(edges(net.edge_weights()), alphas_of(net).softmax(1))
     assert net.genotype() == darts.genotype()
     assert torch.equal(torch.get_rng_state(), state)
+    assert dominant_eigenvalue(net, *batch()) == pytest.approx(dominant_eigenvalue(darts, *batch()), rel=1e-8)
     net.train()
     assert not torch.allclose(net(batch()[0]), darts.train()(batch()[0]), rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", RANDOM)
-def test_the_eigenvalue_is_that_of_darts_where_weights_are_drawn(name):
-    net, darts = moved(network("--variant", name, epoch=25)), network()
-    darts.load_state_dict(net.state_dict())
-    found, expected = (dominant_eigenvalue(network, *batch()) for network in (net, darts))
-    assert found == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -320,17 +269,6 @@ def test_weights_are_drawn_by_the_papers_distribution(name, mean):
         variance = expected * (1 - expected) / (total + 1)
         torch.testing.assert_close(sample.var(0), variance.detach(), rtol=0.3, atol=1e-3)
     assert ((sample.mean(0) - expected).abs() < 5 * (variance / n).sqrt()).all()
-
-
-def test_snas_draws_soft_weights_that_harden_as_the_temperature_falls():
-    hardness = []
-    for epoch in (1, 50):
-        net = moved(network("--variant", "snas", epoch=epoch))
-        sample = draws(net, 100)
-        torch.testing.assert_close(sample.sum(2), torch.ones_like(sample[..., 0]))
-        hardness.append((sample.amax(2) > 0.99).double().mean().item())
-    assert hardness[0] < 0.1
-    assert hardness[1] > 0.8
 
 
 @pytest.mark.parametrize(("name", "first", "last"), [("gdas", 10, 0.1), ("snas", 1, 0.03)])
@@ -377,6 +315,7 @@ def test_gdas_moves_w_as_the_sum_of_all_candidates_does():
 # The alphas' gradients against exact differentiation of definitions
 
 DEFINITIONS = {
+    "beta-darts": lambda alpha, noise, T: alpha.softmax(1),
     "fair-darts": lambda alpha, noise, T: 1 / (1 + (-alpha).exp()),
     "snas": lambda alpha, noise, T: ((alpha + noise) / T).exp() / ((alpha + noise) / T).exp().sum(1, keepdim=True),
     "gdas": lambda alpha, noise, T: straight_through(((alpha + noise) / T).softmax(1)),
@@ -395,6 +334,8 @@ def straight_through(soft):
 
 def penalty(name, alphas):
     """What the variant adds to alpha's objective."""
+    if name == "beta-darts":  # 50 times the part of the epochs that are over, times the mean logsumexp
+        return 50 * 44 / 50 * alphas.exp().sum(1).log().mean()
     if name == "fair-darts":
         return -10 * ((alphas.sigmoid() - 0.5) ** 2).mean()
     if name == "drnas":  # 0.1 times the divergences, by the gamma function and its logarithmic derivative
@@ -439,7 +380,7 @@ def by_definition_of(name, net):
 
 
 @pytest.mark.parametrize("xi", [0.0, XI], ids=["first order", "second order"])
-@pytest.mark.parametrize("name", ["fair-darts", *RANDOM])
+@pytest.mark.parametrize("name", ["beta-darts", "fair-darts", *RANDOM])
 def test_alphas_gradient_is_that_of_differentiating_the_definition(name, xi):
     kind, architect = classes(*WORDS[name])
     net = small_net(smooth=True, kind=kind)
@@ -480,25 +421,6 @@ def test_fair_darts_keeps_operations_above_the_threshold_and_one_at_least():
     assert genotype.reduce[0] == [("dil_conv_3x3", 1)]  # none is above it
     assert list(map(len, genotype.reduce)) == [1, 1]
     assert net.genotype(k=1).normal == [[("sep_conv_5x5", 0)], [("skip_connect", 2)]]
-
-
-@pytest.mark.long
-def test_fair_darts_without_its_loss_is_the_sigmoid_relaxation_to_the_bit():
-    sigmoid, _ = classes_of("sigmoid")
-    words = ["--variant", "fair-darts", "--fair-strength", "0"]
-    for execution in EXECUTIONS:
-        net, other = (
-            compose(SearchConfig(w), kind, Architect)[0](
-                1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2, execution=execution
-            )
-            for w, kind in ((words, SearchCNN), ([], sigmoid))
-        )
-        net, other = net.double(), other.double()
-        net.load_state_dict(other.state_dict())
-        two_steps(net, classes(*words)[1])
-        two_steps(other)
-        for name, value in states(other).items():
-            assert torch.equal(states(net)[name], value), name
 
 
 # SDARTS
@@ -555,6 +477,101 @@ def test_the_fast_execution_can_run_the_cells_of_every_variant_but_gdas(name):
         assert search_cell.can_run(cell.dag, x, weights["reduce" if reduction else "normal"]) == (name != "gdas")
 
 
+# As options, and with classes of a user's script
+
+
+@pytest.mark.parametrize(
+    ("names", "mention"),
+    [
+        ("pc-darts,darts-minus", "both change the operation on an edge"),
+        ("beta-darts,beta-darts", "names a variant twice"),
+        ("beta-darts,drnas", "both change what alpha descends"),
+        ("pc-darts,fair-darts", "both change how edges are ranked"),
+        ("snas,gdas", "both change how alphas become weights"),
+        ("gdas,darts-minus", "both change the operation on an edge"),
+        ("darts-plus", "pc-darts, beta-darts"),
+        ("", "unknown variant ''"),
+    ],
+)
+def test_variants_that_collide_or_do_not_exist_are_one_line(names, mention):
+    with pytest.raises(UserError, match=mention):
+        SearchConfig(["--variant", names])
+
+
+def test_an_option_of_a_variant_that_is_not_named_is_refused():
+    with pytest.raises(UserError, match=r"^--pc-share is an option of --variant pc-darts$"):
+        SearchConfig(["--pc-share", "2"])
+    with pytest.raises(UserError, match="--gdas-temperature=3 is an option of --variant gdas"):
+        SearchConfig(["--variant", "snas", "--gdas-temperature=3"])
+    with pytest.raises(UserError, match="--pc-share: must be a whole number of at least 1"):
+        SearchConfig(["--variant", "pc-darts", "--pc-share", "0"])
+
+
+def test_options_of_a_variant_are_attributes_of_its_class_which_a_script_can_set():
+    class Halved(PCDarts):
+        pc_share = 2
+
+    network, _ = compose(SearchConfig(["--variant", "pc-darts", "--pc-share", "1"]), SearchCNN, Architect)
+    for kind, K in ((Halved, 2), (PCDarts, 4), (network, 1)):
+        net = kind(1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2)
+        assert net.cells[0].dag[0][0].K == K
+    with pytest.raises(UserError, match="--pc-share 4 must divide --init-channels 6"):
+        PCDarts(1, 6, 3, 3, nn.CrossEntropyLoss())
+
+
+def test_a_variant_that_extends_weights_comes_before_one_that_replaces_them():
+    for names in ("drnas,pc-darts", "pc-darts,drnas"):
+        classes = compose(SearchConfig(["--variant", names]), SearchCNN, Architect)
+        orders = [[kind.__name__ for kind in of.__mro__] for of in classes]
+        assert orders[0][:5] == ["PCDartsDrNasSearchCNN", "PCDarts", "DrNas", "NetworkVariant", "SearchCNN"]
+        assert orders[1][:3] == ["DrNasObjectiveArchitect", "DrNasObjective", "Architect"]
+
+
+class Sigmoid(SearchCNN):
+    def edge_weights(self, noise=None):
+        return by_node(self, torch.sigmoid)
+
+
+class OwnEdges(SearchCNN):
+    mixed_op = type("OwnMixedOp", (MixedOp,), {})
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "attribute"),
+    [
+        ("snas", Sigmoid, "edge_weights"),
+        ("sdarts", Sigmoid, "edge_weights"),
+        ("fair-darts", Sigmoid, "edge_weights"),
+        ("pc-darts", OwnEdges, "mixed_op"),
+        ("darts-minus", OwnEdges, "mixed_op"),
+        ("gdas", OwnEdges, "mixed_op"),
+    ],
+)
+def test_what_a_variant_would_replace_in_a_users_class_is_refused(names, base, attribute):
+    with pytest.raises(UserError, match=f"replaces {attribute}, which {base.__name__} has overridden"):
+        compose(SearchConfig(["--variant", names]), base, Architect)
+
+
+@pytest.mark.parametrize(("names", "base"), [("pc-darts,beta-darts", Sigmoid), ("snas,beta-darts", OwnEdges)])
+def test_what_a_variant_extends_in_a_users_class_is_kept(names, base):
+    kind, _ = compose(SearchConfig(["--variant", names]), base, Architect)
+    net = kind(1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2)
+    if base is OwnEdges:
+        assert type(net.cells[0].dag[0][0]) is OwnEdges.mixed_op
+    else:  # sigmoids of nearly zero, times the softmax of two betas
+        assert net.edge_weights()["normal"][0].mean().item() == pytest.approx(0.25, abs=1e-3)
+
+
+def test_alphas_that_never_learn_are_warned_of(capsys):
+    def begin(warm_up):
+        kind, _ = compose(SearchConfig(["--variant", "pc-darts", "--pc-warm-up", warm_up]), SearchCNN, Architect)
+        kind(1, 4, 3, 3, nn.CrossEntropyLoss(), n_nodes=2).begin_epoch(1, 5)
+        return capsys.readouterr().err
+
+    assert begin("4") == ""
+    assert begin("5") == "warning: alphas learn after --pc-warm-up 5 epochs, and so never in 5\n"
+
+
 # The docs, and resuming
 
 
@@ -579,31 +596,17 @@ def test_the_ninth_variant_of_the_docs_passes_its_tests_there(tmp_path, monkeypa
 TINY = ["--layers", 3, "--init-channels", 4, "--nodes", 1, "--workers", 0, "--epochs", 2, "--eigenvalue-images", 2]
 
 
-def together(name):
-    """The variants of an entry of `WORDS`."""
-    return set(name.split(","))
-
-
-# those that are not part of another entry
-LARGEST = {name: words for name, words in WORDS.items() if not any(together(name) < together(other) for other in WORDS)}
-OF_EVERY_RUN = ("gdas", "drnas,pc-darts", "sdarts,darts-minus")  # draws in all ways; the others are slow tests
-RESUMED = [
-    pytest.param(words, id=name, marks=[] if name in OF_EVERY_RUN else [pytest.mark.slow])
-    for name, words in LARGEST.items()
-]
-
-
 @pytest.mark.process
-@pytest.mark.parametrize("words", RESUMED)
-def test_a_search_with_a_variant_that_is_stopped_and_resumed_ends_as_one_left_alone(words, tmp_path):
+@pytest.mark.parametrize("name", ["gdas", "drnas,pc-darts"])
+def test_a_search_with_a_variant_that_is_stopped_and_resumed_ends_as_one_left_alone(name, tmp_path):
     alone, stopped = (tmp_path / name / "runs/search/digits" for name in ("alone", "stopped"))
     for run in (alone, stopped):
         (run.parents[2]).mkdir()
-    words = [*words, *TINY, "--batch-size", 180, "--checkpoint-minutes", 0]
+    words = [*WORDS[name], *TINY, "--batch-size", 180, "--checkpoint-minutes", 0]
     process = run_script("search.py", *words, cwd=alone.parents[2])
     assert process.returncode == 0, process.stderr
-    assert ("run by their own forward" in process.stdout) == ("gdas" in words)
-    assert json.loads((alone / "config.json").read_text())["variant"] == words[1]
+    assert ("run by their own forward" in process.stdout) == (name == "gdas")
+    assert json.loads((alone / "config.json").read_text())["variant"] == name
     command = [sys.executable, ROOT / "search.py", *map(str, words)]
     process = subprocess.Popen(command, cwd=stopped.parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for_step(process, stopped, 1)
