@@ -231,7 +231,7 @@ def test_an_option_that_is_not_known_is_one_line(saved):
     options = json.loads((saved / "config.json").read_text()) | {"momentum_of_alpha": 0.5}
     (saved / "config.json").write_text(json.dumps(options))
     process = run_script("search.py", "--resume", saved, cwd=saved.parent)
-    assert_one_line_error(process, "config.json", "momentum_of_alpha")
+    assert_one_line_error(process, "config.json", "momentum-of-alpha")
 
 
 class OtherCNN(SearchCNN):
