@@ -9,6 +9,7 @@ models/genotype.py and offered here too. Nothing here imports torch, which takes
 """
 
 import ast
+import contextlib
 import itertools
 import json
 import random
@@ -17,15 +18,14 @@ import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from command_line.errors import OneLineParser, user_errors_in_one_line
+from command_line.errors import OneLineParser, user_errors_in_one_line, warn
 from config import AugmentConfig
 from models.choices import PRIMITIVES
 from models.genotype import Genotype, GenotypeError, check, parse, shorten, to_dag
+from run.folder import RunFolder, read_json, reading
 from run.options import number
 
 __all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "from_str", "parse", "to_dag", "to_str"]
-
-GENOTYPE_FILE = "genotype.json"  # in the folder of a search
 
 FORMS = ("nested", "flat", "json")
 
@@ -36,18 +36,26 @@ MAX_NUMBER = 1000  # in range(a, b); so many nodes are in no cell
 Published = namedtuple("Published", "genotype source results")  # results: name -> number, as the source reports them
 
 
-def from_str(s: str) -> Genotype:
-    """Read a genotype: nested or flat, JSON, or the name of a published cell.
+def from_str(s: str, name: str | None = None) -> Genotype:
+    """Read a genotype: nested or flat, JSON, or the name of a published cell, such as `DARTS_V2` or `darts_v2`.
 
-    Also accepts pasted text: with a name and `=` in front, as in a log, in quotes, or as `gt.Genotype(...)`. It never
-    executes the string. Lists, tuples and ranges keep their types, so that from_str(str(genotype)) == genotype; JSON
-    gives the types that a search writes. Raises GenotypeError (a ValueError), which says where the error is and what is
-    allowed there.
+    Also accepts pasted text: with a name and `=` in front, in quotes, as `gt.Genotype(...)`, or the log of a search, of
+    which the last genotype counts. It never executes the string. Lists, tuples and ranges keep their types, so that
+    from_str(str(genotype)) == genotype; JSON gives the types that a search writes.
+
+    name: of a text such as the genotypes.py of a DARTS code, the genotype with this name. Raises GenotypeError (a
+    ValueError), which says where the error is and what is allowed there.
     """
-    text = s.strip()
-    if text in PUBLISHED:
-        return PUBLISHED[text].genotype
-    return check(_from_json(text) if text.startswith("{") else _from_call(_call_in(text)))
+    text = s.strip().removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
+    published = {_letters(known): cell for known, cell in PUBLISHED.items()}.get(_letters(text))
+    if published:
+        return published.genotype
+    return check(_from_json(text) if text.startswith("{") else _from_call(_call_in(text, name)))
+
+
+def _letters(name):
+    """What two spellings of a cell's name have in common: letters without case, and digits."""
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def to_str(genotype: Genotype, form: str = "nested") -> str:
@@ -70,17 +78,35 @@ def as_lists(genotype: Genotype) -> dict[str, list]:
     return {field: list(value) for field, value in genotype._asdict().items()}
 
 
-def _call_in(text):
-    """`Genotype(...)` from a text such as `DARTS = gt.Genotype(...)`; any other text unchanged."""
-    match = re.search(r"\bGenotype\s*\(", text)
-    if match is None:
-        return text
-    depth = 0
-    for end in range(match.end() - 1, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[match.start() : end + 1]
-    return text[match.start() :]
+# a name, perhaps with a type; `=`; perhaps a quote or a module; `Genotype(`
+CALL = re.compile(r"""(?:(?P<name>\w+)\s*(?::\s*\w+\s*)?=[\s"']*(?:\w+\.)*)?(?P<call>\bGenotype\s*\()""")
+
+
+def _call_in(text, name=None):
+    """`Genotype(...)` from a text such as `DARTS = gt.Genotype(...)`, of several the last; any other text unchanged.
+
+    name: the name in front of it. Raises GenotypeError if the text has none of this name, or several names and no name
+    is given.
+    """
+    calls, end = {}, 0  # name -> its last call
+    while match := CALL.search(text, end):
+        depth = 0
+        for end in range(match.end() - 1, len(text)):
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            if depth == 0:
+                break
+        end += 1
+        calls.pop(match["name"], None)
+        calls[match["name"]] = text[match.start("call") : end]
+    names = [known for known in calls if known is not None]
+    if name is None and len(names) <= 1:
+        return list(calls.values())[-1] if calls else text
+    alias = re.search(rf"^{re.escape(name or '')}\s*=\s*(\w+)\s*$", text, re.MULTILINE)  # such as DARTS = DARTS_V2
+    if alias and name not in calls:
+        name = alias[1]
+    if name not in names:
+        raise GenotypeError(f"genotype: here are {', '.join(names) or 'no names'}; give one of them, as FILE:NAME")
+    return calls[name]
 
 
 def _from_call(text):
@@ -98,7 +124,11 @@ def _from_call(text):
         )
     names = [str(keyword.arg) for keyword in call.keywords]
     if call.args or sorted(names) != sorted(Genotype._fields):
-        raise GenotypeError(f"genotype: Genotype(...) takes each of {', '.join(Genotype._fields)} once, by name")
+        others = [name for name in names if name not in Genotype._fields]
+        superfluous = f"; leave out {', '.join(others)}" if others else ""
+        raise GenotypeError(
+            f"genotype: Genotype(...) takes each of {', '.join(Genotype._fields)} once, by name{superfluous}"
+        )
     fields = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
     return Genotype(**fields | {kind: _by_node(fields[kind], kind) for kind in ("normal", "reduce")})
 
@@ -170,40 +200,76 @@ def resolve(text: str) -> Genotype:
     """Read a genotype from a text that `from_str` reads, from a file with such a text, or from the folder of a search.
 
     From a search the genotype of the last epoch is taken, or the one that --early-stop chose, not that of the best.
-    `random:SEED` is the first cell that `random_genotypes` draws with this seed. Raises GenotypeError.
+    Warns if the search is not over, or if nothing uses a node of the cells. `FILE:NAME` is a genotype of a file with
+    several; `random:SEED` is the first cell that `random_genotypes` draws with this seed. Raises GenotypeError.
     """
     if text.startswith("random:"):
         seed = text.removeprefix("random:")
         if not (seed.isascii() and seed.isdecimal() and len(seed) <= 10):
             raise GenotypeError(f"genotype: {shorten(text)} must be random:SEED, SEED a whole number of at least 0")
         return random_genotypes(1, int(seed))[0]
-    path = Path(text)
-    try:
-        path = path / GENOTYPE_FILE if path.is_dir() else path
-        is_file = path.is_file()
-    except (OSError, ValueError):  # not a possible file name
-        is_file = False
-    if not is_file and (text in PUBLISHED or "(" in text or text.lstrip().startswith("{")):
-        return from_str(text)
-    if not is_file:
+    path, name = _file_of(text), None
+    if path is None and ":" in text:
+        path, name = _file_of(text.rpartition(":")[0]), text.rpartition(":")[2]
+    if path is not None:
+        genotype = _read_file(path, name)
+    elif _letters(text) in map(_letters, PUBLISHED) or "(" in text or text.lstrip("\ufeff \n").startswith("{"):
+        genotype = from_str(text)
+    else:
         raise GenotypeError(
             f"genotype: {shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), random:SEED, a genotype "
-            "string 'Genotype(normal=..., ...)', JSON, a file of these, nor a search folder"
+            "string 'Genotype(normal=..., ...)', JSON, a file of these, FILE:NAME, nor a search folder"
         )
+    _warn_of_unused_nodes(genotype)
+    return genotype
+
+
+def _file_of(text):
+    """The file that a text names, genotype.json if it is the folder of a search; None if there is no such file."""
+    path = Path(text)
     try:
-        return from_str(_last(path.read_text(encoding="utf-8")))
+        path = RunFolder(path).genotype if path.is_dir() else path
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # not a possible file name
+        return None
+
+
+def _read_file(path, name):
+    """The genotype of a file, see `resolve`."""
+    _check_search(RunFolder(path.parent))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+            text = str(json.loads(text)["last"]["string"])  # of the genotype.json of a search
+        return from_str(text, name)
     except GenotypeError as error:
         raise GenotypeError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise GenotypeError(f"genotype: cannot read {path}: {error}") from None
 
 
-def _last(text):
-    """The string of the last genotype if the text is a genotype.json of a search; any other text unchanged."""
-    try:
-        return str(json.loads(text)["last"]["string"])
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return text
+def _check_search(folder):
+    """Warn if this is the folder of a search that is not over. Raises GenotypeError if alphas have not learned yet."""
+    with reading(folder):
+        history, summary = read_json(folder.history), read_json(folder.summary)
+        if not history:
+            return
+        n_epochs = history[-1]["epoch"]
+        if not history[-1].get("alphas_learn", True):
+            raise GenotypeError(
+                f"genotype: the search in {folder} is in its warm-up after epoch {n_epochs}, so that alphas are random"
+            )
+        if summary is None or summary["epochs"] != n_epochs:
+            warn(f"the search in {folder} stopped after epoch {n_epochs} of {read_json(folder.config)['epochs']}")
+
+
+def _warn_of_unused_nodes(genotype):
+    for kind in ("normal", "reduce"):
+        gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+        used = {*concat, *(source for node in gene for _, source in node)}
+        for i in range(len(gene)):
+            if i + 2 not in used:
+                warn(f"genotype: nothing uses node {i} of the {kind} cell: {kind}_concat, {concat}, lacks {i + 2}")
 
 
 # Random cells
