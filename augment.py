@@ -6,6 +6,7 @@ python augment.py --dataset cifar10 --genotype random:1                  # a ran
 python augment.py --dataset cifar10 --genotype DARTS_V2 --hold-out 0.1   # accuracy on a tenth of the training images
 python augment.py --genotype "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)"
 python augment.py --evaluate runs/augment/cifar10                        # its accuracy, by class too
+python augment.py --evaluate runs/augment/cifar10 --predict FOLDER       # the classes of the images in a folder, as CSV
 python augment.py --gpus all ...                                         # on all GPUs of this machine
 torchrun --nproc-per-node 8 augment.py ...                               # the same, and over several machines
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
@@ -17,6 +18,8 @@ from config import AugmentConfig
 if __name__ == "__main__":
     before_torch(AugmentConfig)
 
+import csv
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -33,7 +36,7 @@ from models.sync_bn import synchronise
 from preproc import preprocessing
 from run.loggers import Logger
 from run.run import Run
-from trained.evaluation import accuracy_by_class, evaluate, load_trained, start_from
+from trained.evaluation import accuracy_by_class, confusion_of, evaluate, initial_tensors, predict
 from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, param_size
 
 
@@ -62,7 +65,7 @@ def augment(network, loggers, augment_batch):
     if config.evaluate:
         if ranks.size() > 1:
             raise UserError("--evaluate takes one process; leave torchrun out")
-        return print_accuracy(config)
+        return print_evaluation(config)
     genotype = ranks.on_rank_0(lambda: resolve(config.genotype))
     config.genotype = str(genotype)  # saved as text, since the file or folder that it names may change
     if config.gpus:
@@ -77,11 +80,11 @@ def augment(network, loggers, augment_batch):
 
     seed_generators(config.seed)
     net = build(network, config, run.device, size, channels, n_classes, genotype)
+    taken = None
     if config.init_checkpoint and config.resume is None:
-        checkpoint = ranks.on_rank_0(lambda: load_trained(config.init_checkpoint, network))
-        if checkpoint.genotype != genotype:
-            raise UserError("--init-checkpoint is of another network: its genotype is another")
-        start_from(net, checkpoint, val_data.class_names(n_classes))
+        classes = val_data.class_names(n_classes)
+        tensors, taken = ranks.on_rank_0(lambda: initial_tensors(config.init_checkpoint, net, genotype, classes))
+        net.load_state_dict(tensors, strict=False)
     costs = cost(net, channels, size)
     latency = ranks.on_rank_0(lambda: describe_latency(net, channels, size))
     if config.sync_bn:
@@ -104,6 +107,8 @@ def augment(network, loggers, augment_batch):
     with run.interruptible(), garbage_collection_of_new_objects():
         results = run.start({"net": net, "optim": optim}, results, network=network)
         scheduler = learning_rate(optim, config, done=run.epoch)
+        if taken:
+            run.log(taken)
         run.log(
             f"{len(trn_data)} training and {len(val_data)} {config.measured_on} images of {channels} x {size} x "
             f"{size}, {n_classes} classes; {param_size(net):.3f} M parameters without the auxiliary head; in training "
@@ -121,6 +126,8 @@ def augment(network, loggers, augment_batch):
             results |= {"top1": top1, "best_top1": max(top1, results["best_top1"])}
             run.end_epoch(is_best, results)
 
+    for line in accuracy_by_class(confusion_of(net, val_loader, n_classes), results["classes"]):
+        run.log(line)
     images = config.measured_on.replace("-", "_")
     run.finish(
         epochs=config.epochs,
@@ -183,13 +190,17 @@ def learning_rate(optim, config, done):
     return cosine_lr(optim, config.epochs, done=done)
 
 
-def print_accuracy(config):
-    """Print the accuracy of a trained network, overall and by class."""
+def print_evaluation(config):
+    """Print the accuracy of a trained network, or with --predict the classes of the images in a folder, as CSV."""
+    options = {name: getattr(config, name) for name in ("batch_size", "workers", "device", "mirror")}
+    if config.predict:
+        rows = predict(config.evaluate, config.predict, **options)
+        csv.writer(sys.stdout, lineterminator="\n").writerows([("path", "class", "probability"), *rows])
+        return
     data_path = None if config.data_path == config.defaults().data_path else config.data_path
-    evaluation = evaluate(config.evaluate, data_path, config.batch_size, config.workers, config.device, config.mirror)
-    trained, n = evaluation.trained, len(evaluation.images)
-    print(f"{trained.path}: top 1 {evaluation.top1:.2%} of {n} {trained.measured_on} images")
-    for line in accuracy_by_class(evaluation.confusion(), trained.results["classes"]):
+    evaluation = evaluate(config.evaluate, data_path, **options)
+    print(evaluation.describe())
+    for line in accuracy_by_class(evaluation.confusion(), evaluation.trained.results["classes"]):
         print(line)
 
 

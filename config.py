@@ -212,14 +212,15 @@ class AugmentConfig(DataOptions, RunOptions):
 
     evaluate: str | None = option(
         None,
-        "run, or checkpoint, whose accuracy is printed, overall and by class",
+        "run (its last checkpoint), or checkpoint, whose accuracy is printed, overall and by class",
         path,
         "evaluation, without training",
     )
+    predict: str | None = option(None, "with --evaluate: folder of images whose predicted classes are printed", path)
     mirror: bool = option(False, "average the predictions for each image and its mirror image")
 
     init_checkpoint: str | None = option(
-        None, "run, or checkpoint, whose weights are taken at the start", path, "training"
+        None, "run, checkpoint, or state_dict whose weights are taken at the start", path, "training"
     )
     epochs: int = option(600, "number of epochs", positive_int)
     hold_out: float = option(0.0, "fraction of the training images to measure on, and not to train on", probability)
@@ -245,13 +246,21 @@ class AugmentConfig(DataOptions, RunOptions):
 
     def check(self):
         if self.evaluate is not None:
-            others = vars(self).keys() - {"evaluate", "mirror", "data_path", "batch_size", "workers", "device"}
+            others = vars(self).keys() - {
+                "evaluate",
+                "predict",
+                "mirror",
+                "data_path",
+                "batch_size",
+                "workers",
+                "device",
+            }
             return self.refuse_without_effect(sorted(others), "with --evaluate")
         super().check()
         if self.genotype is None:
             raise UserError("--genotype is required")
         check_layers(self.layers)
-        self.refuse_without_effect(("mirror",), "without --evaluate")
+        self.refuse_without_effect(("mirror", "predict"), "without --evaluate")
 
     @property
     def measured_on(self) -> str:

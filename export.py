@@ -1,6 +1,6 @@
 """Export a trained network: one file that classifies images without this code, and without the data set.
 
-python export.py runs/augment/cifar10                                    # ONNX: best.onnx in the run's folder
+python export.py runs/augment/cifar10                                    # ONNX: checkpoint.onnx in the run's folder
 python export.py runs/augment/cifar10 --output cifar10.pt2               # for torch.export.load
 """
 
@@ -13,7 +13,7 @@ from command_line.errors import OneLineParser, UserError, user_errors_in_one_lin
 
 def main():
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of augment.py, or a run's folder for its best")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of augment.py, or a run's folder for the last")
     parser.add_argument(
         "--output", metavar="FILE", help="the file to write: .onnx, or .pt2 for torch.export (default: CKPT's, .onnx)"
     )
@@ -31,11 +31,12 @@ def main():
     if not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}")
     trained = load_trained(args.checkpoint)
-    net, images = load_network(trained, torch.device("cpu")), images_of(trained, args.data_path)
+    net = load_network(trained, torch.device("cpu"))
+    images, images_name = images_of(trained, args.data_path)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         temporary_path = Path(folder) / output.name
         exported = export(net, trained.results, temporary_path)
-        print(f"checked on {trained.measured_on} images: {compare(exported, net, images)}")
+        print(f"checked on {images_name} images: {compare(exported, net, images)}")
         os.replace(temporary_path, output)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 

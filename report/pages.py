@@ -70,12 +70,11 @@ def augment_content(run):
         evaluation = evaluate(run.folder, data_path=run.config.data_path)
     except INPUT_ERRORS as error:
         return {"error": str(error)}
-    trained, confusion = evaluation.trained, evaluation.confusion()
-    names, totals = trained.results["classes"], confusion.sum(1)
-    accuracies = [f"{hits / max(n, 1):.2%} of {n}" for hits, n in zip(confusion.diagonal(), totals)]
+    names, confusion = evaluation.trained.results["classes"], evaluation.confusion()
+    accuracies = [f"{hits / max(n, 1):.2%} of {n}" for hits, n in zip(confusion.diagonal(), confusion.sum(1))]
     return {
         "error": None,
-        "accuracy": f"{evaluation.top1:.2%} of {totals.sum()} {trained.measured_on} images, by {trained.path}.",
+        "accuracy": evaluation.describe(),
         "classes": list(zip(names, accuracies)),
         "confusion": picture(figures.confusion_matrix(confusion, names)),
         "mistakes": picture(figures.mistakes(evaluation)) if evaluation.wrong() else None,

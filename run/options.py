@@ -22,7 +22,15 @@ from run.folder import RunFolder, read_json, reading
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
-NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "mirror")  # not written to config.json
+NOT_SAVED = (
+    "resume",
+    "auto_resume",
+    "overwrite",
+    "gpus",
+    "evaluate",
+    "predict",
+    "mirror",
+)  # not written to config.json
 
 
 # Types of options: functions that read a text, and raise argparse.ArgumentTypeError if it is not allowed

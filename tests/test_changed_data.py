@@ -2,17 +2,12 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import assert_one_line_error, run_script
 
-from command_line.errors import UserError
-from genotypes import DARTS_V1
-from models.augment_cnn import AugmentCNN
 from run.checkpoints import load_checkpoint
-from trained.evaluation import evaluate, images_of, load_trained, start_from
+from trained.evaluation import evaluate, images_of, load_trained
 from visualize import write_report
 
 TINY = ("--layers", 3, "--init-channels", 2, "--batch-size", 8, "--workers", 0)
@@ -67,25 +62,11 @@ def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
     shutil.rmtree(moved / "train")  # which is not evaluated on
     line = succeed("augment.py", "--evaluate", run / "checkpoint.pt", cwd=tmp_path).splitlines()[0]
     assert f"top 1 {top1:.2%} of 24 test images" in line
-    test_images = images_of(load_trained(run), moved)  # on which export.py checks a file
-    assert (len(test_images), test_images.source.resize) == (24, "squeeze")
+    test_images, name = images_of(load_trained(run), moved)  # on which export.py checks a file
+    assert (name, len(test_images), test_images.source.resize) == ("test", 24, "squeeze")
     moved = moved.rename(tmp_path / "again")
     (run / "config.json").write_text(json.dumps(options | {"data_path": str(moved)}))  # as if resumed once more
     write_report([run], tmp_path / "report.html")
     assert "Not shown" not in (tmp_path / "report.html").read_text()
     (moved / "val/left/000.png").unlink()
-    with pytest.raises(UserError, match=r"test images .* left 12 -> 11"):
-        evaluate(run, moved, device="cpu")
-
-
-@pytest.mark.parametrize(("classes", "same"), [(["a", "b", "c"], True), (["a", "c", "b"], False), (["a", "b"], False)])
-def test_classifiers_start_anew_unless_the_classes_are_the_same(classes, same):
-    torch.manual_seed(0)
-    trained, net = (AugmentCNN(8, 1, 4, n, 3, True, DARTS_V1) for n in (3, len(classes)))
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    start_from(net, SimpleNamespace(tensors=trained.state_dict(), results={"classes": ["a", "b", "c"]}), classes)
-    for name, tensor in net.state_dict().items():
-        if name in ("linear.weight", "linear.bias", "aux_head.linear.weight", "aux_head.linear.bias"):
-            assert torch.equal(tensor, trained.state_dict()[name] if same else before[name]), name
-        else:
-            assert torch.equal(tensor, trained.state_dict()[name]), name
+    assert "of 23 other images" in evaluate(run, moved, device="cpu").describe()

@@ -198,7 +198,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
-    of_a_run = {path.name for path in vars(RunFolder("")).values()} | {"best.onnx", "about.json", "results.json"}
+    of_a_run = {path.name for path in vars(RunFolder("")).values()} | {"checkpoint.onnx", "about.json", "results.json"}
     for name in inline_code(page):
         is_path = re.fullmatch(r"[\w-]+(/[\w-]+)*(/|\.(py|c|md|json|toml|txt|html|pt|onnx))", name)
         if is_path and not name.startswith("runs/") and name.rstrip("/") not in of_a_run:
@@ -261,7 +261,7 @@ def table_after(page, heading):
 
 def test_a_runs_files_are_those_of_the_table():
     documented = {name.rstrip("/") for name in table_after("docs/run-folder.md", "Files")}
-    assert documented == {path.name for name, path in vars(RunFolder("x")).items() if name != "path"} | {"best.onnx"}
+    assert documented == {path.name for name, path in vars(RunFolder("x")).items() if name != "path"} | {"checkpoint.onnx"}
 
 
 @pytest.fixture(scope="module")

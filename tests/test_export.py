@@ -1,82 +1,106 @@
 """Exported networks: the file gives the trained network's logits, without this code."""
 
-import json
+import re
 import sys
+import zipfile
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
-from PIL import Image
+from conftest import ROOT
+from gates import command, refused
+from PIL import ExifTags, Image
 
+import augment
+import export
 from command_line.errors import UserError
 from genotypes import DARTS_V1, Genotype
 from models.augment_cnn import AugmentCNN
 from models.ops import OPS
+from trained import exporting
 from trained.evaluation import evaluate, images_of, load_network, load_trained
-from trained.exporting import compare, export
 
-TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--genotype", "DARTS_V2")
+TINY = ("--layers", 3, "--init-channels", 4, "--batch-size", 8, "--workers", 0, "--genotype", "DARTS_V2")
 
 
-@pytest.mark.process
-def test_the_file_is_enough_to_classify_images(tmp_path, image_folder):
+def trained_run(tmp_path, root, *words):
+    """The folder of a run on the images in `root`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("augment.describe_latency", lambda *args: "no time")
+        data = ("--dataset", "folder", "--data-path", root, "--device", "cpu", "--runs-path", tmp_path)
+        assert command(augment.main, [*data, *TINY, "--epochs", 1, *words]) == 0
+    return tmp_path / "augment/folder"
+
+
+def save_odd_images(folder):
+    """A turned photo, a long one, 16-bit grey levels, and transparent colours."""
+    noise = np.random.default_rng(0)
+    photo = Image.fromarray(noise.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(folder / "turned.jpg", exif=exif)
+    photo.resize((90, 31)).save(folder / "long.webp", lossless=True)
+    Image.fromarray(noise.integers(0, 65536, (24, 24), dtype=np.uint16)).save(folder / "grey.png")
+    Image.fromarray(noise.integers(0, 256, (33, 24, 4), dtype=np.uint8)).save(folder / "transparent.png")
+
+
+def test_image_files_are_classified_as_the_docs_show(tmp_path, image_folder, capsys):
     root = image_folder(size=16)
-    data = ("--dataset", "folder", "--data-path", root, "--image-size", 16)
-    process = run_script("augment.py", *data, *TINY, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    run = tmp_path / "runs/augment/folder"
-    for words in ((), ("--output", tmp_path / "model.pt2")):
-        process = run_script("export.py", run, *words, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        assert "test images: 24 images, 1 and 7 at once" in process.stdout
-        assert "24 of the same class" in process.stdout
+    save_odd_images(root / "val/left")
+    run, model = trained_run(tmp_path, root, "--image-size", 16), tmp_path / "model.pt2"
+    for words in ([run], [run, "--output", model]):
+        assert command(export.main, words) == 0
+        assert "test images: 28 images, 1 and 7 at once" in (output := capsys.readouterr().out)
+        assert "28 of the same class" in output
+    with zipfile.ZipFile(model) as archive:
+        content = b"".join(map(archive.read, archive.namelist())) + (run / "checkpoint.onnx").read_bytes()
+    assert str(ROOT).encode() not in content  # nor any other path of this machine
+    assert b"site-packages" not in content
 
-    session = onnxruntime.InferenceSession(run / "best.onnx")
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert json.loads(metadata["classes"]) == ["left", "right"]
-    files = {"about.json": ""}
-    module = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
-    assert json.loads(files["about.json"]) == metadata
+    onnx_example, pt2_example = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/cells.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    onnx_example = onnx_example.replace("runs/augment/folder", str(run))
+    pt2_example = pt2_example.replace("model.pt2", str(model))
+    evaluation = evaluate(run)
+    for name, expected in zip(evaluation.images.source.names, evaluation.probabilities):
+        variables = {"torch": torch}
+        exec(onnx_example.replace("image.png", f"{root}/val/{name}"), variables)
+        assert variables["classes"] == ["left", "right"]
+        by_onnx = torch.from_numpy(variables["logits"]).softmax(1)[0]
+        np.testing.assert_allclose(by_onnx, expected, atol=1e-4, err_msg=name)
+        exec(pt2_example, variables)
+        assert variables["classes"] == ["left", "right"]
+        np.testing.assert_allclose(torch.from_numpy(variables["logits"]).softmax(1)[0], expected, atol=1e-4)
 
-    expected = evaluate(run).probabilities  # by the data set's own transforms
-    images = [Image.open(path) for path in sorted((root / "val").rglob("*.png"))]
-    pixels = np.stack([np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255 for image in images])
-    for n in (1, 7, 24):
-        batches = [pixels[i : i + n] for i in range(0, len(pixels), n)]
-        for classify in (lambda x: session.run(None, {"images": x})[0], lambda x: module(torch.from_numpy(x)).detach()):
-            logits = torch.cat([torch.as_tensor(classify(batch)) for batch in batches])
-            np.testing.assert_allclose(logits.softmax(1).numpy(), expected, atol=1e-4)
 
+def test_a_file_of_other_logits_is_not_kept(tmp_path, image_folder, capsys):
+    run = trained_run(tmp_path, image_folder(size=8), "--image-size", 8)
     for words, mention in (
-        (("--output", "x/y.pt2"), "no folder x"),
+        (("--output", tmp_path / "x/y.pt2"), "no folder"),
         (("--output", "x.pb"), ".onnx or .pt2"),
-        (("--output", "lost.onnx", "--data-path", "nowhere"), "nowhere"),
+        (("--output", tmp_path / "lost.onnx", "--data-path", "nowhere"), "nowhere"),
     ):
-        assert_one_line_error(run_script("export.py", run, *words, cwd=tmp_path), mention)
+        refused(capsys, export.main, [run, *words], mention)
     assert not list(tmp_path.glob("lost*"))
-
     trained = load_trained(run)
-    net, images = load_network(trained, torch.device("cpu")), images_of(trained)
+    net, (images, _) = load_network(trained, torch.device("cpu")), images_of(trained)
     for wrong in (1e-2, np.nan):
+        exported = exporting.export(net, trained.results, tmp_path / "x.pt2")
         with pytest.raises(RuntimeError, match="differ"):
-            compare(lambda x, wrong=wrong: session.run(None, {"images": x})[0] + np.float32(wrong), net, images)
+            exporting.compare(lambda x, wrong=wrong, f=exported: f(x) + np.float32(wrong), net, images)
 
 
-@pytest.mark.process
-def test_large_grey_images_of_which_few_are_there(tmp_path, image_folder):
+def test_large_grey_images_of_which_few_are_there(tmp_path, image_folder, capsys):
     root = image_folder(size=80, mode="L", splits=("train",))
     image_folder(size=80, mode="L", splits=("val",), n=2)
-    data = ("--dataset", "folder", "--data-path", root, "--image-size", 64, "--image-channels", 1)
-    process = run_script("augment.py", *data, *TINY, "--epochs", 1, "--stem", "imagenet", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    process = run_script("export.py", "runs/augment/folder", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "test images: 4 images" in process.stdout
-    assert "4 of the same class" in process.stdout
-    metadata = onnxruntime.InferenceSession(tmp_path / "runs/augment/folder/best.onnx").get_modelmeta()
-    assert "(N, 1, 64, 64): grey" in metadata.custom_metadata_map["input"]
+    run = trained_run(tmp_path, root, "--image-size", 64, "--image-channels", 1, "--stem", "imagenet")
+    assert command(export.main, [run]) == 0
+    assert "test images: 4 images" in capsys.readouterr().out
+    metadata = onnxruntime.InferenceSession(run / "checkpoint.onnx").get_modelmeta().custom_metadata_map
+    assert "(N, 1, 64, 64): grey" in metadata["input"]
+    assert "mode L" in metadata["preprocessing"]
 
 
 @pytest.mark.long
@@ -96,7 +120,7 @@ def test_every_operation_can_be_exported_at_odd_sizes_and_any_batch(tmp_path):
         "genotype": "-",
         "preprocessing": "-",
     }
-    classify = export(net, results, tmp_path / "all.onnx")
+    classify = exporting.export(net, results, tmp_path / "all.onnx")
     mean, std = (torch.tensor(results[name]).view(3, 1, 1) for name in ("mean", "std"))
     for n in (1, 2, 7):
         images = torch.rand(n, 3, 15, 15)
@@ -112,5 +136,5 @@ def test_without_a_package_that_onnx_needs_the_error_says_what_to_install(missin
     results = {"input_size": 8, "input_channels": 1, "mean": [0.5], "std": [0.2], "preprocessing": "-"}
     results |= {"classes": ["a", "b"], "genotype": "-"}
     with pytest.raises(UserError, match=rf"{missing}: .*requirements-export\.txt; a \.pt2"):
-        export(net, results, tmp_path / "x.onnx")
+        exporting.export(net, results, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,12 @@ import torch
 from command_line.errors import UserError
 from config import AugmentConfig
 from genotypes import Genotype, from_str
+from images.image_folder import ENDINGS, ImageFolder, listed
 from images.loading import Images, Loader, check_unchanged
+from machine import ranks
 from machine.devices import pick_device
 from models.augment_cnn import AugmentCNN
+from preproc import data_transforms
 from run.checkpoints import check_network, load_checkpoint
 from run.folder import RunFolder, reading
 from utils import get_data, get_test_data
@@ -53,10 +56,15 @@ class TrainedNetwork:
 
 @dataclass
 class Evaluation:
-    """The predictions of a trained network for images. probabilities: (N, n_classes)."""
+    """The predictions of a trained network for images.
+
+    images_name: which images these are, `test`, `held-out`, or `other` if they are not those of the run; probabilities:
+    (N, n_classes).
+    """
 
     trained: TrainedNetwork
     images: Images
+    images_name: str
     probabilities: np.ndarray
 
     @property
@@ -80,10 +88,16 @@ class Evaluation:
         indices = np.flatnonzero(self.predictions != self.images.labels)
         return indices[np.argsort(-self.probabilities.max(1)[indices], kind="stable")].tolist()
 
+    def describe(self) -> str:
+        """The checkpoint and its accuracy, in words."""
+        path = self.trained.path
+        chosen = f", chosen for its accuracy on the {self.trained.measured_on} images" if path.name == "best.pt" else ""
+        return f"{path}{chosen}: top 1 {self.top1:.2%} of {len(self.images)} {self.images_name} images"
+
 
 def file_of(path: str | Path) -> Path:
-    """The checkpoint file for a path: best.pt if the path is a run's folder, else the path itself."""
-    return RunFolder(path).best if Path(path).is_dir() else Path(path)
+    """The checkpoint file for a path: the last checkpoint if the path is a run's folder, else the path itself."""
+    return RunFolder(path).checkpoint if Path(path).is_dir() else Path(path)
 
 
 def load_trained(path: str | Path, network: type[AugmentCNN] = AugmentCNN) -> TrainedNetwork:
@@ -93,11 +107,8 @@ def load_trained(path: str | Path, network: type[AugmentCNN] = AugmentCNN) -> Tr
     the names, shapes and types of its tensors are not those of the network.
     """
     path = file_of(path)
-    try:
-        checkpoint = load_checkpoint(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != "augment":
+    checkpoint = _content_of(path)
+    if not _is_of_augment(checkpoint):
         raise UserError(f"{path} is not a checkpoint of augment.py")
     with reading(path):
         config = AugmentConfig.restored(checkpoint["config"], path)
@@ -109,6 +120,17 @@ def load_trained(path: str | Path, network: type[AugmentCNN] = AugmentCNN) -> Tr
     return trained
 
 
+def _content_of(path):
+    try:
+        return load_checkpoint(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give an augment run's folder, or a checkpoint in it") from None
+
+
+def _is_of_augment(checkpoint):
+    return isinstance(checkpoint, dict) and checkpoint.get("stage") == "augment"
+
+
 def load_network(trained: TrainedNetwork, device: torch.device) -> AugmentCNN:
     """The trained network, in eval mode."""
     net = trained.new_network()
@@ -116,28 +138,57 @@ def load_network(trained: TrainedNetwork, device: torch.device) -> AugmentCNN:
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def start_from(net: AugmentCNN, trained: TrainedNetwork, classes: list[str]) -> None:
-    """Initialise a network with trained weights; the classifiers only if the classes are the same.
+def initial_tensors(
+    path: str | Path, net: AugmentCNN, genotype: Genotype, classes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors that a training takes from a checkpoint, by the name in `net.state_dict()`; and in words, which.
 
-    classes: the class names of the new training. Raises UserError if other tensors are missing or of another shape.
+    path: a checkpoint of augment.py or a run's folder, see `file_of`, or a `state_dict` of another program, which may
+    be the entry "state_dict" or "model" of a dict. From augment.py all tensors are taken, but the classifiers' only if
+    the classes are the same; from others those of the same name and shape. genotype, classes: of the new training.
+
+    Raises UserError if a checkpoint of augment.py is of another network, or if there is no tensor to take.
     """
-    saved, state = trained.tensors, net.state_dict()
-    classifiers = {name for name in state if re.fullmatch(r"(aux_head\.)?linear\.(weight|bias)", name)}
-    other = [name for name in state if name not in saved or saved[name].shape != state[name].shape]
-    errors = [name for name in other if name not in classifiers]
-    if errors:
-        raise UserError(
-            f"--init-checkpoint is of another network: {len(errors)} of {len(state)} tensors are missing or of another "
-            f"shape, first {errors[0]}"
-        )
-    new = other if trained.results["classes"] == classes else classifiers
-    net.load_state_dict({name: state[name] if name in new else saved[name] for name in state})
+    path, state = file_of(path), net.state_dict()
+    checkpoint = _content_of(path)
+    if _is_of_augment(checkpoint):
+        trained = load_trained(path, type(net))
+        if trained.genotype != genotype:
+            raise UserError("--init-checkpoint is of another network: its genotype is another")
+        tensors, has_same_classes = trained.tensors, trained.results["classes"] == classes
+        taken = {n: t for n, t in tensors.items() if has_same_classes or not CLASSIFIERS.fullmatch(n)}
+        check_network(net, {n: taken.get(n, t) for n, t in state.items()} | taken, path)
+    else:
+        tensors = _tensors_in(checkpoint)
+        taken = {n: t for n, t in tensors.items() if n in state and t.shape == state[n].shape}
+        if not taken:
+            raise UserError(f"{path} has no tensor whose name and shape are those of a tensor of the network")
+    words = f"{len(taken)} of {len(state)} tensors are from {path}"
+    for description, names in (("not in it", state), ("not taken from it", tensors)):
+        others = [name for name in names if name not in taken]
+        if others:
+            words += f"; {description}: {listed(others)}"
+    return taken, words
 
 
-def images_of(trained: TrainedNetwork, data_path: str | None = None) -> Images:
-    """The images that the accuracy of a trained network is measured on, normalised as in its training.
+CLASSIFIERS = re.compile(r"(aux_head\.)?linear\.(weight|bias)")
 
-    data_path: their folder, if it is no longer that of the training. Raises UserError if they are not the same images.
+
+def _tensors_in(content):
+    """The tensors of a `state_dict`, by name, without what `DataParallel` puts in front of names."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    items = content.items() if isinstance(content, dict) else ()
+    return {str(name).removeprefix("module."): value for name, value in items if isinstance(value, torch.Tensor)}
+
+
+def images_of(trained: TrainedNetwork, data_path: str | None = None) -> tuple[Images, str]:
+    """The images that the accuracy of a trained network is measured on, normalised as in its training; and their name.
+
+    data_path: the folder of their data set, if it is no longer that of the training; the images there may be others, if
+    they have the same classes. The name is `test`, `held-out`, or `other`. Raises UserError if they are not the same
+    images, or have other classes.
     """
     config, results = trained.config, trained.results
     options = {
@@ -150,41 +201,89 @@ def images_of(trained: TrainedNetwork, data_path: str | None = None) -> Images:
         "skip_bad_images": config.skip_bad_images,
         "crops": config.stem == "imagenet",
     }
-    if config.hold_out:
-        images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
-    else:
-        images = get_test_data(**options)
-    check_unchanged({trained.measured_on: images.fingerprint()}, results["data"])
-    return images
+    try:
+        if config.hold_out:
+            images = get_data(cutout_length=0, validation=True, hold_out=config.hold_out, **options)[4]
+        else:
+            images = get_test_data(**options)
+        check_unchanged({trained.measured_on: images.fingerprint()}, results["data"])
+        return images, trained.measured_on
+    except UserError:
+        if data_path in (None, config.data_path):
+            raise
+    images, classes = get_test_data(**options), results["classes"]
+    names = images.class_names(1 + max(images.labels))
+    if names != classes:
+        raise UserError(f"{data_path} has the classes {listed(names)}, but the network has {listed(classes)}")
+    return images, "other"
+
+
+def evaluate(path: str | Path, data_path: str | None = None, **options) -> Evaluation:
+    """Run a trained network on its test or held-out images, or on others.
+
+    path: a checkpoint, or a run's folder for its last one; data_path: see `images_of`; options: see `probabilities_of`.
+    """
+    trained = load_trained(path)
+    images, name = images_of(trained, data_path)
+    return Evaluation(trained, images, name, probabilities_of(trained, images, **options))
+
+
+def predict(path: str | Path, folder: str | Path, **options) -> list[tuple[str, str, float]]:
+    """Classify the images in a folder and its subfolders: (path of the file, name of the class, probability) of each.
+
+    path, options: as of `evaluate`. Raises UserError if there is no image, or one cannot be read.
+    """
+    trained = load_trained(path)
+    files = [str(file) for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in ENDINGS]
+    if not files:
+        raise UserError(f"--predict {folder}: there is no image; files of images end in {' '.join(ENDINGS)}")
+    config, results = trained.config, trained.results
+    size, crops, mode = results["input_size"], config.stem == "imagenet", {1: "L", 3: "RGB"}[results["input_channels"]]
+    labels = [0] * len(files)  # which are not known
+    source = ImageFolder("", [], files, labels, None if crops else size, mode, config.resize)
+    mean_std = results["mean"], results["std"]
+    _, transform = data_transforms(config.dataset, 0, size, mean_std, crops, resize=config.resize)
+    probabilities = probabilities_of(trained, Images(source, labels, transform, transform, seed=0), **options)
+    names = [results["classes"][i] for i in probabilities.argmax(1)]
+    return list(zip(files, names, probabilities.max(1).tolist()))
 
 
 @torch.no_grad()
-def evaluate(
-    path: str | Path,
-    data_path: str | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "auto",
-    mirror: bool = False,
-) -> Evaluation:
-    """Run a trained network on its test or held-out images.
+def probabilities_of(
+    trained: TrainedNetwork, images: Images, batch_size=64, workers=0, device="auto", mirror=False
+) -> np.ndarray:
+    """The probability of each class for each image, (N, n_classes).
 
-    path: a checkpoint, or a run's folder for its best.pt; mirror: average the probabilities of each image and its
-    mirror image.
+    mirror: average the probabilities of each image and its mirror image.
     """
-    torch_device, trained = pick_device(device), load_trained(path)
-    net, images = load_network(trained, torch_device), images_of(trained, data_path)
+    torch_device = pick_device(device)
+    net = load_network(trained, torch_device)
     loader = Loader(images, range(len(images)), batch_size, torch_device, workers, shuffle=False)
     probabilities = []
     for X, _, _ in loader.epoch(0):
         views = [X, X.flip(3)] if mirror else [X]
         probabilities.append(torch.stack([net(view)[0].float().softmax(1) for view in views]).mean(0).cpu())
-    return Evaluation(trained, images, torch.cat(probabilities).numpy())
+    return torch.cat(probabilities).numpy()
+
+
+@torch.no_grad()
+def confusion_of(net: AugmentCNN, loader: Loader, n_classes: int) -> np.ndarray:
+    """The confusion matrix of a network for a loader's images, over all ranks; see `Evaluation.confusion`."""
+    counts = 0.0
+    net.eval()
+    for X, y, n in loader.epoch(0):
+        pairs = n_classes * y + net(X)[0].argmax(1)
+        shares = torch.bincount(pairs, minlength=n_classes**2).double() / len(y)
+        counts += n * ranks.average([ranks.row_weighted(shares, y)], y)[0]
+    return counts.round().long().view(n_classes, n_classes).cpu().numpy()
 
 
 def accuracy_by_class(confusion: np.ndarray, names: list[str]) -> list[str]:
-    """A line for each class: the accuracy on its images, and their number. confusion: see `Evaluation.confusion`."""
-    lines = []
-    for name, row, n_right in zip(names, confusion, confusion.diagonal()):
-        lines.append(f"{n_right / max(row.sum(), 1):8.2%} of {row.sum():5}  {name}")
-    return lines
+    """A line for each class, with the accuracy on its images and their number, and one with the mean of these.
+
+    confusion: see `Evaluation.confusion`; classes without images do not count in the mean.
+    """
+    totals = confusion.sum(1)
+    accuracies = confusion.diagonal() / np.maximum(totals, 1)
+    lines = [f"{accuracy:8.2%} of {n:5}  {name}" for accuracy, n, name in zip(accuracies, totals, names)]
+    return [*lines, f"{accuracies[totals > 0].mean():8.2%} is the mean over classes"]

@@ -27,10 +27,10 @@ class Classifier(nn.Module):
 
     def __init__(self, net, mean, std):
         super().__init__()
-        self.net = copy.deepcopy(net)
+        self.net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # of others torch.export warns
         self.net.aux_head = None
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor([[[value]] for value in mean]))  # (C, 1, 1)
+        self.register_buffer("std", torch.tensor([[[value]] for value in std]))
         self.eval()
 
     def forward(self, images):
@@ -63,6 +63,8 @@ def export(net: nn.Module, results: dict, path: Path) -> Callable:
     classifier = Classifier(net, results["mean"], results["std"])
     shapes = {"images": {0: torch.export.Dim("batch")}}  # any number of images
     program = torch.export.export(classifier, (example,), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which has the paths of source files on this machine
     if path.suffix == ".onnx":
         return _export_onnx(program, metadata(results), path)
     torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata(results), indent=2)})
