@@ -261,7 +261,8 @@ def table_after(page, heading):
 
 def test_a_runs_files_are_those_of_the_table():
     documented = {name.rstrip("/") for name in table_after("docs/run-folder.md", "Files")}
-    assert documented == {path.name for name, path in vars(RunFolder("x")).items() if name != "path"} | {"checkpoint.onnx"}
+    files = {path.name for name, path in vars(RunFolder("x")).items() if name != "path"}
+    assert documented == files | {"checkpoint.onnx"}
 
 
 @pytest.fixture(scope="module")
