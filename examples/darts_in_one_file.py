@@ -143,10 +143,10 @@ def loss_at(w, net, batch):
     return F.cross_entropy(functional_call(net, w | statistics, (images,)), labels)
 
 
-def virtual_step(net, trn, w_optim):
-    """w' = w - xi * (momentum * buf + grad_w L_trn(w, alpha) + weight_decay * w), the step that SGD would take."""
+def virtual_step(net, w_batch, w_optim):
+    """w' = w - xi * (momentum * buf + grad_w L_train(w, alpha) + weight_decay * w), the step that SGD would take."""
     w, sgd = net.weights(), w_optim.param_groups[0]
-    gradients = torch.autograd.grad(loss_at(w, net, trn), w.values())
+    gradients = torch.autograd.grad(loss_at(w, net, w_batch), w.values())
     w_virtual = {}
     for (name, weight), gradient in zip(w.items(), gradients):
         buf = w_optim.state[weight].get("momentum_buffer", torch.zeros_like(weight))  # none before the first step
@@ -155,35 +155,35 @@ def virtual_step(net, trn, w_optim):
     return w_virtual
 
 
-def alpha_gradients(net, trn, val, w_optim):
+def alpha_gradients(net, w_batch, alpha_batch, w_optim):
     """Eq. 6: grad_alpha L_val(w', alpha) - xi * H, a tensor per alpha. With xi = 0: DARTS in first order."""
-    alphas, w_virtual, xi = net.alphas(), virtual_step(net, trn, w_optim), w_optim.param_groups[0]["lr"]
-    gradients = torch.autograd.grad(loss_at(w_virtual, net, val), [*alphas, *w_virtual.values()])
+    alphas, w_virtual, xi = net.alphas(), virtual_step(net, w_batch, w_optim), w_optim.param_groups[0]["lr"]
+    gradients = torch.autograd.grad(loss_at(w_virtual, net, alpha_batch), [*alphas, *w_virtual.values()])
     d = dict(zip(w_virtual, gradients[len(alphas) :]))  # grad_w' L_val(w', alpha)
-    return [gradient - xi * h for gradient, h in zip(gradients, hessian_product(net, d, trn))]
+    return [gradient - xi * h for gradient, h in zip(gradients, hessian_product(net, d, w_batch))]
 
 
-def hessian_product(net, d, trn):
-    """Eq. 7: H = (grad_alpha L_trn(w + eps d, alpha) - grad_alpha L_trn(w - eps d, alpha)) / (2 eps)."""
+def hessian_product(net, d, w_batch):
+    """Eq. 7: H = (grad_alpha L_train(w + eps d, alpha) - grad_alpha L_train(w - eps d, alpha)) / (2 eps)."""
     eps = 0.01 / (nn.utils.get_total_norm(d.values()).item() or 1.0)  # if d is zero, so is H, whatever eps is
     w, gradients = net.weights(), []
     for shift in (eps, -eps):
         shifted = {name: w[name].detach() + shift * d[name] for name in w}
-        gradients.append(torch.autograd.grad(loss_at(shifted, net, trn), net.alphas()))
+        gradients.append(torch.autograd.grad(loss_at(shifted, net, w_batch), net.alphas()))
     return [(plus - minus) / (2 * eps) for plus, minus in zip(*gradients)]
 
 
-def train(net, trn_batches, val_batches, w_optim, alpha_optim):
+def train(net, w_batches, alpha_batches, w_optim, alpha_optim):
     """One epoch of Algorithm 1, on two halves of the training set: w learns on one, alpha on the other."""
     net.train()
     w = list(net.weights().values())
-    for trn, val in zip(trn_batches, val_batches):
+    for w_batch, alpha_batch in zip(w_batches, alpha_batches):
         # 1. alpha descends L_val(w', alpha)
-        for alpha, gradient in zip(net.alphas(), alpha_gradients(net, trn, val, w_optim)):
+        for alpha, gradient in zip(net.alphas(), alpha_gradients(net, w_batch, alpha_batch, w_optim)):
             alpha.grad = gradient
         alpha_optim.step()
-        # 2. w descends L_trn(w, alpha), at the new alpha
-        images, labels = trn
+        # 2. w descends L_train(w, alpha), at the new alpha
+        images, labels = w_batch
         w_optim.zero_grad()
         F.cross_entropy(net(images), labels).backward(inputs=w)
         nn.utils.clip_grad_norm_(w, 5.0)

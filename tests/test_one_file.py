@@ -21,7 +21,7 @@ from utils import cosine_lr
 def test_twenty_steps_of_the_one_file_and_of_search_py_end_with_the_same_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "--layers 3 --init-channels 2 --nodes 2 --execution plain --device cpu"
-    trn, val = (Batches(batch(seed=seed + step) for step in range(20)) for seed in (100, 200))
+    w_batches, alpha_batches = (Batches(batch(seed=seed + step) for step in range(20)) for seed in (100, 200))
 
     config, cpu = SearchConfig(words.split()), torch.device("cpu")
     net, w_optim, alpha_optim = search.build(SearchCNN, Architect, config, cpu, channels=1, n_classes=3)
@@ -36,8 +36,9 @@ def test_twenty_steps_of_the_one_file_and_of_search_py_end_with_the_same_network
     initial = {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
     architect = Architect(net, config.w_momentum, config.w_weight_decay)
-    search.train(1, Run(config), net, architect, trn, val, w_optim, alpha_optim, cosine_lr(w_optim, config.epochs))
-    one_file.train(other, trn, val, *one_file.optimizers(other))
+    scheduler = cosine_lr(w_optim, config.epochs)
+    search.train(1, Run(config), net, architect, w_batches, alpha_batches, w_optim, alpha_optim, scheduler)
+    one_file.train(other, w_batches, alpha_batches, *one_file.optimizers(other))
 
     norm = torch.nn.utils.get_total_norm([w.grad for w in net.weights()])
     assert torch.isclose(norm, norm.new_tensor(config.w_grad_clip))  # the last gradient was clipped
