@@ -12,11 +12,10 @@ torchrun --nproc-per-node 8 augment.py ...                               # the s
 python augment.py --resume runs/augment/cifar10                          # go on with an interrupted run
 """
 
-from command_line.errors import before_torch
 from config import AugmentConfig
 
 if __name__ == "__main__":
-    before_torch(AugmentConfig)
+    AugmentConfig.answer_help()  # before torch is imported, which takes seconds
 
 import csv
 import sys
@@ -37,7 +36,7 @@ from preproc import preprocessing
 from run.loggers import Logger
 from run.run import Run
 from trained.evaluation import accuracy_by_class, confusion_of, evaluate, initial_tensors, predict
-from utils import cosine_lr, exponential_lr, garbage_collection_of_new_objects, get_data, param_size
+from utils import cosine_lr, exponential_lr, get_data, param_size
 
 
 def unchanged(X: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +103,7 @@ def augment(network, loggers, augment_batch):
         "data": {"training": trn_data.fingerprint(), config.measured_on: val_data.fingerprint()},
     }
     results["mean"], results["std"] = val_data.normalisation()
-    with run.interruptible(), garbage_collection_of_new_objects():
+    with run.interruptible():
         results = run.start({"net": net, "optim": optim}, results, network=network)
         scheduler = learning_rate(optim, config, done=run.epoch)
         if taken:

@@ -10,11 +10,10 @@ torchrun --nproc-per-node 8 search.py                                    # the s
 python search.py --resume runs/search/cifar10                            # go on with an interrupted run
 """
 
-from command_line.errors import before_torch
 from config import SearchConfig
 
 if __name__ == "__main__":
-    before_torch(SearchConfig)
+    SearchConfig.answer_help()  # before torch is imported, which takes seconds
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -41,7 +40,7 @@ from report.cells import HOW_TO_INSTALL
 from run.folder import write_json
 from run.loggers import Logger
 from run.run import Run
-from utils import cosine_lr, garbage_collection_of_new_objects, get_data, param_size
+from utils import cosine_lr, get_data, param_size
 from variants import compose
 
 
@@ -87,7 +86,7 @@ def search(network, architect_class, loggers, select):
     net, w_optim, alpha_optim = build(network, architect_class, config, run.device, channels, n_classes)
     architect = architect_class(net, config.w_momentum, config.w_weight_decay, config.eps_scale)
 
-    with run.interruptible(), garbage_collection_of_new_objects():
+    with run.interruptible():
         parts = {"net": net, "w_optim": w_optim, "alpha_optim": alpha_optim}
         results = {"genotypes": {}, "history": [], "data": {"training": data.fingerprint()}}
         results = run.start(parts, results, network=network, architect=architect_class)
@@ -254,11 +253,9 @@ def state_of(net, images, eigenvalue_images, device):
 
 def save_genotypes(run, genotypes, history):
     """Write history.json, and genotype.json with each genotype as a string and as lists."""
-    with run.surviving_full_disk(run.folder.history.name):
-        write_json(run.folder.history, history)
-    with run.surviving_full_disk(run.folder.genotype.name):
-        content = {which: entry | as_lists(from_str(entry["string"])) for which, entry in genotypes.items()}
-        write_json(run.folder.genotype, content)
+    write_json(run.folder.history, history)
+    content = {which: entry | as_lists(from_str(entry["string"])) for which, entry in genotypes.items()}
+    write_json(run.folder.genotype, content)
 
 
 def finish(run, genotypes, history, size, channels, n_classes):

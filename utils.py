@@ -1,9 +1,6 @@
 """Helpers that search.py and augment.py share."""
 
-import atexit
-import contextlib
 import functools
-import gc
 import math
 
 import torch
@@ -103,21 +100,6 @@ def _data_set(dataset, data_path, image_size, image_channels, folder_options):
         return spec.size, spec.channels, functools.partial(spec.load, data_path, size=spec.size, channels=spec.channels)
     size, channels = image_size or spec.size, image_channels or spec.channels
     return size, channels, functools.partial(spec.load, data_path, size=size, channels=channels, **folder_options)
-
-
-@contextlib.contextmanager
-def garbage_collection_of_new_objects():
-    """Inside, Python's garbage collector ignores all objects that exist on entry (260,000 in a search).
-
-    Otherwise it would traverse them about every third step, which takes a fifth of a second.
-    """
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.freeze)  # the collection at exit would take a second
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def exponential_lr(optim, decay, done=0):

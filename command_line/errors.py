@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import os
-import reprlib
 import shlex
-import signal
 import sys
 
 from models.genotype import GenotypeError
@@ -34,12 +32,6 @@ def user_errors_in_one_line(program: str):
     So is lack of memory. Ctrl-C exits with code 130, the loss of another rank with code 1, and output to a closed pipe
     ends the program silently. All other exceptions are bugs and keep their traceback.
     """
-    signal_before = signal.getsignal(signal.SIGINT)
-    if signal_before == signal.SIG_DFL:  # see `before_torch`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # characters that the terminal lacks
     try:
         yield
     except BrokenPipeError:
@@ -54,7 +46,8 @@ def user_errors_in_one_line(program: str):
 
         text = one_line(str(error)[:200])
         if isinstance(error, torch.distributed.DistError) or "gloo" in text.lower():
-            print(f"{program}: error: a rank of this run has ended, or cannot be reached ({text})", file=sys.stderr)
+            if is_rank_0():
+                print(f"{program}: error: a rank of this run has ended, or cannot be reached ({text})", file=sys.stderr)
             sys.exit(1)
         if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in text:
             lower = "lower --batch-size, --init-channels or --layers, or see --recompute and --amp in --help"
@@ -64,17 +57,6 @@ def user_errors_in_one_line(program: str):
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def before_torch(config_class=None):
-    """What a script does before it imports torch, which takes seconds: answer --help, and end silently on Ctrl-C.
-
-    config_class: the class of its options, such as `SearchConfig`.
-    """
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell lets background processes ignore it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if config_class is not None:
-        config_class.answer_help()
 
 
 def is_rank_0() -> bool:
@@ -99,16 +81,6 @@ def one_line(message: str) -> str:
 def shell_quote(text: str) -> str:
     """The text as one word for a shell: in double quotes if it has single quotes, as a genotype, and these suffice."""
     return shlex.quote(text) if "'" not in text or set('"$`\\!') & set(text) else f'"{text}"'
-
-
-def shown(value) -> str:
-    """A value for a message: numbers and strings, shortened; of anything else the type."""
-    is_short = value is None or isinstance(value, (str, float, bool)) or (type(value) is int and abs(value) < 10**20)
-    return _SHORT.repr(value) if is_short else type(value).__name__
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 80
 
 
 class OneLineParser(argparse.ArgumentParser):

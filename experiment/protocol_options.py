@@ -1,10 +1,11 @@
 """The options of protocol.py, and among them those of search.py and augment.py in quotes."""
 
+import argparse
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from command_line.errors import UserError, shown
+from command_line.errors import UserError
 from config import AugmentConfig, DataOptions, SearchConfig
 from genotypes import PUBLISHED
 from run.options import (
@@ -77,16 +78,14 @@ def read_options(argv: Iterable[str]) -> ProtocolOptions:
     """The options, with `search` and `augment` as words, and in addition `shared`, the words for both scripts."""
     words = list(joined(map(hyphenate, argv)))
     options = ProtocolOptions(words)
-    options.command = shlex.join(["python", "protocol.py", *without_place(words)])
+    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # where runs are, and not what they are
+    place.add_argument("--member")
+    place.add_argument("--gpus")
+    options.command = shlex.join(["python", "protocol.py", *place.parse_known_args(words)[1]])
     options.shared = words_of(options.changed(SHARED))
     options.search = quoted(SearchConfig, options.search, SET_HERE, "--search")
     options.augment = quoted(AugmentConfig, options.augment, SET_HERE_TO_AUGMENT, "--augment")
     options.label = options.label or options.name or options.dataset
-    is_other_row = options.label.startswith(CHANCE) or options.label in PUBLISHED
-    if not options.label.isprintable() or "|" in options.label or is_other_row:
-        raise UserError(
-            f"--label {shown(options.label)}: must be one line without |, and none of {CHANCE}, {', '.join(PUBLISHED)}"
-        )
     return options
 
 
@@ -96,16 +95,6 @@ def joined(words: Iterable[str]) -> Iterator[str]:
     for word in words:
         value = next(words, None) if word in ("--search", "--augment") else None
         yield word if value is None else f"{word}={value}"
-
-
-def without_place(words: Iterable[str]) -> Iterator[str]:
-    """The words without --member and --gpus, which say where runs are and not what they are."""
-    words = iter(words)
-    for word in words:
-        if word in ("--member", "--gpus"):
-            next(words)
-        elif not word.startswith(("--member=", "--gpus=")):
-            yield word
 
 
 def quoted(config: type[RunOptions], text: str, set_here: Iterable[str], option: str) -> list[str]:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -140,39 +140,32 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
 def in_turn(function: Callable[[], Any]) -> Any:
     """Run a function on the first rank of each machine, which may download data, then on the others.
 
-    Returns its result. If it raises on any rank, every rank stops.
+    Returns its result. Of an error in it there is one message for each machine.
     """
-    if size() == 1:
-        return function()
-    result = failure = None
-    for is_first in (True, False):
-        if (local_rank() == 0) == is_first:
-            try:
-                result = function()
-            except INPUT_ERRORS as error:
-                failure = error
-        failures = torch.tensor(float(failure is not None))
-        dist.all_reduce(failures)
-        if failure is not None:
-            raise ThisRankError(str(failure)) if rank() > 0 and failures == 1 else failure
-        if failures:
-            raise UserError("another rank failed")
+    if local_rank() > 0:
+        wait()
+    try:
+        result = function()
+    except INPUT_ERRORS as error:
+        raise (ThisRankError if local_rank() == 0 else UserError)(str(error)) from None
+    if local_rank() == 0:
+        wait()
     return result
 
 
 def launch(gpus: str):
-    """Run this command again by torchrun, with a rank for each of several GPUs. Does not return.
+    """Run this command again by torchrun, with a rank for each of several GPUs. Returns only if torchrun runs it.
 
     gpus: `all`, or numbers of CUDA devices, such as 0,1,2. Raises UserError if there are no such devices.
     """
     if dist.is_torchelastic_launched():
-        raise UserError("--gpus starts the ranks itself; with torchrun leave it out")
+        return
     chosen = visible_gpus(gpus)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(chosen))))
     script = sys.modules["__main__"].__spec__
     program = [sys.argv[0]] if script is None else ["-m", script.name]
-    words = torchrun_words(len(chosen)) + program + _without_gpus(sys.argv[1:])
+    words = [*torchrun_words(len(chosen)), *program, *sys.argv[1:]]
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words])
 
 
@@ -195,14 +188,3 @@ def visible_gpus(gpus: str) -> list[str]:
         )
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return [names[i] if len(names) > i and names[i] else str(i) for i in chosen]
-
-
-def _without_gpus(words: Iterable[str]) -> list[str]:
-    """A command line without --gpus and its value."""
-    kept, words = [], iter(words)
-    for word in words:
-        if word == "--gpus":
-            next(words)
-        elif not word.startswith("--gpus="):
-            kept.append(word)
-    return kept

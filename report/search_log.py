@@ -38,12 +38,11 @@ def show(epoch, run, net, history):
         show_edges(run, kind, net.primitives, weights)
         for line in cell_in_words(kind, gene, net.primitives, weights):
             run.log(line)
-        with run.surviving_full_disk("a picture"):
-            path = plot(gene, run.folder.plots / f"epoch{epoch:03d}-{kind}", f"{kind} cell, epoch {epoch}")
-            if path.suffix == ".png":
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-                run.picture(f"cell/{kind}", pixels)
+        path = plot(gene, run.folder.plots / f"epoch{epoch:03d}-{kind}", f"{kind} cell, epoch {epoch}")
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            run.picture(f"cell/{kind}", pixels)
     run.log(f"genotype = {genotype}")
     show_state(run, genotype, history)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command_line.errors import UserError, shown
+from command_line.errors import UserError
 from models.genotype import GenotypeError
 
 
@@ -98,11 +98,7 @@ class RunFolder:
             save(new.path)
             if overwrite and self.path.exists():
                 os.rename(self.path, old.path)
-            try:
-                os.rename(new.path, self.path)
-            except OSError:  # another command has begun a run since `check_free`
-                self.check_free(overwrite=False)
-                raise
+            os.rename(new.path, self.path)
         finally:
             shutil.rmtree(new.path, ignore_errors=True)
             shutil.rmtree(old.path, ignore_errors=True)
@@ -140,7 +136,7 @@ def reading(path: str | Path):
         raise
     except Exception as error:  # a missing key, a wrong type, a huge number: whatever a damaged file leads to
         text = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is not as this program writes it ({shown(text)})") from None
+        raise UserError(f"{path} is not as this program writes it ({text[:100]})") from None
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,14 +1,11 @@
 """Where a run writes what it shows: log.txt and the terminal, TensorBoard, and loggers of the user's."""
 
 import logging
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
-from tensorboardX.event_file_writer import EventsWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from run.folder import RunFolder
 
@@ -43,15 +40,11 @@ class Logger:
 class TensorBoard(Logger):
     """TensorBoard's event files, in the run's folder.
 
-    first_step: of a resumed run; events of this step and later that are in older files are void. Events are written at
-    once: the queue of tensorboardX would block the run for ever if the disk were full.
+    first_step: the next step of a resumed run; TensorBoard ignores events of this step and later in older files.
     """
 
     def __init__(self, folder: Path, config, first_step: int | None = None):
-        path = RunFolder(folder).tensorboard
-        self.writer = SummaryWriter(str(path), purge_step=first_step)
-        self.writer.file_writer.event_writer.close()  # the queue, and a first file that voids the older events
-        self.writer.file_writer.event_writer = _EventFile(path)
+        self.writer = SummaryWriter(str(RunFolder(folder).tensorboard), purge_step=first_step)
 
     def scalar(self, tag, value, step):
         self.writer.add_scalar(tag, value, step)
@@ -73,39 +66,11 @@ class TensorBoard(Logger):
         self.writer.close()
 
 
-class _EventFile:
-    """An event file. If it cannot be written, such as on a full disk, there is a warning and the run goes on."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.time_ns()}")
-
-    def get_logdir(self):
-        return str(self.folder)
-
-    def add_event(self, event):
-        self._try("write_event", event)
-
-    def flush(self):
-        self._try("flush")
-
-    def close(self):
-        self._try("close")
-        self.file = None  # tensorboardX closes it again at exit
-
-    def _try(self, method, *args):
-        try:
-            if self.file is not None:
-                getattr(self.file, method)(*args)
-        except OSError as error:
-            self.file = None
-            print(f"warning: TensorBoard's events could not be written: {error}", file=sys.stderr)
-
-
 def get_logger(file_path: str | Path) -> logging.Logger:
     """The logger `darts`, which writes to standard output and appends to a file. Closes the handlers of earlier calls.
 
-    Its messages do not go to the root logger, which libraries configure.
+    Its messages do not go to the root logger, which libraries configure. A line that cannot be written, such as one to
+    a pipe whose reader has ended, is dropped.
     """
     logger = logging.getLogger("darts")
     logger.setLevel(logging.INFO)
@@ -114,26 +79,8 @@ def get_logger(file_path: str | Path) -> logging.Logger:
         logger.removeHandler(handler)
         handler.close()
     formatter = logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in (_Terminal(sys.stdout), _LogFile(file_path, encoding="utf-8")):
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(file_path, encoding="utf-8")):
         handler.setFormatter(formatter)
+        handler.handleError = lambda record: None
         logger.addHandler(handler)
     return logger
-
-
-class _WarnsOnce:
-    """A handler that drops the lines it cannot write, with one warning: the run goes on."""
-
-    warned = False
-
-    def handleError(self, record):
-        if not self.warned:
-            self.warned = True
-            print(f"warning: cannot write the log to {self.stream.name}: {sys.exc_info()[1]}", file=sys.stderr)
-
-
-class _Terminal(_WarnsOnce, logging.StreamHandler):
-    """Standard output, which may be a pipe whose reader has ended."""
-
-
-class _LogFile(_WarnsOnce, logging.FileHandler):
-    """log.txt."""

@@ -146,15 +146,8 @@ class Options:
         """name -> value of the options in the words. Prints the help and exits if they ask for it."""
         words = [hyphenate(word) for word in words]
         given, _ = cls.build_parser(add_help=False).parse_known_args(words)  # on which the groups may depend
-        given, unknown = cls.build_parser(vars(given)).parse_known_args(words)
-        if unknown:
-            raise UserError(cls.about_unknown(unknown[0]))
+        given = cls.build_parser(vars(given)).parse_args(words)
         return vars(given)
-
-    @classmethod
-    def about_unknown(cls, word: str) -> str:
-        """The error message for a word that belongs to no option."""
-        return f"unrecognized arguments: {word} (see --help)"
 
     @classmethod
     def default_values(cls, given: dict) -> dict:
@@ -244,11 +237,8 @@ class RunOptions(Options):
         """The options of a run from their saved values, which pass the checks of the command line.
 
         An option that the run lacks has its default. source: the file, for error messages. Raises UserError if an
-        option is unknown, or says what a command does rather than what the run is, or has a value that is not allowed.
+        option is unknown or has a value that is not allowed.
         """
-        for name in saved:
-            if name in (*NOT_SAVED, "help"):
-                raise UserError(f"{source}: --{option_name(name)} can't be an option of a saved run")
         try:
             return cls(words_of(saved))
         except UserError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import smoothed
-from gates import copied, finished, short_runs  # noqa: F401 -- fixtures
+from short_runs import copied, finished, short_runs  # noqa: F401 -- fixtures
 from torch import nn
 
 from machine import ranks

@@ -2,11 +2,8 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 from command_line.errors import UserError, user_errors_in_one_line
 from config import AugmentConfig, SearchConfig
@@ -42,25 +39,6 @@ def test_every_option_has_help_in_a_named_group(config):
     titles = [group.title for group in parser._action_groups if group._group_actions]
     assert {"data", "run"} < set(titles)
     assert "positional arguments" not in titles
-
-
-@pytest.mark.process
-def test_help_comes_without_torch_unless_a_variant_is_named():
-    def modules(*words):
-        code = (
-            f"import sys; sys.argv = {['search.py', *words]}\nfrom config import SearchConfig\n"
-            "try:\n    SearchConfig.answer_help()\nfinally:\n    print('torch' in sys.modules)"
-        )
-        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        return process.stdout
-
-    plain, of_variants = modules("--help"), modules("--variant", "pc-darts,snas", "-h")
-    assert plain.endswith("False\n")
-    assert "--layers" in plain
-    assert "--pc-share" not in plain
-    assert of_variants.endswith("True\n")
-    assert "number of epochs before alphas learn (default: 15)" in " ".join(of_variants.split())
-    assert "--snas-temperature-end" in of_variants
 
 
 def test_options_are_accepted_with_underscores_and_values_are_left_alone():
@@ -202,10 +180,6 @@ def test_an_option_that_a_saved_run_lacks_has_its_default():
         ({"variant": "x"}, "unknown variant"),
         ({"unknown": 3}, "--unknown"),
         ({"early_stop": True, "epochs": 2}, "--early-stop"),
-        ({"overwrite": True}, "--overwrite"),
-        ({"gpus": "all"}, "--gpus"),
-        ({"evaluate": "x"}, "--evaluate"),
-        ({"help": True}, "--help"),
     ],
 )
 def test_saved_options_pass_the_checks_of_the_command_line(changes, mention):

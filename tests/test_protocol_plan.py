@@ -111,7 +111,6 @@ def test_a_run_with_other_options_or_images_in_a_members_place_is_refused(tmp_pa
         (("--searches", 0, "--random", 0), "nothing to run"),
         (("--gpus", "0", "--device", "cpu"), "leave --device out"),
         (("--member", 9), "jobs 1 to 8 are the members, 9 to 10 final trainings"),
-        (("--label", "random cells"), "none of random cells, DARTS_V1"),
         ((*PROTOCOL, "--name", "before", "--select-epochs", 3), "--select-epochs 2, not 3"),
         ((*PROTOCOL, "--name", "before", "--search", "--order first"), "choose another --name"),
     ],

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import BROWSER, BROWSER_FLAGS, assert_one_line_error, run_script
 from PIL import Image
-from tensorboardX import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig

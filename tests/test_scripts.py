@@ -47,7 +47,7 @@ def searched(tmp_path_factory):
 def augmented(searched):
     cwd, process = searched
     lines = process.stdout.strip().splitlines()
-    timing = next(i for i, line in enumerate(lines) if "timing a forward pass" in line)
+    timing = next(i for i, line in enumerate(lines) if "a forward pass of it takes" in line)
     logged = next(i for i, line in enumerate(lines) if line.endswith(f"train the cell: {lines[-1]}"))
     assert logged < timing  # which takes a while
     words = shlex.split(lines[-1])
@@ -59,18 +59,8 @@ def test_a_search_leaves_all_of_its_folder(searched):
     cwd, process = searched
     run = cwd / "runs" / "search" / "digits"
     names = {path.name for path in run.iterdir()}
-    assert names == {
-        "config.json",
-        "log.txt",
-        "tb",
-        "plots",
-        "checkpoint.pt",
-        "best.pt",
-        "genotype.json",
-        "history.json",
-        "lock",
-        "summary.json",
-    }
+    files = "config.json log.txt tb plots checkpoint.pt best.pt genotype.json history.json lock summary.json"
+    assert names == set(files.split())
     assert json.loads((run / "config.json").read_text())["batch_size"] == 256
     pictures = {path.stem for path in (run / "plots").iterdir()}
     assert pictures == {f"epoch{e:03d}-{kind}" for e in (1, 2) for kind in ("normal", "reduce")}
@@ -169,17 +159,11 @@ def test_the_same_search_again_is_bit_identical_for_every_number_of_workers(sear
     assert_same_state(state(cwd, "digits"), state(cwd, name))
 
 
-def test_another_seed_is_another_search(searched):
+@pytest.mark.parametrize("words", [("--seed", 3), ("--order", "first")])
+def test_another_seed_or_order_is_another_search(words, searched):
     cwd, _ = searched
-    tiny_search(cwd, "--name", "seed3", "--seed", 3, epochs=1)
-    one, other = state(cwd, "digits")["parts"]["net"], state(cwd, "seed3")["parts"]["net"]
-    assert not torch.equal(one["stem.0.weight"], other["stem.0.weight"])
-
-
-def test_first_order_search_leaves_another_alpha_than_second_order(searched):
-    cwd, _ = searched
-    tiny_search(cwd, "--name", "first", "--order", "first")
-    alphas = [state(cwd, name)["parts"]["net"]["alpha_normal.0"] for name in ("digits", "first")]
+    tiny_search(cwd, "--name", words[1], *words, epochs=1)
+    alphas = [state(cwd, name)["parts"]["net"]["alpha_normal.0"] for name in ("digits", str(words[1]))]
     assert not torch.equal(*alphas)
 
 
@@ -197,13 +181,6 @@ def test_an_unreadable_image_that_a_worker_meets_is_one_line(image_folder, tmp_p
     words = ("--dataset", "folder", "--data-path", folder, "--image-size", 8, "--workers", 1, "--epochs", 1)
     process = run_script("augment.py", "--genotype", "DARTS_V1", *TINY_AUGMENT, *words, cwd=tmp_path)
     assert_one_line_error(process, "cannot read the image", "003.png")
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_folders_of_too_few_images_are_one_line(n, image_folder, tmp_path):
-    folder = image_folder(tmp_path / "images", splits=("train",), n=n)
-    process = run_script("search.py", *TINY, "--dataset", "folder", "--data-path", folder, cwd=tmp_path)
-    assert_one_line_error(process, "needs 5 images", "left")
 
 
 def test_a_search_space_belongs_to_the_run(tmp_path):
@@ -253,24 +230,6 @@ def test_a_run_is_done_wherever_its_output_goes(redirection, tmp_path):
     assert "summary stage=" in (run / "log.txt").read_text()
 
 
-def test_letters_that_the_terminal_lacks_are_escapes_there_and_letters_in_the_log(image_folder, tmp_path, monkeypatch):
-    root = image_folder(tmp_path / "数据", classes=("猫", "$_$"))
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    process = tiny_search(tmp_path, "--dataset", "folder", "--data-path", root, "--image-size", 8, epochs=1)
-    assert process.stderr == ""
-    assert "\\u732b" in process.stdout
-    assert "猫" in (tmp_path / "runs/search/folder/log.txt").read_text(encoding="utf-8")
-
-
-def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
-    code = (  # sets the handler first, since a job in the background ignores interrupts
-        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import command_line.errors as errors; errors.before_torch(); os.kill(os.getpid(), signal.SIGINT)"
-    )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stderr) == (-2, "")
-
-
 def test_an_existing_run_is_kept_unless_told_otherwise(searched):
     cwd, _ = searched
     before = (cwd / "runs/search/digits/log.txt").read_text()
@@ -310,15 +269,11 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(searched):
 @pytest.mark.parametrize(
     ("words", "mention"),
     [
-        (["--dataset", "imagenot"], "cifar10"),
-        (["--init-channels", "0"], "at least 1"),
         (["--batch-size", "0"], "at least 1"),
-        (["--device", "cuda:99"], "cpu"),
         (["--device", "warp"], "cpu"),
         (["--dataset", "folder", "--data-path", "nowhere"], "nowhere"),
         (["--runs-path", "file.txt"], "file.txt"),
         (["--name", "x" * 300], "240 bytes"),
-        (["--primitives", "conv_1x1,none"], "sep_conv_3x3"),
     ],
 )
 def test_bad_input_to_search_is_one_line_and_leaves_nothing(words, mention, tmp_path):

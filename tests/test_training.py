@@ -72,19 +72,8 @@ def test_a_search_epoch_is_algorithm_1_written_out(order):
 
 def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weight():
     batches = Batches(batch(n=5, seed=i) for i in range(3))
-    words = [
-        "--genotype",
-        "DARTS_V2",
-        "--grad-clip",
-        "0.1",
-        "--aux-weight",
-        "0.3",
-        "--label-smoothing",
-        "0.2",
-        "--device",
-        "cpu",
-    ]
-    config, criterion = AugmentConfig(words), nn.CrossEntropyLoss(label_smoothing=0.2)
+    words = "--genotype DARTS_V2 --grad-clip 0.1 --aux-weight 0.3 --label-smoothing 0.2 --device cpu"
+    config, criterion = AugmentConfig(words.split()), nn.CrossEntropyLoss(label_smoothing=0.2)
 
     def fresh():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the tests of the gates share: small runs in this process, whose files are then spoilt."""
+"""Small runs in this process, whose files tests then change."""
 
 import dataclasses
 import shutil
