@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from gates import command, refused
+from short_runs import command, refused
 
 import augment
 from command_line.errors import UserError

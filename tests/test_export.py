@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from gates import command, refused
 from PIL import ExifTags, Image
+from short_runs import command, refused
 
 import augment
 import export
