@@ -60,7 +60,7 @@ def augmentation(text: str) -> str:
 def check_layers(layers: int):
     """Raise UserError if one of the two kinds of cell would be missing."""
     if layers < 3:
-        raise UserError(f"--layers {layers}: with fewer than 3 cells, none of them is a normal cell")
+        raise UserError(f"--layers {layers}: must be at least 3, since with fewer cells none is a normal one")
 
 
 @dataclass(init=False)
@@ -91,7 +91,7 @@ class DataOptions(Options):
             names = ("image_size", "image_channels", "resize", "skip_bad_images")
             self.refuse_without_effect(names, f"with --dataset {self.dataset}, but only with --dataset folder")
         if self.dataset == "digits":
-            self.refuse_without_effect(("data_path",), "with --dataset digits, which is a part of scikit-learn")
+            self.refuse_without_effect(("data_path",), "with --dataset digits (for your images: --dataset folder)")
 
     def data_options(self) -> str:
         """The options that select the same images, as a command line."""

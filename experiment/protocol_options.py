@@ -101,13 +101,12 @@ def quoted(config: type[RunOptions], text: str, set_here: Iterable[str], option:
     """The words in an option's value. Raises UserError for what doesn't belong there."""
     try:
         words = shlex.split(text)
-        given = config.parse(words)
-    except (UserError, ValueError) as error:
+        for name in config.parse(words):
+            if name in SHARED:
+                raise UserError(f"--{option_name(name)} is given once, to protocol.py itself")
+            if name in set_here:
+                raise UserError(f"--{option_name(name)} is set by protocol.py, for each run")
+        config([*words, *["--genotype", "DARTS_V2"] * (config is AugmentConfig)])  # options that contradict each other
+    except ValueError as error:  # a UserError, or shlex's
         raise UserError(f"{option}: {error}") from None
-    for name in given:
-        if name in SHARED:
-            raise UserError(f"{option}: --{option_name(name)} is given once, to protocol.py itself")
-        if name in set_here:
-            raise UserError(f"{option}: --{option_name(name)} is set by protocol.py, for each run")
-    config([*words, *["--genotype", "DARTS_V2"] * (config is AugmentConfig)])  # options that contradict each other
     return words

@@ -73,6 +73,7 @@ AUGMENT = ["--genotype", "DARTS_V2"]
         (["--primitives", "skip_connect,skip_connect"], "different operations"),
         (["--primitives", "skip_connect,conv_1x1"], "unknown operation 'conv_1x1'"),
         (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),
+        (["--layers", "2"], "at least 3"),
         (["--auto-resume", "--overwrite"], "--auto-resume"),
         (["stray"], "stray"),
     ],
