@@ -2,6 +2,7 @@
 
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from conftest import Batches, batch, small_net
@@ -12,6 +13,7 @@ import search
 from architect import Architect
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2
+from images.loading import Loader
 from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_
 from run.run import Run
@@ -110,3 +112,36 @@ def test_drop_path_grows_linearly_from_zero(tmp_path, monkeypatch):
     )
     augment.main()
     assert seen == pytest.approx([0.0, 0.05, 0.1, 0.15])
+
+
+@pytest.mark.long
+def test_w_and_alpha_learn_on_different_halves_and_validation_is_on_alphas(tmp_path, monkeypatch):
+    loaders, batches = [], []
+
+    class WatchedLoader(Loader):
+        def __init__(self, images, samples, *args, **options):
+            super().__init__(images, samples, *args, **options)
+            loaders.append((images, np.asarray(samples)))
+
+    def watched(epoch, run, net, architect, w_loader, alpha_loader, w_optim, alpha_optim, *more):
+        batches.extend((w_loader, alpha_loader, w_optim, alpha_optim, list(net.weights()), list(net.alphas())))
+        w_optim.step()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "Loader", WatchedLoader)
+    monkeypatch.setattr(search, "train", watched)
+    words = "--layers 3 --init-channels 2 --nodes 1 --epochs 1 --batch-size 360 --workers 0 --eigenvalue-images 0"
+    monkeypatch.setattr("sys.argv", ["search.py", *shlex.split(words)])
+    search.main()
+    (w_images, w_half), (alpha_images, alpha_half), (valid_images, valid_half) = loaders
+    assert sorted([*w_half, *alpha_half]) == list(range(len(w_images)))  # disjoint, and all images
+    assert w_images is alpha_images
+    assert np.array_equal(valid_half, alpha_half)
+    assert valid_images.transform is w_images.plain_transform
+    counts = [np.bincount(np.asarray(w_images.labels)[half]) for half in (w_half, alpha_half)]
+    assert (abs(counts[0] - counts[1]) <= 1).all()  # of each class
+    w_loader, alpha_loader, w_optim, alpha_optim, weights, alphas = batches
+    first = [next(loader.epoch(1)) for loader in (w_loader, alpha_loader)]
+    assert not torch.equal(first[0][0], first[1][0])
+    for optim, parameters in ((w_optim, weights), (alpha_optim, alphas)):
+        assert {id(p) for group in optim.param_groups for p in group["params"]} == set(map(id, parameters))
