@@ -15,9 +15,14 @@ def main():
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of augment.py, or a run's folder for the last")
     parser.add_argument(
-        "--output", metavar="FILE", help="the file to write: .onnx, or .pt2 for torch.export (default: CKPT's, .onnx)"
+        "--output",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="the file to write: .onnx, or .pt2 for torch.export (default: CKPT's, .onnx)",
     )
-    parser.add_argument("--data-path", metavar="DIR", help="folder of the test images, if they have moved")
+    parser.add_argument(
+        "--data-path", type=os.path.expanduser, metavar="DIR", help="folder of the test images, if they have moved"
+    )
     args = parser.parse_args()
 
     import torch  # here, since this and the modules below take seconds to import

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import warnings
@@ -400,6 +401,7 @@ def main():
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of --random (default: %(default)s)")
     parser.add_argument(
         "--like",
+        type=os.path.expanduser,
         metavar="GENOTYPE",
         help=f"of --random: only cells whose network has as many parameters as this one's, to {SIZE_TOLERANCE:.0%}%",
     )

@@ -8,6 +8,7 @@ python visualize.py runs/search/digits/genotype.json --format svg
 python visualize.py "Genotype(normal=[[('sep_conv_3x3', 0), ...]], ...)" --output cell
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main():
     parser.add_argument("what", nargs="+", help=what)
     parser.add_argument(
         "--output",
+        type=os.path.expanduser,
         metavar="PATH",
         help="the report (default: report.html, in a single run's folder; of protocols also .md, tables, or .svg, the "
         "figure); pictures are PATH-normal and PATH-reduce",
