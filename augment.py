@@ -144,14 +144,11 @@ def load_data(config):
         config.data_path,
         config.cutout_length,
         validation=True,
-        image_size=config.image_size,
-        image_channels=config.image_channels,
         seed=config.seed,
-        resize=config.resize,
         augmentation=config.augmentation,
-        skip_bad_images=config.skip_bad_images,
         crops=config.stem == "imagenet",
         hold_out=config.hold_out,
+        **config.image_options(),
     )
 
 

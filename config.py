@@ -93,6 +93,10 @@ class DataOptions(Options):
         if self.dataset == "digits":
             self.refuse_without_effect(("data_path",), "with --dataset digits (for your images: --dataset folder)")
 
+    def image_options(self) -> dict:
+        """How `get_data` is to read the images of the data set `folder`."""
+        return {name: getattr(self, name) for name in ("image_size", "image_channels", "resize", "skip_bad_images")}
+
     def data_options(self) -> str:
         """The options that select the same images, as a command line."""
         names = [field.name for field in dataclasses.fields(DataOptions) if field.name not in ("dataset", "workers")]

@@ -89,7 +89,7 @@ def write_shared(path: Path, content: dict) -> None:
 
 
 async def run(plan: Plan, gpus: list[str | None], stop_signals: list[signal.Signals]) -> list[str]:
-    """Run what is not over, one run at a time on each GPU. Returns the names of the runs that failed.
+    """Start the remaining runs, one at a time on each GPU; return the names of those that failed.
 
     gpus: entries of CUDA_VISIBLE_DEVICES, or [None] for one run at a time on any device; stop_signals: signals that
     are received are added to this list, and then no run starts any more, and those that are running save and end.

@@ -45,7 +45,7 @@ from variants import compose
 
 
 def select_by_weights(net: SearchCNN, w_loader: Loader, alpha_loader: Loader) -> Genotype:
-    """The genotype of a trained network: of the strongest operations. The loaders are for other ways to select it."""
+    """The default `select`: the genotype of the strongest operations. It does not need the loaders."""
     return net.genotype()
 
 
@@ -126,17 +126,14 @@ def load_data(config):
         config.data_path,
         cutout_length=0,
         validation=False,
-        image_size=config.image_size,
-        image_channels=config.image_channels,
         seed=config.seed,
-        resize=config.resize,
         augmentation=config.augmentation,
-        skip_bad_images=config.skip_bad_images,
+        **config.image_options(),
     )
 
 
 def build(network, architect_class, config, device, channels, n_classes):
-    """The network of these options on the device, the optimizer of its weights and that of its alphas."""
+    """Build the network on the device, the optimizer of its weights and the optimizer of its alphas."""
     net = network(
         channels,
         config.init_channels,
@@ -159,7 +156,7 @@ def build(network, architect_class, config, device, channels, n_classes):
 
 
 def log_start(run, net, data, w_half, alpha_half, size, channels, n_classes):
-    """What a search says of itself before its first epoch."""
+    """Log the sizes of the images, halves and network before the first epoch."""
     search_log.chart_edges(run, net)
     run.log(
         f"{len(data)} images of {channels} x {size} x {size}, {n_classes} classes: {len(w_half)} for w, "
@@ -229,10 +226,10 @@ def validate(epoch, run, net, loader):
 
 @torch.no_grad()
 def state_of(net, images, eigenvalue_images, device):
-    """What `search_state` reads of an epoch besides the genotype.
+    """The numbers of an epoch that `search_state` needs besides the genotype.
 
-    eigenvalue_images: the indices of the `images` that the eigenvalue is computed on, by rank 0 alone. If there are
-    none, no eigenvalue is computed.
+    eigenvalue_images: indices of the `images` on which rank 0 computes the eigenvalue. If there are none, no eigenvalue
+    is computed.
     """
 
     def eigenvalue():

@@ -154,7 +154,7 @@ class Plan:
         return list(itertools.product(members, range(first_seed, first_seed + self.options.final_seeds)))
 
     def jobs(self) -> list[list[Task]]:
-        """The runs of each job for --member, as far as they are known.
+        """The runs of each job for --member. Runs that depend on results that are not there yet are left out.
 
         A job is either a member's search and selection training, or one final training.
         """

@@ -148,7 +148,7 @@ class StepGraphs:
         return True
 
     def _numbers(self, fixed):
-        """What a graph would repeat: numbers, words and tensors of network and architect, and what optimizers count.
+        """The values that a graph repeats: attributes of network and architect, and the step counts of optimizers.
 
         A subclass may change one in each step. A replay would not see that, and silently compute something else.
         """

@@ -58,8 +58,8 @@ def local_rank() -> int:
 def rows(n: int) -> slice:
     """This rank's rows of a global batch of n, as a slice. The numbers of rows differ by at most one between ranks.
 
-    If there are fewer than `MIN_ROWS_PER_RANK` rows for each rank, every rank gets the whole batch. That changes no
-    mean.
+    If there are fewer than `MIN_ROWS_PER_RANK` rows for each rank, every rank gets the whole batch. The averages stay
+    the same.
     """
     if n < MIN_ROWS_PER_RANK * size():
         return slice(0, n)
@@ -140,7 +140,7 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
 def in_turn(function: Callable[[], Any]) -> Any:
     """Run a function on the first rank of each machine, which may download data, then on the others.
 
-    Returns its result. Of an error in it there is one message for each machine.
+    Returns its result. An error is printed once on each machine.
     """
     if local_rank() > 0:
         wait()

@@ -31,7 +31,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_network(net: torch.nn.Module, saved: dict, source: str | Path):
-    """Load a saved `state_dict`. Raises UserError if it is of another network, see `check_network`."""
+    """Load a saved `state_dict`. Raises UserError if it belongs to another network, see `check_network`."""
     check_network(net, saved, source)
     net.load_state_dict(saved)
 

@@ -64,7 +64,7 @@ class RunFolder:
             raise UserError(f"{self} is a link to a folder, which --overwrite does not replace; delete it yourself")
 
     def lock(self):
-        """Let this process alone write to the folder, until `unlock` or its end. Raises UserError if another does."""
+        """Keep other processes out of the folder until `unlock`. Raises UserError if another has locked it."""
         from filelock import FileLock, Timeout
 
         self.unlock()
@@ -84,8 +84,8 @@ class RunFolder:
     def create(self, options: dict, save: Callable[[Path], None], overwrite: bool):
         """Create the folder, with config.json and what `save(folder)` writes, and lock it.
 
-        It appears under its name with all of these, or not at all. With `overwrite` it then takes the place of the run
-        that is there, so that the old run is lost only when the new one has been saved.
+        It is made under a temporary name and renamed, so that it never exists without these files. With `overwrite`
+        the rename replaces the old run, which is therefore lost only when the new one has been saved.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new, old = (RunFolder(self.path.with_name(f".{self.path.name}.{word}")) for word in ("new", "old"))

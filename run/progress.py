@@ -41,7 +41,7 @@ class Meters:
     """Averages of loss, top-1 and top-5 accuracy (fractions) over a pass of n_steps batches.
 
     title: of the pass, in the log; prefix: of its tags, such as `train` in `train/loss`; learning_rates: name -> the
-    rate in use, if this is training; steps_done, states: where an interrupted pass goes on, see `state`.
+    rate in use, if this is training; steps_done, states: how far an interrupted pass is, see `state`.
 
     On a terminal the pass has a progress bar with the time left, elsewhere a log line every `print_freq` steps.
     """

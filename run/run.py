@@ -63,8 +63,8 @@ class Run:
     def start(self, parts: dict, results: dict, **classes: type) -> dict:
         """Create the folder with a first checkpoint, or load the one of the run to resume. Open the logs.
 
-        parts: name -> the network or an optimizer, saved by its `state_dict`; results: initial values of all else that
-        is saved, of built-in types, with the fingerprints of the images under "data"; classes: network=...,
+        parts: name -> the network or an optimizer, saved by its `state_dict`; results: initial values of everything
+        else that is saved, of built-in types, with the fingerprints of the images under "data"; classes: network=...,
         architect=..., whose names are saved, since a run must be resumed with the same classes. Returns a copy of
         `results`, or of the results in the checkpoint. Raises UserError if the folder cannot be written to, or if the
         checkpoint is of a run with other options, images, classes or tensors.
@@ -81,18 +81,18 @@ class Run:
         return copy.deepcopy(self.results)
 
     def _resume(self, checkpoint):
-        """Take up the state in a checkpoint of `_checkpoint`."""
+        """Restore the state of the run from a checkpoint."""
         with reading(self.folder):
             if checkpoint["stage"] != self.config.stage:
                 raise UserError(f"{self.folder} is a run of {checkpoint['stage']}.py")
             for name, value in self.config.as_dict().items():
                 before = checkpoint["config"].get(name, value)
                 if before != value and name not in MAY_CHANGE:
-                    raise UserError(f"{self.folder} is of a run with --{option_name(name)} {before}, not {value}")
+                    raise UserError(f"{self.folder} holds a run with --{option_name(name)} {before}, not {value}")
             for role, name in checkpoint["classes"].items():
                 if name != self.classes[role]:
                     raise UserError(
-                        f"{self.folder} is of a run with the {role} {name}, not {self.classes[role]}; resume it with "
+                        f"{self.folder} holds a run with the {role} {name}, not {self.classes[role]}; resume it with "
                         "the script that started it"
                     )
             check_unchanged(self.results.get("data", {}), checkpoint["results"].get("data", {}))
@@ -143,7 +143,7 @@ class Run:
     # The passes of an epoch
 
     def training_pass(self, epoch: int, n_steps: int, optimizers: dict) -> Meters:
-        """The averages of an epoch's training. If the run was resumed within it, `steps_done` steps of it are done.
+        """Meters for the training of an epoch, of which a resumed run may have done `steps_done` steps already.
 
         optimizers: name, for tags such as `lr/w` -> the optimizer.
         """
@@ -152,7 +152,7 @@ class Run:
         return Meters(self, title, "train", n_steps, rates, self.steps_of_epoch, self.averages_of_epoch)
 
     def validation_pass(self, epoch: int, n_steps: int, images: str) -> Meters:
-        """The averages of a pass in evaluation mode. images: which ones, for the log: valid, test or held-out."""
+        """Meters for a pass in evaluation mode. images: their name in the log: valid, test or held-out."""
         return Meters(self, f"epoch {epoch}/{self.config.epochs}  {images}", images, n_steps)
 
     def end_step(self, meters: Meters, loss, logits, y, n: int, **scalars):

@@ -285,10 +285,3 @@ def test_the_steps_before_a_failing_loading_process_are_saved(alone, tmp_path, m
     assert load_checkpoint(run / "checkpoint.pt")["steps_of_epoch"] == 3
     assert command(augment.main, ["--resume", run]) == 0
     assert differences(outcome(alone["augment"]), outcome(run)) == []
-
-
-@pytest.mark.process
-def test_paths_with_spaces_and_unicode_work(tmp_path):
-    process = run_script("search.py", *WORDS["search"], "--epochs", 1, "--runs-path", "très long/路", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert run_script("search.py", "--resume", "très long/路/search/digits", cwd=tmp_path).returncode == 0

@@ -195,11 +195,8 @@ def images_of(trained: TrainedNetwork, data_path: str | None = None) -> tuple[Im
         "dataset": config.dataset,
         "data_path": data_path or config.data_path,
         "mean_std": (results["mean"], results["std"]),
-        "image_size": config.image_size,
-        "image_channels": config.image_channels,
-        "resize": config.resize,
-        "skip_bad_images": config.skip_bad_images,
         "crops": config.stem == "imagenet",
+        **config.image_options(),
     }
     try:
         if config.hold_out:
