@@ -16,6 +16,7 @@ from run.options import (
     nonnegative,
     number,
     option,
+    option_name,
     path,
     positive,
     positive_int,
@@ -156,6 +157,15 @@ class SearchConfig(DataOptions, RunOptions):
             for name, kind in named(given["variant"]).items():
                 groups[f"variant {name}"] = dataclasses.fields(kind)
         return groups
+
+    @classmethod
+    def about_unknown(cls, word):
+        from variants import VARIANTS  # here, since it imports torch, which takes seconds
+
+        for name, kind in VARIANTS.items():
+            if any(word.partition("=")[0] == f"--{option_name(field.name)}" for field in dataclasses.fields(kind)):
+                return f"{word} is an option of --variant {name}"
+        return super().about_unknown(word)
 
     def check(self):
         super().check()

@@ -14,6 +14,7 @@ goes on with what is left.
 """
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from run.version import program_version
 MAY_CHANGE = ("device", "workers", "data_path", "label")  # when a protocol goes on; all other options are fixed
 NOT_SAVED = ("member", "gpus", "runs_path", "name", "command", "shared")
 POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # Linux: choose the signal that a process receives when its parent ends
 
 
 def main():
@@ -133,6 +135,7 @@ async def run_child(task: Task, gpu: str | None, n_gpus: int, stop_signals: list
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # the run writes a log
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 -- a single system call
     )
     while process.poll() is None and not stop_signals:
         await asyncio.sleep(POLL_SECONDS)
@@ -140,6 +143,11 @@ async def run_child(task: Task, gpu: str | None, n_gpus: int, stop_signals: list
     while process.poll() is None:
         await asyncio.sleep(POLL_SECONDS)
     return process.returncode
+
+
+def end_with_parent() -> None:
+    """Kill this process when its parent ends. Otherwise the protocol, started again, would run the task twice."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def say(line: str) -> None:

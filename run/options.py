@@ -146,8 +146,15 @@ class Options:
         """name -> value of the options in the words. Prints the help and exits if they ask for it."""
         words = [hyphenate(word) for word in words]
         given, _ = cls.build_parser(add_help=False).parse_known_args(words)  # on which the groups may depend
-        given = cls.build_parser(vars(given)).parse_args(words)
+        given, unknown = cls.build_parser(vars(given)).parse_known_args(words)
+        if unknown:
+            raise UserError(cls.about_unknown(unknown[0]))
         return vars(given)
+
+    @classmethod
+    def about_unknown(cls, word: str) -> str:
+        """The error message for a word that belongs to no option."""
+        return f"unrecognized arguments: {word} (see --help)"
 
     @classmethod
     def default_values(cls, given: dict) -> dict:

@@ -213,3 +213,8 @@ def test_as_markdown_is_a_table_of_every_option():
     assert "| w-lr | 0.5 |" in lines
     assert "| primitives | skip_connect,sep_conv_3x3 |" in lines
     assert len(lines) == 2 + len(config.as_dict())
+
+
+def test_an_option_of_a_variant_is_refused_without_it_by_the_variants_name():
+    with pytest.raises(UserError, match="--pc-share is an option of --variant pc-darts"):
+        SearchConfig(["--pc-share", "2"])

@@ -218,7 +218,7 @@ def test_class_names_of_any_characters_are_shown_as_they_are():
     n = len(NAMES)
     labels, probabilities = list(range(n)), np.roll(np.eye(n), 1, axis=1)  # each image mistaken for the next class
     images = SimpleNamespace(labels=labels, source=[(Image.new("L", (8, 8)), label) for label in labels])
-    evaluation = Evaluation(SimpleNamespace(results={"classes": NAMES}), images, probabilities)
+    evaluation = Evaluation(SimpleNamespace(results={"classes": NAMES}), images, "test", probabilities)
     figure = figures.confusion_matrix(evaluation.confusion(), NAMES)
     figures.to_svg(figure)
     texts = [label.get_text() for label in figure.axes[0].get_xticklabels()]
