@@ -53,12 +53,11 @@ def can_run(dag: nn.ModuleList, x: torch.Tensor, w_dag: list[torch.Tensor]) -> b
 
 
 def _log_class(kind):
-    """Say once for each class of edges that its cells are not fused."""
+    """Say once for each class of edges that cells with such an edge are not fused."""
     if kind not in _classes_in_log:
         _classes_in_log.add(kind)
-        name = kind.__name__
         logging.getLogger("darts").info(
-            f"cells with edges that are not a standard MixedOp, here {name}, run by their own forward"
+            f"edges of class {kind.__name__} run by their own forward: only an unchanged MixedOp is fused"
         )
 
 
@@ -83,9 +82,7 @@ def fused_nodes(
     results can be differentiated once.
     """
     dtype = torch.float32 if torch.is_autocast_enabled(s0.device.type) else s0.dtype
-    rows = [
-        weights.to(dtype).unbind() for weights in w_dag
-    ]  # they may be of another type: one-hot weights are integers
+    rows = [weights.to(dtype).unbind() for weights in w_dag]  # one-hot weights may be integers
     # what runs together: the edges from these states to these nodes
     groups = [([0, 1], range(len(dag)))] + [([j], range(j - 1, len(dag))) for j in range(2, len(dag) + 1)]
     operations = [[[dag[i][j]._ops for i in targets] for j in sources] for sources, targets in groups]
