@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.fast import native
-from models.fast.depthwise import convolve, dense_gradient, every_second, pixels_read
 
 CC = os.environ.get("CC") or "cc"
 COMPILE = native._library.__wrapped__
@@ -167,39 +166,6 @@ def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relus, 
                 close(one, gradient, dtype)
             else:
                 assert one is None
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("k", [3, 5])
-def test_a_convolution_of_the_pixels_that_it_reads_is_the_convolution(k, dilation, stride):
-    torch.manual_seed(0)
-    geometry = stride, dilation * (k // 2), dilation
-    for size in ((1, 1), (2, 2), (3, 5), (8, 8), (9, 13)):
-        x, weight = images(3, 5, *size).requires_grad_(), torch.randn(5, 1, k, k).double().requires_grad_()
-        expected = F.conv2d(x, weight, None, *geometry, 5)
-        reads_every_second, settings_of_c = pixels_read(*geometry)
-        (z,) = convolve([every_second(x) if reads_every_second else x], [False], [weight], [(0, 0, 0, settings_of_c)])
-        towards = torch.randn_like(expected)
-        for a, b in zip(
-            (z, *torch.autograd.grad(z, (x, weight), towards)),
-            (expected, *torch.autograd.grad(expected, (x, weight), towards)),
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_gradients_of_views_have_the_strides_of_their_tensors():
-    x = images(2, 3, 7, 8).requires_grad_()
-    g = images(2, 9, 7, 8)[:, 3:6]
-    (dense,) = torch.autograd.grad(dense_gradient(x), x, g)
-    assert torch.equal(dense, g)
-    assert dense.stride() == x.stride() != g.stride()
-    for first in (0, 1):
-        assert torch.equal(every_second(x, first), x[..., first::2, first::2])
-        (gradient,) = torch.autograd.grad(every_second(x, first).sum(), x)
-        (expected,) = torch.autograd.grad(x[..., first::2, first::2].sum(), x)
-        assert torch.equal(gradient, expected)
-        assert gradient.stride() == x.stride()
 
 
 def only(weight, geometry):
