@@ -49,7 +49,7 @@ def augmented(searched):
     lines = process.stdout.strip().splitlines()
     timing = next(i for i, line in enumerate(lines) if "a forward pass of it takes" in line)
     logged = next(i for i, line in enumerate(lines) if line.endswith(f"train the cell: {lines[-1]}"))
-    assert logged < timing  # which takes a while
+    assert logged < timing
     words = shlex.split(lines[-1])
     assert words[:2] == ["python", "augment.py"]
     return cwd, run_script(*words[1:], *TINY_AUGMENT, "--epochs", 2, cwd=cwd)
