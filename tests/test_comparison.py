@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
 
 import pytest
-from conftest import BROWSER, BROWSER_FLAGS, ROOT, assert_one_line_error, run_script
+from conftest import ROOT
+from gates import command, refused
 from scipy import stats
 
+import visualize
 from command_line.errors import UserError
 from genotypes import DARTS_V1, DARTS_V2, PRIMITIVES, resolve
 from report import comparison, figures
@@ -18,51 +19,30 @@ from run.folder import write_json
 
 SEARCHED, CHANCE = [0.91, 0.93, 0.90, 0.94, 0.92], [0.89, 0.92, 0.90, 0.93]
 DARTS_SPACE = {"nodes": 4, "primitives": ",".join(PRIMITIVES)}
-TRAINING = {
-    "dataset": "digits",
-    "layers": 3,
-    "init_channels": 4,
-    "epochs": 3,
-    "hold_out": 0.1,
-    "select_epochs": 2,
-}
+TRAINING = {"dataset": "digits", "layers": 3, "init_channels": 4, "epochs": 3, "hold_out": 0.1, "select_epochs": 2}
+ORIGIN = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "fingerprints": {}}
+SEARCH = {"epochs": 50, "valid_top1": 0.8, "verdict": "settled: for 9 epochs", "eigenvalue": 0.25} | ORIGIN
+
+
+def final(tests):
+    """The final trainings of a member with these test accuracies, of seeds 1, 2, ..."""
+    return [{"seed": seed, "test_top1": test} | ORIGIN for seed, test in enumerate(tests, 1)]
 
 
 def member(kind, i, top1, genotype, tests=()):
-    """A member as in results.json. tests: test accuracies, of seeds 1, 2, ..."""
-    origin = {"seconds": 1800.0, "version": "0123456789ab", "machine": "x86_64", "fingerprints": {}}
-    found = {"epochs": 50, "valid_top1": 0.8, "verdict": "settled: for 9 epochs", "eigenvalue": 0.25}
-    content = {
-        "name": f"{kind}-{i}",
-        "kind": kind,
-        "seed": i,
-        "genotype": str(genotype),
-        "skip_connections": {"normal": 2, "reduce": 3},
-        "parameters_M": 3.5,
-        "multiply_adds_M": 520.0,
-        "held_out_top1": top1,
-        "selection": origin,
-        "final": [{"seed": seed, "test_top1": test} | origin for seed, test in enumerate(tests, 1)],
-    }
-    return content | ({"search": found | origin} if kind == "search" else {})
+    """A member as in results.json."""
+    content = {"name": f"{kind}-{i}", "kind": kind, "seed": i, "genotype": str(genotype)}
+    content |= {"skip_connections": {"normal": 2, "reduce": 3}, "parameters_M": 3.5, "multiply_adds_M": 520.0}
+    content |= {"held_out_top1": top1, "selection": ORIGIN, "final": final(tests)}
+    return content | ({"search": SEARCH} if kind == "search" else {})
 
 
-def made_up(label="searched", searched=SEARCHED, chance=CHANCE, like=None, **options):
+def made_up(label="searched", searched=SEARCHED, chance=CHANCE, like=None):
     members = [member("search", i, top1, DARTS_V1) for i, top1 in enumerate(searched, 1)]
     members += [member("random", i, top1, resolve(f"random:{i}")) for i, top1 in enumerate(chance, 1)]
-    return {
-        "format": 2,
-        "label": label,
-        "like": like,
-        "command": f"python protocol.py --label '{label}'",
-        "version": "0123456789ab",
-        "finals": "best",
-        "search_space": DARTS_SPACE,
-        "search_options": {"order": "first"} if searched else None,
-        "training_options": TRAINING | options,
-        "selected": {"search": None, "random": None},
-        "members": members,
-    }
+    names = {"format": 2, "label": label, "like": like, "command": f"python protocol.py --label '{label}'"}
+    options = {"search_options": {"order": "first"} if searched else None, "training_options": TRAINING}
+    return names | options | {"finals": "best", "search_space": DARTS_SPACE, "members": members}
 
 
 def rows_of(all_results, images="held-out"):
@@ -156,49 +136,28 @@ def test_the_order_of_the_operations_makes_no_other_search_space():
     assert list(rows_of([made_up("a"), other])) == ["a", "random cells", "b"]
 
 
-A, B = "0123456789abcdef", "fedcba9876543210"
-
-
-@pytest.mark.parametrize(
-    ("kind", "fingerprints", "others", "are_compared"),
-    [
-        ("selection", {"training": A, "held_out": A}, {"training": A, "held_out": A}, True),
-        ("selection", {"training": A, "held_out": A}, {"training": B, "held_out": A}, False),
-        ("final", {"training": A, "test": A}, {"training": A, "test": B}, False),
-        ("search", {"training": A}, {}, True),  # none was run
-    ],
-)
-def test_results_of_other_images_are_not_compared(kind, fingerprints, others, are_compared):
+@pytest.mark.parametrize("kind", ["search", "selection", "final"])
+def test_results_of_other_images_are_not_compared(kind):
     all_results = [made_up("a"), made_up("b", chance=[])]
-    for results, images in zip(all_results, (fingerprints, others)):
-        for one in results["members"]:
-            run = one["selection"] | {"fingerprints": images}
-            one[kind] = [run | {"seed": 1, "test_top1": 0.5}] if kind == "final" else one.get(kind, {}) | run
-    if are_compared:
-        assert list(rows_of(all_results)) == ["a", "random cells", "b"]
-    else:
-        assert_not_compared(all_results, "images")
+    for results, fingerprint in zip(all_results, ("0123456789abcdef", "fedcba9876543210")):
+        one = copy.deepcopy(results["members"][0])
+        run = one.get(kind) if kind != "final" else {"seed": 1, "test_top1": 0.5} | ORIGIN
+        run = run | {"fingerprints": {"training": fingerprint}}
+        one[kind] = [run] if kind == "final" else run
+        results["members"][0] = one
+    assert_not_compared(all_results, "images")
+    all_results[1]["members"][0][kind] = all_results[0]["members"][0][kind]
+    assert list(rows_of(all_results)) == ["a", "random cells", "b"]
 
 
 def test_of_two_best_cells_the_better_one_counts():
     """Each of two results has trained its best cell in full: these two are no repetitions of one thing."""
     a, b = made_up("a", [0.9, 0.8], []), made_up("a", [0.9, 0.8, 0.95], [])
-    for content, i, tests in ((a, 0, [0.5, 0.6]), (b, 2, [0.7, 0.8])):
-        origin = content["members"][i]["selection"]
-        content["members"][i]["final"] = [{"seed": s, "test_top1": test} | origin for s, test in enumerate(tests)]
+    a["members"][0]["final"], b["members"][2]["final"] = final([0.5, 0.6]), final([0.7, 0.8])
     assert rows_of([a, b], "test")["a"][:2] == [2, "75.00"]
     for content in (a, b):
         content["finals"] = "all"
     assert rows_of([a, b], "test")["a"][:2] == [2, "65.00"]
-
-
-def test_a_cell_whose_selection_failed_has_a_final_accuracy():
-    one = member("published", 1, 0.5, DARTS_V2, tests=[0.75]) | {"name": "DARTS_V2", "seed": None}
-    for name in ("held_out_top1", "selection"):
-        del one[name]
-    assert rows_of([made_up(searched=[], chance=[]) | {"members": [one]}], "test") == {
-        "DARTS_V2": [1, "75.00", "-", "-", "-", "-", "-"]
-    }
 
 
 def test_a_seed_that_found_two_cells_is_refused():
@@ -227,12 +186,12 @@ def test_any_number_of_members_makes_a_page(searched, chance, tmp_path):
 
 def test_members_that_are_not_over_make_a_page(tmp_path):
     results = made_up()
+    waiting = {"kind": "search", "genotype": None}
     results["members"] = [
-        {"name": "search-1", "kind": "search", "seed": 1, "genotype": None},
-        {"name": "search-2", "kind": "search", "seed": 2, "genotype": None},
-        {**member("search", 3, 0.5, DARTS_V1), "final": []},
-        {"name": "random-1", "kind": "random", "seed": 1, "genotype": str(DARTS_V2), "skip_connections": {"normal": 2}}
-        | {"final": []},
+        waiting | {"name": "search-1", "seed": 1},
+        waiting | {"name": "search-2", "seed": 2},
+        member("search", 3, 0.5, DARTS_V1),
+        {"name": "random-1", "kind": "random", "seed": 1, "genotype": str(DARTS_V2), "final": []},
     ]
     assert rows_of([results])["searched"][0] == 1
     assert "search-2" in page_of([results], tmp_path)
@@ -247,48 +206,17 @@ def test_the_figure_has_a_point_for_every_member():
     assert not test.lines
 
 
-def test_tables_in_markdown(tmp_path):
-    comparison.write([made_up()], tmp_path / "tables.md")
-    lines = (tmp_path / "tables.md").read_text().splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {9}
-    assert table[2].startswith("| searched | 5 | 92.00 |")
-
-
-@pytest.mark.process
-def test_visualize_writes_several_results_side_by_side(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "results.json", made_up(name))
-    process = run_script("visualize.py", "a/results.json", "b/results.json", cwd=tmp_path)
-    assert process.stdout == "report.html\n", process.stderr
-    page = (tmp_path / "report.html").read_text()
-    assert "<h1>a, b</h1>" in page
-    assert run_script("visualize.py", "a/results.json", cwd=tmp_path).stdout == "a/report.html\n"
-    write_json(tmp_path / "b/results.json", {"members": [{}]})
-    assert_one_line_error(
-        run_script("visualize.py", "b/results.json", cwd=tmp_path), "b/results.json is not as this program writes it"
-    )
-
-
-@pytest.mark.process
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_shows_the_report_without_errors_and_without_overflow(tmp_path, width):
-    page = page_of([made_up("a way of searching with a long name"), made_up("another", chance=[])], tmp_path)
-    measure = "<script>document.title = document.documentElement.scrollWidth - innerWidth</script></body>"
-    (tmp_path / "report.html").write_text(page.replace("</body>", measure))
-    flags = [*BROWSER_FLAGS, f"--user-data-dir={tmp_path}/profile", f"--window-size={width},1000"]
-    shown = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", (tmp_path / "report.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in shown.stderr
-    overflow = int(re.search(r"<title>(-?\d+)</title>", shown.stdout).group(1))
-    assert overflow <= 0  # tables scroll within themselves
+def test_visualize_writes_several_results_side_by_side(tmp_path, capsys):
+    paths = [tmp_path / name / "results.json" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        write_json(path, made_up(path.parent.name))
+    assert command(visualize.main, [*paths, "--output", tmp_path / "both.html"]) == 0
+    assert "<h1>a, b</h1>" in (tmp_path / "both.html").read_text()
+    assert command(visualize.main, paths[:1]) == 0
+    assert (tmp_path / "a/report.html").is_file()
+    write_json(paths[1], {"members": [{}]})
+    refused(capsys, visualize.main, paths[1:], "b/results.json is not as this program writes it")
 
 
 def test_the_tables_of_our_own_results_are_those_of_their_files():
