@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 from conftest import ROOT
-from gates import command, refused
 from scipy import stats
+from short_runs import command, refused
 
 import visualize
 from command_line.errors import UserError

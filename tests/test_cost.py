@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from gates import command, refused
+from short_runs import command, refused
 from torch import nn
 
 import cost as cost_script

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from gates import command, refused
 from scipy.stats import chisquare
+from short_runs import command, refused
 from torch import nn
 
 import genotypes as gt

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import BROWSER, BROWSER_FLAGS
-from gates import command, refused
 from PIL import Image
-from tensorboardX import SummaryWriter
+from short_runs import command, refused
+from torch.utils.tensorboard import SummaryWriter
 
 import visualize
 from command_line.errors import UserError

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 from conftest import ROOT
-from gates import command, refused
 from PIL import Image
+from short_runs import command, refused
 
 import visualize
 from genotypes import DARTS_V1, DARTS_V2, PUBLISHED
