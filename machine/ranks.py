@@ -9,12 +9,15 @@ import contextlib
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from command_line.errors import INPUT_ERRORS, ThisRankError, UserError
 
@@ -31,13 +34,37 @@ def group():
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store = unused_store(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield
         dist.barrier()
     finally:
         if not cuda or sys.exc_info()[0] is None:  # after an error NCCL would wait for ranks that may have ended
             dist.destroy_process_group()
+
+
+def unused_store(store, rank, size):
+    """A part of torchrun's key-value store that is the same on all ranks, and that no earlier attempt has used.
+
+    torchrun keeps its store when it restarts the ranks, with the addresses of processes that have ended. Its count of
+    restarts does not tell the attempts apart, since each machine has its own count. So each rank stores a new random
+    word and waits until rank 0 has read it. The word of rank 0 is the prefix of the keys.
+    """
+    keys, word = [f"word of {i}" for i in range(size)], uuid.uuid4().hex
+    store.set(keys[rank], word)
+    if rank == 0:
+        answers = [f"{word} has been read by {i}" for i in range(1, size)]
+        while answers and not store.check(answers):  # before that, some words may be of an earlier attempt
+            store.set("words", " ".join(store.get(key).decode() for key in keys))
+            time.sleep(0.05)
+        return dist.PrefixStore(word, store)
+    while word not in (words := store.get("words").decode().split()):
+        time.sleep(0.05)
+    store.set(f"{words[0]} has been read by {rank}", "")
+    return dist.PrefixStore(words[0], store)
 
 
 def rank() -> int:
