@@ -64,6 +64,14 @@ def test_killed_runs_end_as_those_left_alone(stage, tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.slow
+def test_runs_of_three_ranks_of_which_one_is_killed_end_as_those_left_alone(tmp_path):
+    process = run_script("benchmarks/kills.py", "search", "--kills", 3, "--ranks", 3, cwd=tmp_path, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "3 kills" in process.stdout
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("stage", "name"), [("search", "SIGINT"), ("augment", "SIGTERM"), ("search", "SIGUSR1"), ("augment", "SIGHUP")]
 )
