@@ -256,7 +256,7 @@ def _check_search(folder):
         if not history:
             return
         n_epochs = history[-1]["epoch"]
-        if not history[-1].get("alphas_learn", True):
+        if not history[-1]["alphas_learn"]:
             raise GenotypeError(
                 f"genotype: the search in {folder} is in its warm-up after epoch {n_epochs}, so that alphas are random"
             )

@@ -56,7 +56,7 @@ def changes(values: list) -> list[int]:
 
 def after_warm_up(history: list[dict]) -> list[dict]:
     """The epochs in which alphas learned."""
-    return [entry for entry in history if entry.get("alphas_learn", True)]
+    return [entry for entry in history if entry["alphas_learn"]]
 
 
 def stable_epochs(history: list[dict]) -> int:
@@ -111,7 +111,7 @@ def growth(history: list[dict]) -> float | None:
 
 def verdict(history: list[dict]) -> str:
     """The state of the search in a sentence, which begins with collapsed, collapsing, not settled, or settled."""
-    if not history[-1].get("alphas_learn", True):
+    if not history[-1]["alphas_learn"]:
         return "not settled: alphas do not learn yet"
     learned = after_warm_up(history)
     gene, grown = from_str(history[-1]["string"]).normal, growth(learned)

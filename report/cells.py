@@ -13,10 +13,6 @@ INPUTS = ("c_{k-2}", "c_{k-1}")  # the outputs of the two previous cells
 OUTPUT = "c_{k}"
 
 
-class NotDrawnError(Exception):
-    """`dot` is missing or failed; the message says which."""
-
-
 def plot(gene: list, file_path: str | Path, caption: str | None = None, concat: list | range | None = None) -> Path:
     """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture, and return its path.
 
@@ -31,22 +27,21 @@ def plot(gene: list, file_path: str | Path, caption: str | None = None, concat: 
     if path.suffix == ".png":
         graph.graph_attr["dpi"] = "100"  # an SVG of another resolution than the default would be cut off
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        path.write_bytes(render(graph, path.suffix[1:]))
-    except NotDrawnError:
+    picture = render(graph, path.suffix[1:])
+    if picture is not None:
+        path.write_bytes(picture)
+    else:
         path = path.with_suffix(".gv")
         path.write_text(graph.source, encoding="utf-8")
     return path
 
 
-def render(graph: graphviz.Digraph, picture_format: str) -> bytes:
-    """A graph's picture, "png" or "svg". Raises NotDrawnError."""
+def render(graph: graphviz.Digraph, picture_format: str) -> bytes | None:
+    """The picture of a graph, "png" or "svg"; None if `dot` is missing or fails."""
     try:
         return graph.pipe(format=picture_format)
-    except graphviz.ExecutableNotFound:
-        raise NotDrawnError(HOW_TO_INSTALL) from None
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise NotDrawnError(f"graphviz's `dot` failed: {error}") from None
+    except (graphviz.ExecutableNotFound, OSError, subprocess.CalledProcessError):
+        return None
 
 
 def draw(gene: list, caption: str | None = None, concat: list | range | None = None) -> graphviz.Digraph:

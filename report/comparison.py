@@ -44,7 +44,7 @@ class Method:
             return [100 * member["held_out_top1"] for member in self.members if "held_out_top1" in member]
         selected = self.selected()
         members = [selected] if self.finals == "best" and selected else self.members
-        by_member = [test_accuracies(member) for member in members if member.get("final")]
+        by_member = [final_accuracies(member) for member in members if member.get("final")]
         return by_member[0] if len(by_member) == 1 else [statistics.fmean(values) for values in by_member]
 
     def accuracy_of_selected(self, images: str) -> float | None:
@@ -52,11 +52,11 @@ class Method:
         selected = self.selected()
         if selected is None:
             return None
-        values = [100 * selected["held_out_top1"]] if images == "held-out" else test_accuracies(selected)
+        values = [100 * selected["held_out_top1"]] if images == "held-out" else final_accuracies(selected)
         return statistics.fmean(values) if values else None
 
 
-def test_accuracies(member):
+def final_accuracies(member):
     """The test accuracies of a member in percent, one for each seed."""
     return [100 * run["test_top1"] for run in member.get("final", [])]
 
@@ -211,12 +211,13 @@ MEMBER_HEADS = [
 
 def member_row(method, member):
     search, trainings = member.get("search", {}), [*runs_of(member, "selection"), *runs_of(member, "final")]
+    held_out = [100 * member["held_out_top1"]] if "held_out_top1" in member else []
     return [
         method.label,
         member["name"],
         text_of(member["seed"], "d"),
-        text_of(member.get("held_out_top1"), ".2%"),
-        ", ".join(f"{value:.2f}" for value in test_accuracies(member)) or NONE,
+        ", ".join(f"{value:.2f}" for value in held_out) or NONE,
+        ", ".join(f"{value:.2f}" for value in final_accuracies(member)) or NONE,
         text_of(member.get("parameters_M"), ".3g"),
         text_of(member.get("multiply_adds_M"), ".3g"),
         text_of(member.get("skip_connections", {}).get("normal"), "d"),

@@ -114,7 +114,7 @@ def draw_edge(axes, weights, candidates, source):
     epoch_axis(axes)
 
 
-def settling(genotypes, history):
+def margins_and_changes(genotypes, history):
     """Margins of the chosen operations, skip connections and changes of the cell, and the eigenvalue, by epoch.
 
     genotypes, history: of the search, by epoch; see `search_state`.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jinja2
 
-from report.cells import NotDrawnError, draw, render
+from report.cells import HOW_TO_INSTALL, draw, render
 from report.figures import to_svg
 
 TEMPLATES = jinja2.Environment(
@@ -29,12 +29,9 @@ def picture(figure):
 
 
 def drawing(kind, gene, concat):
-    """A cell for the macro `cell`: its picture; if `dot` is missing or fails, the error in its place."""
-    content = {"kind": kind, "gene": str(gene), "svg": None, "error": None}
-    try:
-        return content | {"svg": _data_url(render(draw(gene, f"{kind} cell", concat), "svg"))}
-    except NotDrawnError as error:
-        return content | {"error": str(error)}
+    """A cell for the macro `cell`. Its picture is None if `dot` is missing or fails."""
+    svg = render(draw(gene, f"{kind} cell", concat), "svg")
+    return {"kind": kind, "gene": str(gene), "svg": svg and _data_url(svg), "how_to_install": HOW_TO_INSTALL}
 
 
 def _data_url(svg):

@@ -45,7 +45,7 @@ def search_content(run):
         "edge_weights": {kind: picture(figures.edge_weights(run.edge_weights(kind), run.candidates)) for kind in KINDS},
         "verdict": verdict(run.history),
         "changes": [i + 1 for i in changes([cell(genotype) for genotype in genotypes])],
-        "settling": picture(figures.settling(genotypes, run.history)),
+        "margins_and_changes": picture(figures.margins_and_changes(genotypes, run.history)),
     }
 
 

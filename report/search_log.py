@@ -21,11 +21,11 @@ def chart_edges(run, net):
     """One chart for each edge, with a line for each operation, under TensorBoard's Custom Scalars."""
     charts = {}
     for kind, nodes in net.edge_weights().items():
-        edges = [(node, source) for node, weights in enumerate(nodes) for source in range(len(weights))]
-        charts[f"alpha_{kind}"] = {
-            f"node {node} from {source}": ["Multiline", [alpha_tag(kind, node, source, op) for op in net.primitives]]
-            for node, source in edges
-        }
+        charts[f"alpha_{kind}"] = {}
+        for node, weights in enumerate(nodes):
+            for source in range(len(weights)):
+                tags = [alpha_tag(kind, node, source, op) for op in net.primitives]
+                charts[f"alpha_{kind}"][f"node {node} from {source}"] = ["Multiline", tags]
     run.charts(charts)
 
 

@@ -63,7 +63,7 @@ def write_search(folder, candidates, epochs=4, nodes=2, skipped_tag=None):
         genes = [parse(weights[kind][-1], 2, candidates) for kind in KINDS]
         genotypes.append(Genotype(genes[0], range(2, nodes + 2), genes[1], range(2, nodes + 2)))
         history.append({"epoch": epoch, "valid_top1": epoch / 10, "string": str(genotypes[-1])})
-        history[-1] |= {"eigenvalue": None, "margins": {kind: [0.1, 0.2] for kind in KINDS}}
+        history[-1] |= {"eigenvalue": None, "alphas_learn": True, "margins": {kind: [0.1, 0.2] for kind in KINDS}}
     writer.close()
     (folder / "history.json").write_text(json.dumps(history))
     return weights, genotypes

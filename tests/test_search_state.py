@@ -30,8 +30,9 @@ def with_skips(n):
 
 def history_of(genotypes, eigenvalues=None, margin=0.1):
     eigenvalues = eigenvalues or [1.0] * len(genotypes)
+    state = {"alphas_learn": True, "margins": {"normal": [margin] * 8}}
     return [
-        {"epoch": i, "string": str(genotype), "eigenvalue": eigenvalue, "margins": {"normal": [margin] * 8}}
+        state | {"epoch": i, "string": str(genotype), "eigenvalue": eigenvalue}
         for i, (genotype, eigenvalue) in enumerate(zip(genotypes, eigenvalues), 1)
     ]
 
