@@ -1,8 +1,8 @@
-"""Genotypes as text: read and written in all forms, published ones, and ones drawn by chance.
+"""Genotypes as text: how they are read and written; published genotypes, and random ones.
 
 python genotypes.py                                          # list the published cells
-python genotypes.py runs/search/cifar10 --form flat          # write a search's genotype in another form
-python genotypes.py --random 5 --seed 1 --like DARTS_V2      # draw random cells, of a network as large
+python genotypes.py runs/search/cifar10 --form flat          # write the genotype of a search in another form
+python genotypes.py --random 5 --seed 1 --like DARTS_V2      # draw random cells whose networks are as large
 
 What a genotype is, how alpha becomes one and how it becomes a network (`Genotype`, `parse`, `to_dag`) is in
 models/genotype.py and offered here too. Nothing here imports torch, which takes seconds, until it is needed.
@@ -30,9 +30,9 @@ __all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "fro
 
 FORMS = ("nested", "flat", "json")
 
-SIZE_TOLERANCE = 0.05  # by which the parameters of a random cell may differ from those of the cell that it is like
-MAX_DRAWS = 10_000  # until such a cell must have been drawn
-MAX_NUMBER = 1000  # in range(a, b); so many nodes are in no cell
+SIZE_TOLERANCE = 0.05  # with `like`, the number of parameters of a random cell's network may differ by this share
+MAX_DRAWS = 10_000  # such a cell must be among this many
+MAX_NUMBER = 1000  # in range(a, b); no cell has so many nodes
 
 Published = namedtuple("Published", "genotype source results")  # results: name -> number, as the source reports them
 
@@ -48,15 +48,28 @@ def from_str(s: str, name: str | None = None) -> Genotype:
     ValueError), which says where the error is and what is allowed there.
     """
     text = s.strip().removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
-    published = {_letters(known): cell for known, cell in PUBLISHED.items()}.get(_letters(text))
-    if published:
-        return published.genotype
-    return check(_from_json(text) if text.startswith("{") else _from_call(_call_in(text, name)))
+    if text.startswith("{"):
+        return check(_from_json(text))
+    if "(" in text:
+        return check(_from_call(_choose_call(text, name)))
+    if _known_name(text):
+        return PUBLISHED[_known_name(text)].genotype
+    raise _unexpected(text)
 
 
-def _letters(name):
-    """What two spellings of a cell's name have in common: letters without case, and digits."""
-    return "".join(filter(str.isalnum, name)).lower()
+def _known_name(text):
+    """The name of the published cell that a text such as `darts-v2` names; None if there is no such cell."""
+
+    def letters(name):
+        return "".join(filter(str.isalnum, name)).lower()
+
+    return next((name for name in PUBLISHED if letters(name) == letters(text)), None)
+
+
+def _unexpected(text):
+    return GenotypeError(
+        f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {shorten(text)}"
+    )
 
 
 def to_str(genotype: Genotype, form: str = "nested") -> str:
@@ -79,35 +92,37 @@ def as_lists(genotype: Genotype) -> dict[str, list]:
     return {field: list(value) for field, value in genotype._asdict().items()}
 
 
-# a name, perhaps with a type; `=`; perhaps a quote or a module; `Genotype(`
+# `NAME = Genotype(`, in which NAME may have a type, and Genotype may come after a quote or the name of its module
 CALL = re.compile(r"""(?:(?P<name>\w+)\s*(?::\s*\w+\s*)?=[\s"']*(?:\w+\.)*)?(?P<call>\bGenotype\s*\()""")
 
 
-def _call_in(text, name=None):
-    """`Genotype(...)` from a text such as `DARTS = gt.Genotype(...)`, of several the last; any other text unchanged.
-
-    name: the name in front of it. Raises GenotypeError if the text has none of this name, or several names and no name
-    is given.
-    """
-    calls, end = {}, 0  # name -> its last call
+def _calls_in(text):
+    """(name, call) of each `NAME = Genotype(...)` in a text. The name is None if there is none."""
+    calls, end = [], 0
     while match := CALL.search(text, end):
-        depth = 0
-        for end in range(match.end() - 1, len(text)):
+        end, depth = match.end(), 1  # depth: the number of open parentheses
+        while depth > 0 and end < len(text):
             depth += {"(": 1, ")": -1}.get(text[end], 0)
-            if depth == 0:
-                break
-        end += 1
-        calls.pop(match["name"], None)
-        calls[match["name"]] = text[match.start("call") : end]
-    names = [known for known in calls if known is not None]
+            end += 1
+        calls.append((match["name"], text[match.start("call") : end]))
+    return calls
+
+
+def _choose_call(text, name):
+    """The last `Genotype(...)` in a text, or the last with this name; the text itself if there is none.
+
+    Raises GenotypeError if there are several names and `name` is None, or if it is not one of them.
+    """
+    calls = _calls_in(text)
+    names = list(dict.fromkeys(known for known, _ in calls if known is not None))
     if name is None and len(names) <= 1:
-        return list(calls.values())[-1] if calls else text
+        return calls[-1][1] if calls else text
     alias = re.search(rf"^{re.escape(name or '')}\s*=\s*(\w+)\s*$", text, re.MULTILINE)  # such as DARTS = DARTS_V2
-    if alias and name not in calls:
+    if alias and name not in names:
         name = alias[1]
     if name not in names:
         raise GenotypeError(f"genotype: here are {', '.join(names) or 'no names'}; give one of them, as FILE:NAME")
-    return calls[name]
+    return dict(calls)[name]
 
 
 def _from_call(text):
@@ -119,10 +134,8 @@ def _from_call(text):
         raise GenotypeError(f"genotype: {error.msg} at column {error.offset}: {shorten(text)}") from None
     except (ValueError, RecursionError, MemoryError):
         raise GenotypeError(f"genotype: not readable: {shorten(text)}") from None
-    if not isinstance(call, ast.Call) or ast.unparse(call.func) != "Genotype":
-        raise GenotypeError(
-            f"genotype: expected Genotype(normal=..., ...), JSON or {', '.join(PUBLISHED)}, found {shorten(text)}"
-        )
+    if not _is_call_of("Genotype", call):
+        raise _unexpected(text)
     names = [str(keyword.arg) for keyword in call.keywords]
     if call.args or sorted(names) != sorted(Genotype._fields):
         others = [name for name in names if name not in Genotype._fields]
@@ -134,16 +147,19 @@ def _from_call(text):
     return Genotype(**fields | {kind: _by_node(fields[kind], kind) for kind in ("normal", "reduce")})
 
 
+def _is_call_of(name, node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
 def _value(node):
     """The value of a syntax tree of lists, tuples, strings and numbers, or of range(a, b). Nothing is executed."""
     try:
-        if isinstance(node, ast.Call) and ast.unparse(node) == f"range({', '.join(map(ast.unparse, node.args))})":
-            bounds = [ast.literal_eval(bound) for bound in node.args]
-            if len(bounds) in (1, 2) and all(type(n) is int and abs(n) <= MAX_NUMBER for n in bounds):
-                return range(*bounds)
-        else:
+        if not _is_call_of("range", node):
             return ast.literal_eval(node)
-    except (TypeError, ValueError, RecursionError, MemoryError):
+        bounds = [ast.literal_eval(bound) for bound in node.args]
+        if not node.keywords and len(bounds) in (1, 2) and all(type(n) is int and abs(n) <= MAX_NUMBER for n in bounds):
+            return range(*bounds)
+    except (TypeError, ValueError, RecursionError, MemoryError):  # what literal_eval raises
         pass
     raise GenotypeError(
         f"genotype: at column {node.col_offset + 1}: only lists, tuples, operation names, source numbers and "
@@ -179,7 +195,7 @@ def _by_node(gene, kind):
     if not pairs or not all(isinstance(e, (list, tuple)) and len(e) == 2 and isinstance(e[0], str) for e in gene):
         return gene
     if len(gene) % 2:
-        raise GenotypeError(f"genotype: {kind} lists pairs without nodes, so two for each; it has {len(gene)}")
+        raise GenotypeError(f"genotype: {kind} is a list of pairs, of which each node has two; it has {len(gene)}")
     return [list(gene[i : i + 2]) for i in range(0, len(gene), 2)]
 
 
@@ -211,10 +227,11 @@ def resolve(text: str) -> Genotype:
         return random_genotypes(1, int(seed))[0]
     path, name = _file_of(text), None
     if path is None and ":" in text:
-        path, name = _file_of(text.rpartition(":")[0]), text.rpartition(":")[2]
+        file, _, name = text.rpartition(":")
+        path = _file_of(file)
     if path is not None:
         genotype = _read_file(path, name)
-    elif _letters(text) in map(_letters, PUBLISHED) or "(" in text or text.lstrip("\ufeff \n").startswith("{"):
+    elif "(" in text or "{" in text or _known_name(text):
         genotype = from_str(text)
     else:
         raise GenotypeError(
@@ -284,19 +301,19 @@ def random_genotypes(
     primitives: list[str] = PRIMITIVES,
     options: AugmentConfig | None = None,
 ) -> list[Genotype]:
-    """Draw n cells evenly from a search space, independently of each other.
+    """Draw n cells from a search space, independently of each other; all cells are equally likely.
 
-    Each of the n_nodes nodes has two different sources, all pairs being equally likely, and on each one of the
-    primitives other than none. A seed gives the same cells on every machine, and the same first cell for every n.
+    Each node has two different sources, and on the edge from each of them one of the primitives other than none. A seed
+    gives the same cells on every machine, and the same first cell for every n.
 
-    n_nodes: by default those of `like`'s normal cell, or 4; primitives: in any order.
-    like: a genotype. Then the cells' networks have as many parameters as its network, to `SIZE_TOLERANCE`, for ten
-    classes; all such cells are equally likely, and drawn independently of those without `like`. Raises GenotypeError
-    if they are too rare to be drawn.
-    options: the AugmentConfig whose size these networks have; None for augment.py's defaults.
+    n_nodes: the number of nodes, by default that of the normal cell of `like`, or 4; primitives: in any order.
+    like: a genotype. Then only cells are drawn whose network has as many parameters as its network, to
+    `SIZE_TOLERANCE`, for ten classes. These are drawn independently of those without `like`. Raises GenotypeError if
+    there are too few such cells.
+    options: the AugmentConfig whose size these networks have; None: the defaults of augment.py.
     """
     n_nodes = n_nodes or (len(like.normal) if like else 4)
-    others = sorted(set(primitives) - set(PRIMITIVES))  # which a user's script adds
+    others = sorted(set(primitives) - set(PRIMITIVES))  # operations that a user's script adds
     operations = [name for name in (*PRIMITIVES, *others) if name in primitives and name != "none"]
     if like is None:
         generator = random.Random(seed)
@@ -312,8 +329,8 @@ def random_genotypes(
         else:
             raise GenotypeError(
                 f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes and the operations "
-                f"{', '.join(operations)} has {wanted / 1e6:.3f} M parameters to {SIZE_TOLERANCE:.0%}; give another to "
-                "--like"
+                f"{', '.join(operations)} has {wanted / 1e6:.3f} M parameters to {SIZE_TOLERANCE:.0%}; give --like "
+                "another cell"
             )
     return genotypes
 
@@ -330,9 +347,9 @@ def _random_genotype(generator, n_nodes, operations):
 
 
 def _size_function(n_nodes, operations, options):
-    """A function that returns the same as `_n_parameters` for random genotypes, without building their networks.
+    """A function of a random genotype that returns `_n_parameters` without building the network, which takes longer.
 
-    The parameters of a network are those of its edges, and others that all these genotypes have in common.
+    It adds up the parameters of all edges, and those that the networks of all these genotypes have in common.
     """
     import torch
 
@@ -384,34 +401,31 @@ def network_of(genotype: Genotype, size: int, channels: int, n_classes: int, opt
 
 
 def main():
-    parser = OneLineParser(
-        description="List the published cells, write a genotype in another form, or draw random ones."
-    )
+    parser = OneLineParser(description="List published cells, write a genotype in another form, or draw random ones.")
+    what = "a genotype, as for augment.py --genotype (default: list the published cells)"
+    parser.add_argument("genotype", nargs="?", type=os.path.expanduser, help=what)
+    parser.add_argument("--form", choices=FORMS, default="nested", help="form to write (default: %(default)s)")
+    number_of_cells = number(int, 0, 10**6)
     parser.add_argument(
-        "genotype", nargs="?", help="as for augment.py --genotype; without it, list the published cells"
-    )
-    parser.add_argument("--form", choices=FORMS, default="nested", help="to write (default: %(default)s)")
-    parser.add_argument(
-        "--random",
-        type=number(int, 0, 10**6),
-        metavar="N",
-        help="draw N cells evenly from the search space, one a line",
+        "--random", type=number_of_cells, metavar="N", help="number of random cells to draw, one a line"
     )
     seed = number(int, 0, 10**10 - 1)  # as `random:SEED` takes
-    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of --random (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="seed of --random (default: %(default)s)")
     parser.add_argument(
         "--like",
         type=os.path.expanduser,
         metavar="GENOTYPE",
-        help=f"of --random: only cells whose network has as many parameters as this one's, to {SIZE_TOLERANCE:.0%}%",
+        help=f"with --random: a cell whose network has as many parameters, to {SIZE_TOLERANCE:.0%}%",
     )
     args = parser.parse_args()
     if args.random is None:
         if args.like is not None:
             parser.error("--like needs --random N")
-        return print(to_str(resolve(args.genotype), args.form)) if args.genotype is not None else list_published()
+        if args.genotype is None:
+            return list_published()
+        return print(to_str(resolve(args.genotype), args.form))
     if args.genotype is not None:
-        parser.error("--random takes no genotype; cells of its size are drawn with --like")
+        parser.error("--random takes no genotype; --like draws cells of its size")
     like = None if args.like is None else resolve(args.like)
     for genotype in random_genotypes(args.random, args.seed, like):
         print(to_str(genotype, args.form))

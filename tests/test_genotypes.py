@@ -83,7 +83,7 @@ def test_every_form_of_every_published_cell_is_read_as_the_cell(name, form):
 def test_flat_forms_list_pairs_without_nodes():
     text = to_str(DARTS_V1, "flat")
     assert text.startswith("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ")
-    with pytest.raises(GenotypeError, match="two for each"):
+    with pytest.raises(GenotypeError, match="each node has two"):
         from_str(text.replace("('sep_conv_3x3', 1), ", "", 1))
     with pytest.raises(GenotypeError, match="two edges"):
         to_str(Genotype([[("none", 0)]], [2], [[("none", 0)]], [2]), "flat")

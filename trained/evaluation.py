@@ -1,6 +1,5 @@
 """Trained networks: load them from checkpoints, run them on images, and start a training from them."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from machine import ranks
 from machine.devices import pick_device
 from models.augment_cnn import AugmentCNN
 from preproc import data_transforms
-from run.checkpoints import check_network, load_checkpoint
+from run.checkpoints import check_network, check_tensor, load_checkpoint
 from run.folder import RunFolder, reading
 from utils import get_data, get_test_data
 
@@ -95,6 +94,9 @@ class Evaluation:
         return f"{path}{chosen}: top 1 {self.top1:.2%} of {len(self.images)} {self.images_name} images"
 
 
+CLASSIFIERS = ("linear.weight", "linear.bias", "aux_head.linear.weight", "aux_head.linear.bias")
+
+
 def file_of(path: str | Path) -> Path:
     """The checkpoint file for a path: the last checkpoint if the path is a run's folder, else the path itself."""
     return RunFolder(path).checkpoint if Path(path).is_dir() else Path(path)
@@ -141,11 +143,12 @@ def load_network(trained: TrainedNetwork, device: torch.device) -> AugmentCNN:
 def initial_tensors(
     path: str | Path, net: AugmentCNN, genotype: Genotype, classes: list[str]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors that a training takes from a checkpoint, by the name in `net.state_dict()`; and in words, which.
+    """The tensors with which a training starts, by their names in `net.state_dict()`; and a description of them.
 
     path: a checkpoint of augment.py or a run's folder, see `file_of`, or a `state_dict` of another program, which may
-    be the entry "state_dict" or "model" of a dict. From augment.py all tensors are taken, but the classifiers' only if
-    the classes are the same; from others those of the same name and shape. genotype, classes: of the new training.
+    be the entry "state_dict" or "model" of a dict. From augment.py all tensors are taken, but those of the classifiers
+    only if the classes are the same; from another program the tensors of the same name and shape. genotype, classes: of
+    the new training.
 
     Raises UserError if a checkpoint of augment.py is of another network, or if there is no tensor to take.
     """
@@ -155,12 +158,13 @@ def initial_tensors(
         trained = load_trained(path, type(net))
         if trained.genotype != genotype:
             raise UserError("--init-checkpoint is of another network: its genotype is another")
-        tensors, has_same_classes = trained.tensors, trained.results["classes"] == classes
-        taken = {n: t for n, t in tensors.items() if has_same_classes or not CLASSIFIERS.fullmatch(n)}
-        check_network(net, {n: taken.get(n, t) for n, t in state.items()} | taken, path)
+        tensors, left_out = trained.tensors, () if trained.results["classes"] == classes else CLASSIFIERS
+        taken = {name: tensor for name, tensor in tensors.items() if name in state and name not in left_out}
+        for name, tensor in taken.items():
+            check_tensor(tensor, state[name], f"--init-checkpoint is of another network: {name}")
     else:
         tensors = _tensors_in(checkpoint)
-        taken = {n: t for n, t in tensors.items() if n in state and t.shape == state[n].shape}
+        taken = {name: t for name, t in tensors.items() if name in state and t.shape == state[name].shape}
         if not taken:
             raise UserError(f"{path} has no tensor whose name and shape are those of a tensor of the network")
     words = f"{len(taken)} of {len(state)} tensors are from {path}"
@@ -169,9 +173,6 @@ def initial_tensors(
         if others:
             words += f"; {description}: {listed(others)}"
     return taken, words
-
-
-CLASSIFIERS = re.compile(r"(aux_head\.)?linear\.(weight|bias)")
 
 
 def _tensors_in(content):
@@ -186,9 +187,9 @@ def _tensors_in(content):
 def images_of(trained: TrainedNetwork, data_path: str | None = None) -> tuple[Images, str]:
     """The images that the accuracy of a trained network is measured on, normalised as in its training; and their name.
 
-    data_path: the folder of their data set, if it is no longer that of the training; the images there may be others, if
-    they have the same classes. The name is `test`, `held-out`, or `other`. Raises UserError if they are not the same
-    images, or have other classes.
+    data_path: a folder with the data set of the training, or with other images of the same classes. The name is `test`,
+    `held-out`, or `other`. Raises UserError if the images have other classes, or if data_path is None and they are no
+    longer those of the training.
     """
     config, results = trained.config, trained.results
     options = {
@@ -231,7 +232,7 @@ def predict(path: str | Path, folder: str | Path, **options) -> list[tuple[str, 
     path, options: as of `evaluate`. Raises UserError if there is no image, or one cannot be read.
     """
     trained = load_trained(path)
-    files = [str(file) for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in ENDINGS]
+    files = [str(file) for file in sorted(Path(folder).rglob("[!.]*")) if file.suffix.lower() in ENDINGS]
     if not files:
         raise UserError(f"--predict {folder}: there is no image; files of images end in {' '.join(ENDINGS)}")
     config, results = trained.config, trained.results
