@@ -103,8 +103,9 @@ class Run:
             self.epoch, self.step, self.results = (checkpoint[name] for name in ("epoch", "step", "results"))
             self.steps_of_epoch, self.averages_of_epoch = checkpoint["steps_of_epoch"], checkpoint["averages_of_epoch"]
             self.seconds_before, self.epochs_before = checkpoint["seconds"], checkpoint["config"]["epochs"]
-            if self.config.epochs < self.epoch + (self.steps_of_epoch > 0):
-                raise UserError(f"--epochs {self.config.epochs}: {self.folder} has begun more epochs already")
+            begun = self.epoch + (self.steps_of_epoch > 0)
+            if self.config.epochs < begun:
+                raise UserError(f"--epochs {self.config.epochs}: {self.folder} has begun {begun} epochs already")
         # the optimizers' steps were in another process, so PyTorch warns wrongly
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
