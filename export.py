@@ -43,7 +43,7 @@ def main():
         exported = export(net, trained.results, temporary_path)
         print(f"checked on {images_name} images: {compare(exported, net, images)}")
         os.replace(temporary_path, output)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{trained.choice}")
 
 
 if __name__ == "__main__":

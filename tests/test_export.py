@@ -49,10 +49,12 @@ def test_image_files_are_classified_as_the_docs_show(tmp_path, image_folder, cap
     root = image_folder(size=16)
     save_odd_images(root / "val/left")
     run, model = trained_run(tmp_path, root, "--image-size", 16), tmp_path / "model.pt2"
-    for words in ([run], [run, "--output", model]):
+    for words in ([run], [run / "best.pt", "--output", model]):
         assert command(export.main, words) == 0
-        assert "test images: 28 images, 1 and 7 at once" in (output := capsys.readouterr().out)
+        output = capsys.readouterr().out
+        assert "test images: 28 images, 1 and 7 at once" in output
         assert "28 of the same class" in output
+        assert ("chosen for its accuracy on the test images" in output) == (words[0] != run)
     with zipfile.ZipFile(model) as archive:
         content = b"".join(map(archive.read, archive.namelist())) + (run / "checkpoint.onnx").read_bytes()
     assert str(ROOT).encode() not in content  # nor any other path of this machine

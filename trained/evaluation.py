@@ -39,6 +39,11 @@ class TrainedNetwork:
         """The images that the accuracy is measured on: `test`, or with --hold-out `held-out`."""
         return "held-out" if self.config.hold_out else "test"
 
+    @property
+    def choice(self) -> str:
+        """What is to be said about the accuracy of best.pt: the images that it was chosen on. Empty for other files."""
+        return f", chosen for its accuracy on the {self.measured_on} images" if self.path.name == "best.pt" else ""
+
     def new_network(self, network: type[AugmentCNN] = AugmentCNN) -> AugmentCNN:
         """The network with new weights. network: its class."""
         return network(
@@ -89,9 +94,8 @@ class Evaluation:
 
     def describe(self) -> str:
         """The checkpoint and its accuracy, in words."""
-        path = self.trained.path
-        chosen = f", chosen for its accuracy on the {self.trained.measured_on} images" if path.name == "best.pt" else ""
-        return f"{path}{chosen}: top 1 {self.top1:.2%} of {len(self.images)} {self.images_name} images"
+        images = f"{len(self.images)} {self.images_name} images"
+        return f"{self.trained.path}{self.trained.choice}: top 1 {self.top1:.2%} of {images}"
 
 
 CLASSIFIERS = ("linear.weight", "linear.bias", "aux_head.linear.weight", "aux_head.linear.bias")
