@@ -49,6 +49,8 @@ def load_torchvision(name, path, train, size, channels):
     split = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
     try:
         source = getattr(datasets, name)(path, download=True, **split)
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # for damaged files, torchvision raises half a dozen different types
         reason = str(error) or type(error).__name__
         raise UserError(

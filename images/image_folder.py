@@ -181,6 +181,8 @@ def open_image(file: str | Path, size: int | None, mode: str, resize: str = "cro
             orientation = opened.getexif().get(ExifTags.Base.Orientation)
             turned = opened.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else opened
             image = _eight_bits(turned, mode)
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # for damaged files, readers raise a dozen different types
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read the image {file}: {reason}; --skip-bad-images goes on without it") from None

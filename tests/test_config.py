@@ -119,13 +119,13 @@ def test_an_option_with_effect_or_at_its_default_is_accepted():
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert SearchConfig(["--runs-path=~/x", *FOLDER, "--data-path=~/y"]).runs_path == "/home/me/x"
+    monkeypatch.setenv("HOME", "/users/me")
+    assert SearchConfig(["--runs-path=~/x", *FOLDER, "--data-path=~/y"]).runs_path == "/users/me/x"
     for config in (SearchConfig, AugmentConfig, ProtocolOptions):
         names = {"data_path", "runs_path", "resume", "genotype", "evaluate", "init_checkpoint", "like"}
         for name in names & set(config.default_values({})):
             option = f"--{name.replace('_', '-')}"
-            assert config.parse([f"{option}=~/x y"]) == {name: "/home/me/x y"}
+            assert config.parse([f"{option}=~/x y"]) == {name: "/users/me/x y"}
 
 
 @pytest.mark.parametrize("space", SEARCH_SPACES)
