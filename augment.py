@@ -18,6 +18,7 @@ if __name__ == "__main__":
     AugmentConfig.answer_help()  # before torch is imported, which takes seconds
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterable
 
@@ -89,7 +90,12 @@ def augment(network, loggers, augment_batch):
     if config.sync_bn:
         synchronise(net)
     optim = torch.optim.SGD(
-        net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        net.parameters(),
+        config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
     results = {
@@ -219,7 +225,7 @@ def train(epoch, run, net, loader, optim, augment_batch=unchanged, n_classes=0):
                 objective = loss + config.aux_weight * criterion(aux_logits, targets)
         ranks.row_weighted(objective, y).backward()
         ranks.average_step(loss.detach(), net, weights, y, config.sync_bn)
-        norm = nn.utils.clip_grad_norm_(weights, config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf)
         optim.step()
         run.end_step(meters, loss.detach(), logits.detach(), y, n, w_gradient_norm=norm)
 

@@ -5,9 +5,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from command_line.errors import UserError
+from genotypes import resolve
 from images.data_sets import DATASETS
 from images.image_folder import RESIZES
 from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
+from models.spaces import SPACES, Space, space_of
 from run.options import (
     Options,
     RunOptions,
@@ -58,10 +60,13 @@ def augmentation(text: str) -> str:
     return text
 
 
-def check_layers(layers: int):
-    """Raise UserError if one of the two kinds of cell would be missing."""
-    if layers < 3:
-        raise UserError(f"--layers {layers}: must be at least 3, since with fewer cells none is a normal one")
+def check_layers(layers: int, space: Space):
+    """Raise UserError if a kind of cell would be missing."""
+    if layers < space.min_layers:
+        raise UserError(
+            f"--layers {layers}: must be at least {space.min_layers}, since with fewer cells none is a "
+            f"{space.kinds[0]} one"
+        )
 
 
 @dataclass(init=False)
@@ -110,13 +115,19 @@ class SearchConfig(DataOptions, RunOptions):
 
     stage = "search"
 
-    layers: int = option(8, "number of cells, at least 3", positive_int, "network")
+    space: str = option(
+        "darts",
+        "search space; nas-bench-201 has other defaults, and --layers is the number of cells in each of three stages",
+        group="network",
+        choices=list(SPACES),
+    )
+    layers: int = option(8, "number of cells, at least 3", positive_int)
     init_channels: int = option(16, "channels of the first cells", positive_int)
     nodes: int = option(4, "number of nodes in a cell", positive_int)
     primitives: list[str] = option(  # noqa: RUF009
         PRIMITIVES,
-        "candidates on every edge: operations with commas between them, such as skip_connect,sep_conv_3x3; or search "
-        f"spaces, of {', '.join(SEARCH_SPACES)} (default: darts)",
+        "candidates on every edge: operations with commas between them, such as skip_connect,sep_conv_3x3; or all of "
+        f"{', '.join(SEARCH_SPACES)} (default: all of the space)",
         primitives,
     )
     execution: str = option("fused", "how cells are computed: fused is fast, plain the definition", choices=EXECUTIONS)
@@ -149,6 +160,11 @@ class SearchConfig(DataOptions, RunOptions):
     )
 
     @classmethod
+    def default_values(cls, given):
+        space = SPACES.get(given.get("space"))
+        return super().default_values(given) | (space.defaults.get("search", {}) if space else {})
+
+    @classmethod
     def groups(cls, given):
         groups = super().groups(given)
         if given.get("variant") is not None:
@@ -169,7 +185,12 @@ class SearchConfig(DataOptions, RunOptions):
 
     def check(self):
         super().check()
-        check_layers(self.layers)
+        space = SPACES[self.space]
+        check_layers(self.layers, space)
+        if space.is_fixed:
+            self.refuse_without_effect(("nodes",), f"with --space {space.name}")
+            if not set(self.primitives) <= set(space.primitives):
+                raise UserError(f"--primitives: --space {space.name} has {', '.join(space.primitives)}")
         if self.order == "first":
             self.refuse_without_effect(("eps_scale",), "with --order first")
         if self.early_stop:
@@ -205,7 +226,8 @@ class AugmentConfig(DataOptions, RunOptions):
     genotype: str | None = option(
         None,
         "cells of the network: a published one such as DARTS_V2, random:SEED, a string 'Genotype(...)', JSON, a file "
-        "of these, or the folder of a search",
+        "of these, or the folder of a search; '|nor_conv_3x3~0|+...' is a cell of NAS-Bench-201, which has other "
+        "defaults",
         path,
         "network",
     )
@@ -237,8 +259,9 @@ class AugmentConfig(DataOptions, RunOptions):
     )
     label_smoothing: float = option(0.0, "probability that is spread evenly over all classes", probability)
     momentum: float = option(0.9, "momentum of SGD", probability)
+    nesterov: bool = option(False, "use Nesterov's momentum")
     weight_decay: float = option(3e-4, "weight decay of SGD", nonnegative)
-    grad_clip: float = option(5.0, "norm to which the gradient is clipped", positive)
+    grad_clip: float = option(5.0, "norm to which the gradient is clipped; 0: it is not", nonnegative)
     aux_weight: float = option(0.4, "weight of the auxiliary head's loss; 0: no such head", nonnegative)
     cutout_length: int = option(16, "side in pixels of the square cut out of an image, at most half of it", natural)
     drop_path_prob: float = option(0.2, "probability of drop path at the end, linear from 0", probability)
@@ -246,7 +269,11 @@ class AugmentConfig(DataOptions, RunOptions):
     @classmethod
     def default_values(cls, given):
         defaults = super().default_values(given)
-        return defaults | IMAGENET if given.get("stem") == "imagenet" else defaults
+        if given.get("stem") == "imagenet":
+            defaults |= IMAGENET
+        elif given.get("genotype") is not None:
+            defaults |= space_of(resolve(given["genotype"])).defaults.get("augment", {})
+        return defaults
 
     def check(self):
         if self.evaluate is not None:
@@ -263,7 +290,11 @@ class AugmentConfig(DataOptions, RunOptions):
         super().check()
         if self.genotype is None:
             raise UserError("--genotype is required")
-        check_layers(self.layers)
+        space = space_of(resolve(self.genotype))
+        check_layers(self.layers, space)
+        if not space.has_auxiliary_head:
+            names = ("stem", "aux_weight", "drop_path_prob")
+            self.refuse_without_effect(names, f"in networks of {space.name}")
         self.refuse_without_effect(("mirror", "predict"), "without --evaluate")
 
     @property

@@ -5,13 +5,16 @@ python cost.py runs/search/cifar10 DARTS_V1 DARTS_V2           # a table over se
 python cost.py DARTS_V2 --stem imagenet                        # at the size for ImageNet
 """
 
+import argparse
+
 from command_line.errors import OneLineParser, UserError, user_errors_in_one_line
 from config import IMAGENET
 from genotypes import PUBLISHED, resolve
 from models.choices import STEMS
+from models.spaces import SPACES, space_of
 from run.options import natural, option_name, positive_int
 
-DEFAULTS = {
+DEFAULTS = {  # by stem
     "cifar": {"layers": 20, "init_channels": 36, "image_size": 32, "classes": 10},
     "imagenet": {name: IMAGENET[name] for name in ("layers", "init_channels", "image_size")} | {"classes": 1000},
 }
@@ -33,14 +36,25 @@ def main():
     parser.add_argument("--device", default="auto", help="where latency is measured: auto, cpu, cuda (default: auto)")
     parser.add_argument("--rounds", type=natural, default=10, help="forward passes to time; 0: none (default: 10)")
     args = parser.parse_args()
-    for name, default in DEFAULTS[args.stem].items():
-        setattr(args, name, getattr(args, name) or default)
+    cells = {name: resolve(name) for name in args.genotypes or PUBLISHED}
+    for space in SPACES.values():
+        of_space = {name: genotype for name, genotype in cells.items() if space_of(genotype) is space}
+        if of_space:
+            print_table(of_space, with_defaults(args, space))
+
+
+def with_defaults(args, space):
+    """The options, with the defaults of the stem and the search space in the place of those that were not given."""
+    if args.stem != "cifar" and not space.has_auxiliary_head:
+        raise UserError(f"--stem {args.stem} is not for cells of {space.name}")
+    defaults = DEFAULTS[args.stem] | space.defaults.get("augment", {})
+    args = argparse.Namespace(**{name: getattr(args, name) or defaults.get(name) for name in vars(args)})
     for name, smallest in SMALLEST[args.stem].items():
         if getattr(args, name) < smallest:
             raise UserError(
                 f"--{option_name(name)} {getattr(args, name)}: the stem {args.stem} needs at least {smallest}"
             )
-    print_table({name: resolve(name) for name in args.genotypes or PUBLISHED}, args)
+    return args
 
 
 def print_table(cells: dict, args) -> None:

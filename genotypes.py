@@ -2,27 +2,29 @@
 
 python genotypes.py                                          # list the published cells
 python genotypes.py runs/search/cifar10 --form flat          # write the genotype of a search in another form
-python genotypes.py --random 5 --seed 1 --like DARTS_V2      # draw random cells whose networks are as large
+python genotypes.py --random 5 --seed 1                      # draw random cells
+python genotypes.py "|nor_conv_3x3~0|+..."                   # what a cell of NAS-Bench-201 is worth
 
 What a genotype is, how alpha becomes one and how it becomes a network (`Genotype`, `parse`, `to_dag`) is in
-models/genotype.py and offered here too. Nothing here imports torch, which takes seconds, until it is needed.
+models/genotype.py and offered here too; models/spaces/ has other search spaces, whose genotypes are read here as well.
+Nothing here imports torch, which takes seconds, until it is needed.
 """
 
 import ast
 import contextlib
-import itertools
+import functools
 import json
 import os
 import random
 import re
 import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 from command_line.errors import OneLineParser, user_errors_in_one_line, warn
-from config import AugmentConfig
 from models.choices import PRIMITIVES
 from models.genotype import Genotype, GenotypeError, check, parse, shorten, to_dag
+from models.spaces import SPACES, Space, space_of
 from run.folder import RunFolder, read_json, reading
 from run.options import number
 
@@ -30,15 +32,14 @@ __all__ = ["PRIMITIVES", "PUBLISHED", "Genotype", "GenotypeError", "check", "fro
 
 FORMS = ("nested", "flat", "json")
 
-SIZE_TOLERANCE = 0.05  # with `like`, the number of parameters of a random cell's network may differ by this share
-MAX_DRAWS = 10_000  # such a cell must be among this many
 MAX_NUMBER = 1000  # in range(a, b); no cell has so many nodes
 
 Published = namedtuple("Published", "genotype source results")  # results: name -> number, as the source reports them
 
 
 def from_str(s: str, name: str | None = None) -> Genotype:
-    """Read a genotype: nested or flat, JSON, or the name of a published cell, such as `DARTS_V2` or `darts_v2`.
+    """Read a genotype: nested or flat, JSON, or the name of a published cell, such as `DARTS_V2` or `darts_v2`; or the
+    text of a cell of another search space, such as `|nor_conv_3x3~0|+...` of NAS-Bench-201.
 
     Also accepts pasted text: with a name and `=` in front, in quotes, as `gt.Genotype(...)`, or the log of a search, of
     which the last genotype counts. It never executes the string. Lists, tuples and ranges keep their types, so that
@@ -48,6 +49,10 @@ def from_str(s: str, name: str | None = None) -> Genotype:
     ValueError), which says where the error is and what is allowed there.
     """
     text = s.strip().removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
+    for space in SPACES.values():
+        genotype = space.from_str(text)
+        if genotype is not None:
+            return genotype
     if text.startswith("{"):
         return check(_from_json(text))
     if "(" in text:
@@ -79,7 +84,7 @@ def to_str(genotype: Genotype, form: str = "nested") -> str:
     """
     if form == "json":
         return json.dumps(as_lists(genotype))
-    if form == "nested":
+    if form == "nested" or not isinstance(genotype, Genotype):
         return str(genotype)
     if any(len(node) != 2 for node in (*genotype.normal, *genotype.reduce)):
         raise GenotypeError("genotype: the flat form needs two edges in each node")
@@ -220,6 +225,11 @@ def resolve(text: str) -> Genotype:
     Warns if the search is not over, or if nothing uses a node of the cells. `FILE:NAME` is a genotype of a file with
     several; `random:SEED` is the first cell that `random_genotypes` draws with this seed. Raises GenotypeError.
     """
+    return _resolve(text)
+
+
+@functools.cache  # so that what it warns of is told once
+def _resolve(text):
     if text.startswith("random:"):
         seed = text.removeprefix("random:")
         if not (seed.isascii() and seed.isdecimal() and len(seed) <= 10):
@@ -231,14 +241,15 @@ def resolve(text: str) -> Genotype:
         path = _file_of(file)
     if path is not None:
         genotype = _read_file(path, name)
-    elif "(" in text or "{" in text or _known_name(text):
+    elif "(" in text or "{" in text or "|" in text or _known_name(text):
         genotype = from_str(text)
     else:
         raise GenotypeError(
             f"genotype: {shorten(text)} is neither a published cell ({', '.join(PUBLISHED)}), random:SEED, a genotype "
-            "string 'Genotype(normal=..., ...)', JSON, a file of these, FILE:NAME, nor a search folder"
+            "string 'Genotype(normal=..., ...)' or '|...~0|+...', JSON, a file of these, FILE:NAME, nor a search folder"
         )
-    _warn_of_unused_nodes(genotype)
+    if isinstance(genotype, Genotype):
+        _warn_of_unused_nodes(genotype)
     return genotype
 
 
@@ -296,108 +307,17 @@ def _warn_of_unused_nodes(genotype):
 def random_genotypes(
     n: int,
     seed: int,
-    like: Genotype | None = None,
+    space: Space = SPACES["darts"],
     n_nodes: int | None = None,
-    primitives: list[str] = PRIMITIVES,
-    options: AugmentConfig | None = None,
-) -> list[Genotype]:
+    primitives: list[str] | None = None,
+) -> list:
     """Draw n cells from a search space, independently of each other; all cells are equally likely.
 
-    Each node has two different sources, and on the edge from each of them one of the primitives other than none. A seed
-    gives the same cells on every machine, and the same first cell for every n.
-
-    n_nodes: the number of nodes, by default that of the normal cell of `like`, or 4; primitives: in any order.
-    like: a genotype. Then only cells are drawn whose network has as many parameters as its network, to
-    `SIZE_TOLERANCE`, for ten classes. These are drawn independently of those without `like`. Raises GenotypeError if
-    there are too few such cells.
-    options: the AugmentConfig whose size these networks have; None: the defaults of augment.py.
+    A seed gives the same cells on every machine, and the same first cell for every n. n_nodes, primitives: those of the
+    space by default; the order of the primitives does not matter.
     """
-    n_nodes = n_nodes or (len(like.normal) if like else 4)
-    others = sorted(set(primitives) - set(PRIMITIVES))  # operations that a user's script adds
-    operations = [name for name in (*PRIMITIVES, *others) if name in primitives and name != "none"]
-    if like is None:
-        generator = random.Random(seed)
-        return [_random_genotype(generator, n_nodes, operations) for _ in range(n)]
-    generator, genotypes = random.Random(f"{seed} like"), []
-    wanted, size_of = _n_parameters(like, options), _size_function(n_nodes, operations, options)
-    for _ in range(n):
-        for _ in range(MAX_DRAWS):
-            genotype = _random_genotype(generator, n_nodes, operations)
-            if abs(size_of(genotype) - wanted) <= SIZE_TOLERANCE * wanted:
-                genotypes.append(genotype)
-                break
-        else:
-            raise GenotypeError(
-                f"genotype: none of {MAX_DRAWS} random cells of {n_nodes} nodes and the operations "
-                f"{', '.join(operations)} has {wanted / 1e6:.3f} M parameters to {SIZE_TOLERANCE:.0%}; give --like "
-                "another cell"
-            )
-    return genotypes
-
-
-def _random_genotype(generator, n_nodes, operations):
-    genes = []
-    for _ in ("normal", "reduce"):
-        gene = []
-        for i in range(n_nodes):
-            gene.append([(generator.choice(operations), source) for source in generator.sample(range(i + 2), 2)])
-        genes.append(gene)
-    concat = range(2, n_nodes + 2)
-    return Genotype(genes[0], concat, genes[1], concat)
-
-
-def _size_function(n_nodes, operations, options):
-    """A function of a random genotype that returns `_n_parameters` without building the network, which takes longer.
-
-    It adds up the parameters of all edges, and those that the networks of all these genotypes have in common.
-    """
-    import torch
-
-    from models.ops import OPS
-    from models.search_cnn import reduction_cells
-
-    any_genotype = _random_genotype(random.Random(0), n_nodes, operations)
-    options = options or AugmentConfig.defaults()
-    C, layers = options.init_channels, options.layers
-    edge_sizes = Counter()  # (kind of cell, operation, whether it is on an input) -> parameters in all cells together
-    for layer in range(layers):
-        kind = "reduce" if layer in reduction_cells(layers) else "normal"
-        C = 2 * C if kind == "reduce" else C
-        for operation, on_input in itertools.product(operations, (True, False)):
-            with torch.device("meta"):  # shapes without values
-                module = OPS[operation](C, 2 if on_input and kind == "reduce" else 1, affine=True)
-            edge_sizes[kind, operation, on_input] += sum(parameter.numel() for parameter in module.parameters())
-
-    def size_of_edges(genotype):
-        size = 0
-        for kind in ("normal", "reduce"):
-            for node in getattr(genotype, kind):
-                size += sum(edge_sizes[kind, operation, source < 2] for operation, source in node)
-        return size
-
-    size_of_others = _n_parameters(any_genotype, options) - size_of_edges(any_genotype)
-    return lambda genotype: size_of_others + size_of_edges(genotype)
-
-
-def _n_parameters(genotype, options):
-    """The number of parameters of the network for CIFAR-10, without the auxiliary head's."""
-    import torch
-
-    with torch.device("meta"):
-        net = network_of(genotype, 32, 3, 10, options)
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-def network_of(genotype: Genotype, size: int, channels: int, n_classes: int, options: AugmentConfig | None = None):
-    """The network that augment.py makes of a genotype, without the auxiliary head.
-
-    options: the AugmentConfig whose size it has; None for the defaults.
-    """
-    from models.augment_cnn import AugmentCNN
-
-    options = options or AugmentConfig.defaults()
-    C, layers, stem = options.init_channels, options.layers, options.stem
-    return AugmentCNN(size, channels, C, n_classes, layers, False, genotype, stem=stem)
+    generator, n_nodes = random.Random(seed), n_nodes or space.n_nodes
+    return [space.random(generator, n_nodes, primitives or space.primitives) for _ in range(n)]
 
 
 def main():
@@ -411,24 +331,27 @@ def main():
     )
     seed = number(int, 0, 10**10 - 1)  # as `random:SEED` takes
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="seed of --random (default: %(default)s)")
-    parser.add_argument(
-        "--like",
-        type=os.path.expanduser,
-        metavar="GENOTYPE",
-        help=f"with --random: a cell whose network has as many parameters, to {SIZE_TOLERANCE:.0%}%",
-    )
+    parser.add_argument("--space", choices=SPACES, default="darts", help="space of random cells (default: darts)")
     args = parser.parse_args()
     if args.random is None:
-        if args.like is not None:
-            parser.error("--like needs --random N")
         if args.genotype is None:
             return list_published()
-        return print(to_str(resolve(args.genotype), args.form))
-    if args.genotype is not None:
-        parser.error("--random takes no genotype; --like draws cells of its size")
-    like = None if args.like is None else resolve(args.like)
-    for genotype in random_genotypes(args.random, args.seed, like):
+        genotypes = [resolve(args.genotype)]
+    elif args.genotype is not None:
+        parser.error("--random takes no genotype")
+    else:
+        genotypes = random_genotypes(args.random, args.seed, SPACES[args.space])
+    for genotype in genotypes:
         print(to_str(genotype, args.form))
+        truth = space_of(genotype).truth(genotype)
+        if truth is not None and args.random is None:
+            print(describe_truth(truth))
+
+
+def describe_truth(truth: dict) -> str:
+    """The published results of a genotype, see `Space.truth`, in words."""
+    accuracies = ", ".join(f"{name} {value:.2f} %" for name, value in truth.items() if name not in ("rank", "of"))
+    return f"published test accuracy: {accuracies}; rank {truth['rank']} of {truth['of']}"
 
 
 def list_published():

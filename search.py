@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import shutil
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from images.loading import Loader, mix
 from machine import ranks
 from machine.cuda_graphs import StepGraphs
 from machine.devices import seed_generators
-from models.genotype import Genotype
 from models.search_cnn import SearchCNN
+from models.spaces import SPACES
 from models.sync_bn import synchronise
 from report import search_log
 from report.cells import HOW_TO_INSTALL
@@ -44,7 +45,7 @@ from utils import cosine_lr, get_data, param_size
 from variants import compose
 
 
-def select_by_weights(net: SearchCNN, w_loader: Loader, alpha_loader: Loader) -> Genotype:
+def select_by_weights(net: SearchCNN, w_loader: Loader, alpha_loader: Loader) -> Any:
     """The default `select`: the genotype of the strongest operations. It does not need the loaders."""
     return net.genotype()
 
@@ -53,7 +54,7 @@ def main(
     network: type[SearchCNN] = SearchCNN,
     architect: type[Architect] = Architect,
     loggers: Iterable[type[Logger]] = (),
-    select: Callable[[SearchCNN, Loader, Loader], Genotype] = select_by_weights,
+    select: Callable[[SearchCNN, Loader, Loader], Any] = select_by_weights,
 ):
     """Run the search that the command line describes.
 
@@ -144,6 +145,7 @@ def build(network, architect_class, config, device, channels, n_classes):
         execution=config.execution,
         recompute=config.recompute,
         primitives=config.primitives,
+        space=SPACES[config.space],
     )
     net = net.to(device, memory_format=torch.channels_last)
     if config.sync_bn:
@@ -242,10 +244,20 @@ def state_of(net, images, eigenvalue_images, device):
 
     genotype, weights = net.genotype(), net.edge_weights()
     margins = {
-        kind: search_state.margins([node.tolist() for node in weights[kind]], getattr(genotype, kind), net.primitives)
-        for kind in weights
+        kind: search_state.margins(
+            [node.tolist() for node in nodes],
+            getattr(genotype, kind),
+            net.primitives,
+            net.space.choosable(net.primitives),
+        )
+        for kind, nodes in weights.items()
     }
-    return {"eigenvalue": ranks.on_rank_0(eigenvalue), "margins": margins, "alphas_learn": net.alphas_learn}
+    return {
+        "eigenvalue": ranks.on_rank_0(eigenvalue),
+        "margins": margins,
+        "alphas_learn": net.alphas_learn,
+        "truth": net.space.truth(genotype),
+    }
 
 
 def save_genotypes(run, genotypes, history):
@@ -259,6 +271,8 @@ def finish(run, genotypes, history, size, channels, n_classes):
     """Write the summary, the command that trains the cell, and what its network costs."""
     last, best, stop = genotypes["last"], genotypes["best"], search_state.early_stop(history)
     genotype = from_str(last["string"])
+    space = SPACES[run.config.space]
+    truth = space.truth(genotype) or {}
     run.finish(
         epochs=history[-1]["epoch"],
         valid_top1=last["valid_top1"],
@@ -266,12 +280,12 @@ def finish(run, genotypes, history, size, channels, n_classes):
         best_epoch=best["epoch"],
         verdict=search_state.verdict(history),
         eigenvalue=history[-1].get("eigenvalue"),
-        skip_connections_normal=search_state.skip_connections(genotype.normal),
-        skip_connections_reduce=search_state.skip_connections(genotype.reduce),
+        **{f"skip_connections_{kind}": search_state.skip_connections(getattr(genotype, kind)) for kind in space.kinds},
         stable_epochs=search_state.stable_epochs(history),
         early_stop_epoch=stop if run.config.early_stop else None,
         genotype_epoch=last["epoch"],
         genotype=last["string"],
+        **{f"published_{name}": value for name, value in truth.items()},
     )
     if ranks.rank() == 0:
         command = f"python augment.py {run.config.data_options()} --genotype {shell_quote(last['string'])}"

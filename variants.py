@@ -24,8 +24,6 @@ from models.ops import MixedOp, PartialMixedOp
 from models.search_cnn import SearchCNN
 from run.options import natural, nonnegative, option, positive, positive_int, probability
 
-KINDS = ("normal", "reduce")
-
 
 class Change(enum.Enum):
     """What a variant can change, called after the method. Two variants that change the same can't be combined."""
@@ -52,15 +50,14 @@ def by_node(net, function, noise=None):
     `by_node(net, torch.sigmoid)` is {"normal": [sigmoid(alpha_normal[0]), ...], "reduce": [...]}. With noise, which
     has the same structure, it is function(alpha, noise) of each node.
     """
-    alphas = {"normal": net.alpha_normal, "reduce": net.alpha_reduce}
     if noise is None:
-        return {kind: list(map(function, alphas[kind])) for kind in KINDS}
-    return {kind: list(map(function, alphas[kind], noise[kind])) for kind in KINDS}
+        return {kind: list(map(function, alphas)) for kind, alphas in net.alpha.items()}
+    return {kind: list(map(function, alphas, noise[kind])) for kind, alphas in net.alpha.items()}
 
 
 def all_edges(net):
-    """The alphas of all edges of both cells, (edges, candidates)."""
-    return torch.cat([*net.alpha_normal, *net.alpha_reduce])
+    """The alphas of all edges of all kinds of cell, (edges, candidates)."""
+    return torch.cat([alpha for alphas in net.alpha.values() for alpha in alphas])
 
 
 class PCDarts(NetworkVariant):
@@ -80,9 +77,16 @@ class PCDarts(NetworkVariant):
             raise UserError(f"--pc-share {self.pc_share} must divide --init-channels {C}")
         super().__init__(C_in, C, *args, **kwargs)
         if self.pc_edge_normalisation == "on":
-            self.beta_normal, self.beta_reduce = (
-                nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2)) for i in range(self.n_nodes)) for _ in KINDS
-            )
+            for kind, alphas in self.alpha.items():
+                betas = (1e-3 * torch.randn(len(edges)) for edges in alphas)
+                self.add_module(f"beta_{kind}", nn.ParameterList(map(nn.Parameter, betas)))
+
+    @property
+    def beta(self):
+        """The weights of edges before their softmax, for each kind of cell; {} without edge normalisation."""
+        if self.pc_edge_normalisation == "off":
+            return {}
+        return {kind: getattr(self, f"beta_{kind}") for kind in self.space.kinds}
 
     @property
     def mixed_op(self):
@@ -92,16 +96,15 @@ class PCDarts(NetworkVariant):
         weights = super().edge_weights(noise)
         if self.pc_edge_normalisation == "off":
             return weights
-        betas = {"normal": self.beta_normal, "reduce": self.beta_reduce}
         return {
-            kind: [w * beta.softmax(0).unsqueeze(1) for w, beta in zip(weights[kind], betas[kind])] for kind in KINDS
+            kind: [w * beta.softmax(0).unsqueeze(1) for w, beta in zip(weights[kind], betas)]
+            for kind, betas in self.beta.items()
         }
 
     def alphas(self):
         yield from super().alphas()
-        if self.pc_edge_normalisation == "on":
-            yield from self.beta_normal
-            yield from self.beta_reduce
+        for betas in self.beta.values():
+            yield from betas
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
@@ -155,9 +158,7 @@ class DartsMinus(NetworkVariant):
         weights = super().operation_weights(noise)
         if self.minus_strength == 0:
             return weights
-        return {
-            kind: [nn.functional.pad(w, (0, 1), value=self.auxiliary_weight) for w in weights[kind]] for kind in KINDS
-        }
+        return {kind: [F.pad(w, (0, 1), value=self.auxiliary_weight) for w in nodes] for kind, nodes in weights.items()}
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
@@ -181,13 +182,18 @@ class FairDarts(NetworkVariant):
     fair_strength: float = option(10.0, "weight of the zero-one loss", nonnegative)
     fair_threshold: float = option(0.85, "weight that an operation needs to enter the genotype", probability)
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.space.chooses_edges:
+            raise UserError(f"--variant fair-darts chooses edges; in --space {self.space.name} nodes have all of them")
+
     def edge_weights(self, noise=None):
         return by_node(self, torch.sigmoid)
 
     def genotype(self, *args, **kwargs):
         """Those of DARTS's k edges whose operation reaches the threshold, or the strongest if none does."""
         genotype, weights = super().genotype(*args, **kwargs), self.edge_weights()
-        cells = {kind: list(map(self._certain, getattr(genotype, kind), weights[kind])) for kind in KINDS}
+        cells = {kind: list(map(self._certain, getattr(genotype, kind), weights[kind])) for kind in weights}
         return genotype._replace(**cells)
 
     def _certain(self, node, weights):
@@ -309,9 +315,9 @@ class DrNas(NetworkVariant):
         with torch.enable_grad():
             theta = Dirichlet(beta, validate_args=False).rsample()
             rows = [torch.autograd.grad(column.sum(), beta, retain_graph=True)[0] for column in theta.unbind(1)]
-        sizes = [len(alpha) for alpha in (*self.alpha_normal, *self.alpha_reduce)]
-        draws = list(zip(theta.detach().split(sizes), torch.stack(rows, 1).split(sizes)))
-        return {"normal": draws[: self.n_nodes], "reduce": draws[self.n_nodes :]}
+        sizes = [len(edges) for alphas in self.alpha.values() for edges in alphas]
+        draws = zip(theta.detach().split(sizes), torch.stack(rows, 1).split(sizes))
+        return {kind: [next(draws) for _ in alphas] for kind, alphas in self.alpha.items()}
 
     def edge_weights(self, noise=None):
         return super().edge_weights() if noise is None else by_node(self, self.drawn, noise)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from command_line.errors import OneLineParser, user_errors_in_one_line
 from genotypes import resolve
-from report.cells import FORMATS, HOW_TO_INSTALL, draw, plot  # noqa: F401 -- `draw` is imported from here by users
+from models.spaces import space_of
+from report.cells import (  # noqa: F401 -- `draw` and `plot` are imported from here by users
+    FORMATS,
+    HOW_TO_INSTALL,
+    draw,
+    plot,
+    plot_cell,
+)
 from run.folder import RunFolder, read_json, reading
 
 
@@ -27,7 +34,7 @@ def main():
         type=os.path.expanduser,
         metavar="PATH",
         help="the report (default: report.html, in a single run's folder; of protocols also .md, tables, or .svg, the "
-        "figure); pictures are PATH-normal and PATH-reduce",
+        "figure); pictures are PATH-normal and PATH-reduce, or PATH-cell",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the pictures (default: %(default)s)")
     args = parser.parse_args()
@@ -36,7 +43,7 @@ def main():
     elif len(args.what) > 1 or is_run(args.what[0]):
         write_report(args.what, args.output)
     else:
-        draw_both_cells(args.what[0], args.output, args.format)
+        draw_cells(args.what[0], args.output, args.format)
 
 
 def is_run(path):
@@ -74,13 +81,12 @@ def write_comparison(files, output):
     print(path)
 
 
-def draw_both_cells(text, output, picture_format):
+def draw_cells(text, output, picture_format):
     """Draw the cells of a genotype and print the pictures' paths. text: what `genotypes.resolve` takes."""
     genotype = resolve(text)
     prefix = output or re.sub(r"[^\w.-].*", "", Path(text).name, flags=re.DOTALL) or "cell"
-    for kind in ("normal", "reduce"):
-        gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
-        path = plot(gene, f"{prefix}-{kind}.{picture_format}", f"{kind} cell", concat)
+    for kind in space_of(genotype).kinds:
+        path = plot_cell(genotype, kind, f"{prefix}-{kind}.{picture_format}")
         print(f"{path}: not drawn; {HOW_TO_INSTALL}" if path.suffix == ".gv" else path)
 
 

@@ -8,9 +8,12 @@ genotypes, are random.
 
 import itertools
 import statistics
+from typing import Any
 
 from config import FIRST_STOP, WINDOW
-from genotypes import Genotype, from_str
+from genotypes import from_str
+from models.spaces import space_of
+from models.spaces.space import Gene, cell_name
 
 # DARTS-ES (Zela et al., arXiv:1909.09656, section 4.3): lambda(i) is the mean eigenvalue of the WINDOW epochs around i.
 # The search stops at the first i >= FIRST_STOP with lambda(i - WINDOW) < STOP_BELOW * lambda(i).
@@ -29,24 +32,24 @@ def skip_connections(gene: list) -> int:
     return sum(op == "skip_connect" for node in gene for op, _ in node)
 
 
-def margins(weights: list, gene: list, candidates: list[str]) -> list[float]:
+def margins(weights: list, gene: list, candidates: list[str], choosable: list[str]) -> list[float]:
     """By how much the weight of each chosen operation exceeds that of the best other candidate on its edge.
 
-    weights: [node][source][candidate]; gene: the chosen operations. `none` is left out. If there is no other candidate,
-    the margin is the weight itself.
+    weights: [node][source][candidate]; gene: the chosen operations; choosable: the candidates that can be chosen, as
+    `Space.choosable`. If there is no other one, the margin is the weight itself.
     """
     differences = []
     for node, edges in zip(weights, gene):
         for op, source in edges:
             weight_of = dict(zip(candidates, node[source]))
-            others = [weight for name, weight in weight_of.items() if name not in (op, "none")]
+            others = [weight_of[name] for name in choosable if name != op]
             differences.append(weight_of[op] - max(others, default=0.0))
     return differences
 
 
-def cell(genotype: Genotype) -> Genotype:
-    """The genotype with each node's edges in one order: their order says which is stronger, and changes no network."""
-    return genotype._replace(normal=list(map(sorted, genotype.normal)), reduce=list(map(sorted, genotype.reduce)))
+def genes(genotype: Any) -> dict[str, Gene]:
+    """The gene of each kind of cell, with each node's edges in one order: this changes no network."""
+    return {kind: list(map(sorted, getattr(genotype, kind))) for kind in space_of(genotype).kinds}
 
 
 def changes(values: list) -> list[int]:
@@ -66,7 +69,7 @@ def stable_epochs(history: list[dict]) -> int:
 
 
 def _changes_of_cell(history):
-    return changes([cell(from_str(entry["string"])) for entry in history])
+    return changes([genes(from_str(entry["string"])) for entry in history])
 
 
 def local_averages(history: list[dict]) -> dict[int, float]:
@@ -114,9 +117,10 @@ def verdict(history: list[dict]) -> str:
     if not history[-1]["alphas_learn"]:
         return "not settled: alphas do not learn yet"
     learned = after_warm_up(history)
-    gene, grown = from_str(history[-1]["string"]).normal, growth(learned)
+    kind, gene = next(iter(genes(from_str(history[-1]["string"])).items()))
+    grown = growth(learned)
     n_skips, n_edges, same = skip_connections(gene), sum(map(len, gene)), stable_epochs(learned)
-    skips = f"{n_skips} of {n_edges} edges of the normal cell are skip connections"
+    skips = f"{n_skips} of {n_edges} edges of the {cell_name(kind)} are skip connections"
     is_growing = grown is not None and grown > 1 / STOP_BELOW
     growing = f"the eigenvalue has grown {grown:.1f} times in {WINDOW} epochs" if is_growing else ""
     if n_skips >= COLLAPSED_SKIPS * n_edges:

@@ -5,7 +5,6 @@ import math
 import torch
 
 import search
-from models.genotype import Genotype, parse
 
 
 @torch.no_grad()
@@ -19,8 +18,9 @@ def select_by_removal(net, w_loader, alpha_loader):
             alpha[tuple(place)] = -math.inf
             loss[tuple(place)] = net.loss(X, y)
             alpha[tuple(place)] = kept
-    normal, reduce = (parse(part, 2, net.primitives) for part in (losses[: net.n_nodes], losses[net.n_nodes :]))
-    return Genotype(normal, range(2, 2 + net.n_nodes), reduce, range(2, 2 + net.n_nodes))
+    losses = iter(losses)
+    strengths = {kind: [next(losses) for _ in alphas] for kind, alphas in net.alpha.items()}
+    return net.space.genotype(strengths, 2, net.primitives)
 
 
 if __name__ == "__main__":

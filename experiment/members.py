@@ -14,6 +14,7 @@ from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from experiment.protocol_options import ProtocolOptions
 from genotypes import random_genotypes, resolve
+from models.spaces import SPACES
 from run.folder import RunFolder, read_json
 from run.options import MAY_CHANGE, option_name
 
@@ -79,6 +80,8 @@ class Member:
 class Plan:
     """All runs of a protocol: searches, a selection training of each member, and final trainings.
 
+    In a space whose cells have published accuracies, there are only searches.
+
     options: of protocol.py; folder: of the protocol, which has the runs' folders in it.
     """
 
@@ -87,11 +90,16 @@ class Plan:
         self._summaries: dict[Task, dict] = {}  # of the runs that are over
         self.search_config = search = SearchConfig([*options.shared, *options.search])
         self.training_config = AugmentConfig([*options.shared, *options.augment, "--genotype", "DARTS_V2"])
-        like = options.like and resolve(options.like)
+        self.space = SPACES[search.space]
+        self.truth_known = bool(self.space.truth_marks())  # then nothing is trained
+        if self.truth_known and (options.augment or options.cells):
+            raise UserError(
+                f"--augment and --cells have no effect with --space {search.space}, where nothing is trained"
+            )
         self.members = [Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)]
         for i in range(1, options.random + 1):
             seed = options.seed + i
-            (cell,) = random_genotypes(1, seed, like, search.nodes, search.primitives, self.training_config)
+            (cell,) = random_genotypes(1, seed, self.space, search.nodes, search.primitives)
             self.members.append(Member(f"random-{i}", "random", seed, str(cell)))
         self.members += [Member(name, "published", None, str(resolve(name))) for name in options.cells]
 
@@ -147,6 +155,8 @@ class Plan:
 
     def finals(self) -> list[tuple[Member | None, int]]:
         """Members to be trained in full, each with its seeds. None stands for one that is not selected yet."""
+        if self.truth_known:
+            return []
         members, first_seed = self.members, self.options.seed + 1
         if self.options.finals == "best":
             best = [self.best(kind) for kind in ("search", "random") if any(m.kind == kind for m in members)]
@@ -161,7 +171,7 @@ class Plan:
         jobs = []
         for member in self.members:
             search = [self.search(member)] if member.kind == "search" else []
-            selection = [self.selection(member)] if self.genotype(member) else []
+            selection = [self.selection(member)] if self.genotype(member) and not self.truth_known else []
             jobs.append(search + selection)
         for member, seed in self.finals():
             jobs.append([self.final(member, seed)] if member and self.genotype(member) else [])
@@ -174,6 +184,8 @@ class Plan:
     def job_numbers(self) -> str:
         """What the numbers for --member mean."""
         n_members, n_jobs = len(self.members), len(self.jobs())
+        if self.truth_known:
+            return f"jobs 1 to {n_members} are the members"
         return f"jobs 1 to {n_members} are the members, {n_members + 1} to {n_jobs} final trainings, which come last"
 
     def check_job(self, job: int) -> None:

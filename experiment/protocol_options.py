@@ -38,7 +38,6 @@ class ProtocolOptions(DataOptions):
 
     searches: int = option(4, "number of searches, with the seeds S+1, S+2, ...", up_to_1000, "members")
     random: int = option(4, "number of random cells from the search space, with the same seeds", up_to_1000)
-    like: str | None = option(None, "cell whose number of parameters random cells have, to 5 %", path)
     cells: list[str] = option([], "published cells", choices=PUBLISHED, nargs="*")  # noqa: RUF009
     seed: int = option(0, "seed S", natural)
 
@@ -68,8 +67,6 @@ class ProtocolOptions(DataOptions):
             raise UserError("there is nothing to run: give some of --searches, --random and --cells")
         if len(set(self.cells)) < len(self.cells):
             raise UserError("--cells must be different cells")
-        if not self.random:
-            self.refuse_without_effect(("like",), "without random cells")
         if not self.final_seeds:
             self.refuse_without_effect(("finals",), "without final trainings")
 

@@ -3,6 +3,8 @@
 from evidence.search_state import skip_connections
 from experiment.members import MAY_DIFFER, Member, Plan, fingerprints
 from genotypes import from_str
+from models.spaces import space_of
+from run.options import as_text
 
 NOT_CONDITIONS = {*MAY_DIFFER, "genotype", "name", "seed", "hold_out", "checkpoint_minutes"}
 
@@ -17,17 +19,22 @@ def results_of(plan: Plan, version: str) -> dict:
     return {
         "format": 2,
         "label": options.label,
-        "like": options.like,
         "command": options.command,
         "finals": options.finals,
         "version": version,
         "search_options": conditions(plan.search_config) if options.searches else None,
-        "search_space": {"nodes": plan.search_config.nodes, "primitives": ",".join(plan.search_config.primitives)},
-        "training_options": conditions(plan.training_config)
-        | {"hold_out": options.hold_out, "select_epochs": options.select_epochs, "select_seed": options.seed},
+        "search_space": {name: as_text(getattr(plan.search_config, name)) for name in ("space", "nodes", "primitives")},
+        "training_options": None if plan.truth_known else training_options(plan),
         "selected": {kind: member and member.name for kind, member in best.items()},
         "members": [result_of(plan, member) for member in plan.members],
     }
+
+
+def training_options(plan: Plan) -> dict:
+    """The options of all trainings."""
+    options = plan.options
+    selection = {"hold_out": options.hold_out, "select_epochs": options.select_epochs, "select_seed": options.seed}
+    return conditions(plan.training_config) | selection
 
 
 def conditions(config) -> dict:
@@ -45,7 +52,10 @@ def result_of(plan: Plan, member: Member) -> dict:
         search = plan.summary(plan.search(member))
         result["search"] = values(search, "epochs", "valid_top1", "verdict", "eigenvalue") | origin(search)
     cell = from_str(genotype)
-    result["skip_connections"] = {kind: skip_connections(getattr(cell, kind)) for kind in ("normal", "reduce")}
+    result["skip_connections"] = {kind: skip_connections(getattr(cell, kind)) for kind in space_of(cell).kinds}
+    result["truth"] = space_of(cell).truth(cell)
+    if plan.truth_known:
+        return result
     selection = plan.summary(plan.selection(member))
     if selection:
         result |= values(selection, "parameters_M", "multiply_adds_M", "held_out_top1")

@@ -1,13 +1,15 @@
 """The network that augment.py trains: a stack of cells of one genotype, and an auxiliary head (DARTS, app. A.2.1)."""
 
+import functools
+
 import torch
 from torch import nn
 
-from models.augment_cells import AugmentCell
 from models.choices import STEMS
-from models.genotype import Genotype, check
+from models.genotype import Genotype
 from models.ops import DropPath_, StdConv
-from models.search_cnn import check_positive, reduction_cells
+from models.search_cnn import check_positive
+from models.spaces import space_of
 
 
 class AuxiliaryHead(nn.Module):
@@ -39,11 +41,6 @@ class AuxiliaryHead(nn.Module):
         return self.linear(self.net(x).flatten(1))
 
 
-def cifar_stem(C_in: int, C: int) -> nn.Module:
-    """The stem for CIFAR-10, as in the authors' code: its output, of C channels, is both inputs of the first cell."""
-    return nn.Sequential(nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
-
-
 class ImageNetStem(nn.Module):
     """The stem for ImageNet, as in the authors' code; the paper trains on images of 224 pixels (appendix A.2.3).
 
@@ -73,6 +70,8 @@ class AugmentCNN(nn.Module):
     auxiliary: whether there is an auxiliary head, after cell 2 * n_layers // 3
     stem: one of `STEMS`; `imagenet` needs images of at least 64 pixels, and its cells get an eighth of that size
 
+    genotype: of any search space; auxiliary, stem_multiplier and stem are for DARTS's
+
     The other arguments are those of `SearchCNN`. Raises ValueError if a number is too small or the stem or execution is
     unknown, and GenotypeError if the genotype is invalid.
     """
@@ -101,40 +100,41 @@ class AugmentCNN(nn.Module):
             n_layers=n_layers,
             stem_multiplier=stem_multiplier,
         )
-        check(genotype)
+        space = space_of(genotype)
+        space.check(genotype)
+        self.n_inputs = space.n_inputs
         self.aux_pos = 2 * n_layers // 3 if auxiliary else None
         self.aux_head = None
         self.batch = None  # see `set_drop_path_rows`
 
         imagenet = stem == "imagenet"
-        C_cur = C if imagenet else stem_multiplier * C
-        self.stem = ImageNetStem(C_in, C) if imagenet else cifar_stem(C_in, C_cur)
+        if imagenet:
+            # input 1 of the first cell is half as large as input 0
+            self.stem, C_stem, options = ImageNetStem(C_in, C), C, {"reduction_p": True}
+        else:
+            self.stem, C_stem = space.stem(C_in, C, stem_multiplier)
+            options = {}
+        new_cell = functools.partial(space.augment_cell, genotype=genotype, execution=execution)
         self.cells = nn.ModuleList()
-        # after the ImageNet stem as after a reduction cell, input 1 is half as large as input 0
-        C_pp, C_p, reduction_p = C_cur, C_cur, imagenet
         size = -(-input_size // 8) if imagenet else input_size
-        for layer in range(n_layers):
-            reduction = layer in reduction_cells(n_layers)
-            if reduction:
-                C, size = 2 * C, -(-size // 2)
-            cell = AugmentCell(genotype, C_pp, C_p, C, reduction_p, reduction, execution)
-            self.cells.append(cell)
-            C_pp, C_p, reduction_p = C_p, cell.C_out, reduction
-            if layer == self.aux_pos:
-                self.aux_head = AuxiliaryHead(size, C_p, n_classes)
-        self.gap = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(C_p, n_classes)
+        for layer in space.layers(C_stem, C, n_layers, new_cell, **options):
+            size = -(-size // layer.stride)
+            if len(self.cells) == self.aux_pos:
+                self.aux_head = AuxiliaryHead(size, layer.C_out, n_classes)
+            self.cells.append(layer.module)
+        self.gap = space.head(layer.C_out)
+        self.linear = nn.Linear(layer.C_out, n_classes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images (N, C_in, H, W) -> (logits, aux_logits), each (N, n_classes); aux_logits is None in eval."""
         aux_logits = None
         stem = self.stem(x)
-        s0, s1 = stem if isinstance(stem, tuple) else (stem, stem)
+        inputs = stem if isinstance(stem, tuple) else [stem] * self.n_inputs
         for layer, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1)
+            inputs = [*inputs[1:], cell(*inputs)]
             if layer == self.aux_pos and self.training:
-                aux_logits = self.aux_head(s1)
-        return self.linear(self.gap(s1).flatten(1)), aux_logits
+                aux_logits = self.aux_head(inputs[-1])
+        return self.linear(self.gap(inputs[-1]).flatten(1)), aux_logits
 
     def drop_path_prob(self, p: float) -> None:
         """Set the drop path probability of every operation."""

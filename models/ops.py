@@ -23,6 +23,9 @@ OPS: dict[str, Callable[..., nn.Module]] = {
     "dil_conv_3x3": lambda C, stride, affine: DilConv(C, C, 3, stride, 2, 2, affine),  # sees 5x5 pixels
     "dil_conv_5x5": lambda C, stride, affine: DilConv(C, C, 5, stride, 4, 2, affine),  # sees 9x9 pixels
     "conv_7x1_1x7": lambda C, stride, affine: FacConv(C, C, 7, stride, 3, affine),
+    "nor_conv_1x1": lambda C, stride, affine: StdConv(C, C, 1, stride, 0, affine),
+    "nor_conv_3x3": lambda C, stride, affine: StdConv(C, C, 3, stride, 1, affine),
+    "avg_pool_3x3_only": lambda C, stride, affine: nn.AvgPool2d(3, stride, 1, count_include_pad=False),  # no BN
     "none": lambda C, stride, affine: Zero(stride),
 }
 

@@ -54,6 +54,7 @@ class SearchCell(nn.Module):
         super().__init__()
         check_execution(execution)
         self.execution = execution
+        self.C_out = n_nodes * C
         self.preproc0, self.preproc1 = cell_inputs(C_pp, C_p, C, reduction_p, affine=False)
         self.dag = nn.ModuleList(
             nn.ModuleList(mixed_op(C, 2 if reduction and source < 2 else 1, primitives) for source in range(i + 2))
@@ -70,15 +71,17 @@ class SearchCell(nn.Module):
         if self.execution == "fused" and search_cell.can_run(self.dag, s0, w_dag):
             nodes = search_cell.fused_nodes(self.dag, s0, s1, w_dag)
         else:
-            nodes = plain_nodes(self.dag, s0, s1, w_dag)
+            nodes = plain_nodes(self.dag, [s0, s1], w_dag)
         return torch.cat(nodes, dim=1)
 
 
-def plain_nodes(
-    dag: nn.ModuleList, s0: torch.Tensor, s1: torch.Tensor, w_dag: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """The nodes of a search cell, computed one operation at a time: a list of tensors (N, C, H, W)."""
-    states = [s0, s1]
+def plain_nodes(dag: nn.ModuleList, inputs: list[torch.Tensor], w_dag: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The nodes of a search cell, computed one operation at a time: a list of tensors (N, C, H, W).
+
+    dag[i][j]: the edge from state j to node i; the states are the inputs, then the nodes; w_dag[i]: weights of the
+    candidates on the edges of node i, (edges, candidates).
+    """
+    states = list(inputs)
     for edges, weights in zip(dag, w_dag, strict=True):
         states.append(sum(edge(s, w) for edge, s, w in zip(edges, states, weights, strict=True)))
-    return states[2:]
+    return states[len(inputs) :]

@@ -1,6 +1,7 @@
 """The search network: a stack of search cells, and the architecture parameters alpha that they share."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
@@ -11,14 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.choices import PRIMITIVES
-from models.genotype import Genotype, parse
 from models.ops import OPS, MixedOp
-from models.search_cells import SearchCell
-
-
-def reduction_cells(n_layers: int) -> set[int]:
-    """Indices of the reduction cells: at one and two thirds of the depth (DARTS, section 3.1)."""
-    return {n_layers // 3, 2 * n_layers // 3}
+from models.spaces import SPACES
+from models.spaces.space import Space
 
 
 def check_positive(**numbers: int) -> None:
@@ -45,16 +41,18 @@ class SearchCNN(nn.Module):
     C_in: channels of the images, which may have any size from 8x8 pixels
     C: channels of a node in the first cells; each reduction cell doubles them
     n_classes: number of classes
-    n_layers: number of cells
+    n_layers: number of cells, in NAS-Bench-201's space of each of three stages
     criterion: f(logits, y) -> loss
     n_nodes: nodes of a cell
-    stem_multiplier: the stem has stem_multiplier * C channels
+    stem_multiplier: the stem has stem_multiplier * C channels in DARTS's space
     execution: `fused` or `plain`, which give the same numbers (see `SearchCell`)
     recompute: keep only the inputs of the cells for the backward pass, which then runs each cell forward again
         (gradient checkpointing): less memory, more time
     primitives: the candidates on every edge, keys of `OPS`
+    space: the search space; here and below what is said is true of DARTS's
 
-    `alpha_normal[i]` and `alpha_reduce[i]` are the alphas of node i's edges, of shape (i + 2, len(primitives)).
+    `alpha_normal[i]` and `alpha_reduce[i]` are the alphas of node i's edges, of shape (i + 2, len(primitives)). In
+    general there is an `alpha_KIND` for each kind of cell of the space, and node i has an edge from each input too.
     Raises ValueError if a number is below 1, or `check_primitives` rejects the primitives.
 
     For another relaxation, override `edge_weights`, and `draw_noise` if the weights are random; for what changes in the
@@ -77,6 +75,7 @@ class SearchCNN(nn.Module):
         execution: str = "fused",
         recompute: bool = False,
         primitives: Sequence[str] = PRIMITIVES,
+        space: Space = SPACES["darts"],
     ):
         super().__init__()
         check_positive(
@@ -84,28 +83,27 @@ class SearchCNN(nn.Module):
         )
         check_primitives(primitives)
         self.criterion = criterion
+        self.space = space
         self.n_nodes = n_nodes
         self.recompute = recompute
         self.primitives = tuple(primitives)
         self.noise = None  # the last result of `draw_noise`; `forward` uses it in training
-        self.alpha_normal, self.alpha_reduce = (
-            nn.ParameterList(nn.Parameter(1e-3 * torch.randn(i + 2, len(primitives))) for i in range(n_nodes))
-            for _ in range(2)
-        )
+        for kind in space.kinds:
+            edges = (1e-3 * torch.randn(space.n_inputs + i, len(primitives)) for i in range(n_nodes))
+            self.add_module(f"alpha_{kind}", nn.ParameterList(map(nn.Parameter, edges)))
 
-        C_cur = stem_multiplier * C
-        self.stem = nn.Sequential(nn.Conv2d(C_in, C_cur, 3, padding=1, bias=False), nn.BatchNorm2d(C_cur))
-        self.cells = nn.ModuleList()
-        self.reductions = [layer in reduction_cells(n_layers) for layer in range(n_layers)]
-        C_pp, C_p, reduction_p = C_cur, C_cur, False
-        for reduction in self.reductions:
-            C = 2 * C if reduction else C
-            self.cells.append(
-                SearchCell(n_nodes, C_pp, C_p, C, reduction_p, reduction, primitives, execution, self.mixed_op)
-            )
-            C_pp, C_p, reduction_p = C_p, n_nodes * C, reduction
-        self.gap = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(C_p, n_classes)
+        self.stem, C_stem = space.stem(C_in, C, stem_multiplier)
+        options = {"n_nodes": n_nodes, "primitives": primitives, "execution": execution, "mixed_op": self.mixed_op}
+        layers = list(space.layers(C_stem, C, n_layers, functools.partial(space.search_cell, **options)))
+        self.cells = nn.ModuleList(layer.module for layer in layers)
+        self.kinds = [layer.kind for layer in layers]
+        self.gap = space.head(layers[-1].C_out)
+        self.linear = nn.Linear(layers[-1].C_out, n_classes)
+
+    @property
+    def alpha(self) -> dict[str, nn.ParameterList]:
+        """The alphas of each kind of cell: {"normal": alpha_normal, "reduce": alpha_reduce}."""
+        return {kind: getattr(self, f"alpha_{kind}") for kind in self.space.kinds}
 
     def edge_weights(self, noise: Any = None) -> dict[str, list[torch.Tensor]]:
         """The weights of the candidates on every edge: the softmax of DARTS, eq. 2. Alphas become weights only here.
@@ -114,8 +112,7 @@ class SearchCNN(nn.Module):
         kind of cell, "normal" or "reduce", to a list with a tensor for each node, node i's of shape
         (i + 2, len(primitives)). Here each row is a softmax; an override may return any numbers.
         """
-        alphas = {"normal": self.alpha_normal, "reduce": self.alpha_reduce}
-        return {kind: [F.softmax(edges, dim=-1) for edges in alpha] for kind, alpha in alphas.items()}
+        return {kind: [F.softmax(edges, dim=-1) for edges in alpha] for kind, alpha in self.alpha.items()}
 
     def draw_noise(self) -> Any:
         """Draw the random numbers that `edge_weights` needs. Returns None here: DARTS needs none.
@@ -136,10 +133,11 @@ class SearchCNN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, (N, n_classes), of images (N, C_in, H, W)."""
         weights = self.operation_weights(self.noise if self.training else None)
-        s0 = s1 = self.stem(x)
-        for cell, reduction in zip(self.cells, self.reductions):
-            s0, s1 = s1, self._run(cell, s0, s1, weights["reduce" if reduction else "normal"])
-        return self.linear(self.gap(s1).flatten(1))
+        inputs = [self.stem(x)] * self.space.n_inputs
+        for cell, kind in zip(self.cells, self.kinds):
+            output = self._run(cell, *inputs, weights[kind]) if kind else cell(*inputs)
+            inputs = [*inputs[1:], output]
+        return self.linear(self.gap(inputs[-1]).flatten(1))
 
     def _run(self, cell, *inputs):
         if not (self.recompute and torch.is_grad_enabled()):
@@ -156,20 +154,17 @@ class SearchCNN(nn.Module):
 
     def alphas(self) -> Iterator[nn.Parameter]:
         """The architecture parameters: the normal cell's, then the reduction cell's."""
-        yield from self.alpha_normal
-        yield from self.alpha_reduce
+        for alpha in self.alpha.values():
+            yield from alpha
 
     def weights(self) -> Iterator[nn.Parameter]:
         """The network weights w: all trainable parameters except the alphas."""
         alphas = set(map(id, self.alphas()))
         return (parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in alphas)
 
-    def genotype(self, k: int = 2) -> Genotype:
-        """Derive the discrete cells: each node has the k edges with the strongest operations (see `parse`)."""
-        concat = range(2, 2 + self.n_nodes)
-        weights = self.edge_weights()
-        normal, reduce = (parse(weights[kind], k, self.primitives) for kind in ("normal", "reduce"))
-        return Genotype(normal, concat, reduce, concat)
+    def genotype(self, k: int = 2) -> Any:
+        """Derive the discrete cells: a `Genotype`, in which each node has the k edges with the strongest operations."""
+        return self.space.genotype(self.edge_weights(), k, self.primitives)
 
 
 def tracking(net: nn.Module) -> list[nn.Module]:

@@ -2,28 +2,37 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import graphviz
+
+from models.spaces import SPACES, space_of
+from models.spaces.space import Space, cell_name
 
 FORMATS = ("png", "svg")
 HOW_TO_INSTALL = (
     "install graphviz's `dot` to draw it (Debian, Ubuntu: apt-get install graphviz; macOS: brew install graphviz)"
 )
-INPUTS = ("c_{k-2}", "c_{k-1}")  # the outputs of the two previous cells
 OUTPUT = "c_{k}"
 
 
-def plot(gene: list, file_path: str | Path, caption: str | None = None, concat: list | range | None = None) -> Path:
+def plot(
+    gene: list,
+    file_path: str | Path,
+    caption: str | None = None,
+    concat: list | range | None = None,
+    space: Space = SPACES["darts"],
+) -> Path:
     """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture, and return its path.
 
     file_path: the output, which ends in .png or .svg; otherwise .png is appended. caption: a line above the cell;
-    concat: the states that are concatenated to the output, by default all nodes. If `dot` is missing or fails, a .gv
-    file, which `dot` can draw later, is written instead.
+    concat: the states that the output consists of, by default all nodes. If `dot` is missing or fails, a .gv file,
+    which `dot` can draw later, is written instead.
     """
     path = Path(file_path)
     if path.suffix[1:] not in FORMATS:
         path = path.with_name(path.name + ".png")
-    graph = draw(gene, caption, concat)
+    graph = draw(gene, caption, concat, space)
     if path.suffix == ".png":
         graph.graph_attr["dpi"] = "100"  # an SVG of another resolution than the default would be cut off
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +53,19 @@ def render(graph: graphviz.Digraph, picture_format: str) -> bytes | None:
         return None
 
 
-def draw(gene: list, caption: str | None = None, concat: list | range | None = None) -> graphviz.Digraph:
+def plot_cell(genotype: Any, kind: str, file_path: str | Path, caption: str | None = None) -> Path:
+    """As `plot`, of a genotype's cell of a kind."""
+    space = space_of(genotype)
+    caption = caption or cell_name(kind)
+    return plot(getattr(genotype, kind), file_path, caption, space.output_states(genotype, kind), space)
+
+
+def draw(
+    gene: list,
+    caption: str | None = None,
+    concat: list | range | None = None,
+    space: Space = SPACES["darts"],
+) -> graphviz.Digraph:
     """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right."""
     graph = graphviz.Digraph(
         graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t"},
@@ -61,14 +82,14 @@ def draw(gene: list, caption: str | None = None, concat: list | range | None = N
     )
     if caption:
         graph.attr(label=caption)
-    for name in INPUTS:
-        graph.node(name, fillcolor="darkseagreen2")
-    for i in range(len(gene)):
-        graph.node(str(i), fillcolor="lightblue")
+    n_inputs = space.n_inputs
+    names = [space.state_name(state).removeprefix("node ") for state in range(n_inputs + len(gene))]
+    for state, name in enumerate(names):
+        graph.node(name, fillcolor="darkseagreen2" if state < n_inputs else "lightblue")
     graph.node(OUTPUT, fillcolor="palegoldenrod")
     for i, edges in enumerate(gene):
         for op, source in edges:
-            graph.edge(INPUTS[source] if source < 2 else str(source - 2), str(i), label=op)
-        if concat is None or i + 2 in concat:
+            graph.edge(names[source], str(i), label=op)
+        if concat is None or n_inputs + i in concat:
             graph.edge(str(i), OUTPUT)
     return graph

@@ -13,12 +13,15 @@ from evidence.intervals import difference_interval, mean_interval
 from experiment.protocol_options import CHANCE
 from genotypes import from_str
 from report import figures
-from report.html import drawing, picture, write_page
-from report.recorded_run import KINDS
+from report.html import drawings, picture, write_page
 
 NONE = "-"  # in a table
 KINDS_OF_RUNS = ("search", "selection", "final")
-IMAGES = {"held-out": "held-out training images", "test": "test images"}
+IMAGES = {
+    "held-out": "held-out training images",
+    "test": "test images",
+    "published": "test images, as published for each cell",
+}
 
 
 @dataclass
@@ -39,13 +42,20 @@ class Method:
 
         images: `held-out`, after the selection training, or `test`, after the final ones: of a member the mean over
         seeds, but if it is the only one, the accuracy of each seed. With `--finals best` it is the selected one.
+        `published`: what is known of the cells, without a training.
         """
+        if images == "published":
+            return [next(iter(truth.values())) for truth in self.truths()]
         if images == "held-out":
             return [100 * member["held_out_top1"] for member in self.members if "held_out_top1" in member]
         selected = self.selected()
         members = [selected] if self.finals == "best" and selected else self.members
         by_member = [final_accuracies(member) for member in members if member.get("final")]
         return by_member[0] if len(by_member) == 1 else [statistics.fmean(values) for values in by_member]
+
+    def truths(self) -> list[dict]:
+        """The published results of the members' cells, see `Space.truth`."""
+        return [member["truth"] for member in self.members if member.get("truth")]
 
     def accuracy_of_selected(self, images: str) -> float | None:
         """The accuracy of the selected member in percent; None if it was not trained so."""
@@ -85,6 +95,7 @@ def write(all_results: list[dict], path: str | Path) -> None:
             accuracies={description: accuracy_rows(methods, images) for images, description in IMAGES.items()},
             figure=picture(figure),
             member_heads=MEMBER_HEADS,
+            ranks=rank_rows(methods),
             members=[member_row(method, member) for method in methods for member in method.members],
             cells={method.label: cells_of(method) for method in methods},
             origins={results["label"]: origins(results) for results in all_results},
@@ -98,6 +109,7 @@ def conditions(results):
     """What results must have in common to be compared, beside the images."""
     space = results["search_space"]
     return {
+        "--space": space["space"],
         "--nodes": space["nodes"],
         "--primitives": sorted(space["primitives"].split(",")),
         "options of trainings": results["training_options"],
@@ -149,7 +161,7 @@ def methods_of(all_results: list[dict]) -> list[Method]:
         for member in results["members"]:
             method = {
                 "search": label,
-                "random": f"{CHANCE} like {results['like']}" if results["like"] else CHANCE,
+                "random": CHANCE,
                 "published": member["name"],
             }[member["kind"]]
             known = members_by_method[method].get(member["seed"])
@@ -199,12 +211,25 @@ def accuracy_rows(methods: list[Method], images: str) -> list[list]:
     return rows
 
 
+def rank_rows(methods: list[Method]) -> list[list]:
+    """For each method with published results: the number of cells, their median rank, the best hundredth's share."""
+    rows = []
+    for method in methods:
+        cells = [truth["rank"] for truth in method.truths()]
+        if cells:
+            of = method.truths()[0]["of"]
+            share = sum(100 * rank <= of for rank in cells) / len(cells)
+            rows.append([method.label, len(cells), f"{statistics.median(cells):g} of {of}", f"{share:.0%}"])
+    return rows
+
+
 def interval_text(interval, number_format):
     return NONE if interval.low is None else f"{interval.low:{number_format}} to {interval.high:{number_format}}"
 
 
 MEMBER_HEADS = [
-    *("method", "member", "seed", "held-out, %", "test, %", "parameters, M", "multiply-adds, M", "skips, normal"),
+    *("method", "member", "seed", "held-out, %", "test, %", "published, %", "rank"),
+    *("parameters, M", "multiply-adds, M", "skips"),
     *("hours of search", "hours of trainings", "eigenvalue", "the search's verdict"),
 ]
 
@@ -212,15 +237,18 @@ MEMBER_HEADS = [
 def member_row(method, member):
     search, trainings = member.get("search", {}), [*runs_of(member, "selection"), *runs_of(member, "final")]
     held_out = [100 * member["held_out_top1"]] if "held_out_top1" in member else []
+    truth, skips = member.get("truth") or {}, member.get("skip_connections", {})
     return [
         method.label,
         member["name"],
         text_of(member["seed"], "d"),
         ", ".join(f"{value:.2f}" for value in held_out) or NONE,
         ", ".join(f"{value:.2f}" for value in final_accuracies(member)) or NONE,
+        text_of(next(iter(truth.values()), None), ".2f"),
+        text_of(truth.get("rank"), "d"),
         text_of(member.get("parameters_M"), ".3g"),
         text_of(member.get("multiply_adds_M"), ".3g"),
-        text_of(member.get("skip_connections", {}).get("normal"), "d"),
+        ", ".join(f"{n} {kind}" for kind, n in skips.items()) or NONE,
         text_of(search["seconds"] / 3600 if search else None, ".2f"),
         text_of(sum(run["seconds"] for run in trainings) / 3600, ".2f"),
         text_of(search.get("eigenvalue"), ".3g"),
@@ -237,9 +265,7 @@ def cells_of(method):
     members = []
     for member in method.members:
         if member["genotype"]:
-            genotype = from_str(member["genotype"])
-            drawings = [drawing(kind, getattr(genotype, kind), getattr(genotype, f"{kind}_concat")) for kind in KINDS]
-            members.append({"name": member["name"], "drawings": drawings})
+            members.append({"name": member["name"], "drawings": drawings(from_str(member["genotype"]))})
     return members
 
 

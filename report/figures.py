@@ -10,10 +10,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from evidence.intervals import mean_interval
-from evidence.search_state import WINDOW, cell, changes, early_stop, skip_connections
+from evidence.search_state import WINDOW, changes, early_stop, genes, skip_connections
 from models.choices import PRIMITIVES
-from report.cells import INPUTS
-from report.recorded_run import KINDS
+from models.spaces import space_of
 
 GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
@@ -76,23 +75,24 @@ def line_styles(candidates):
     return {name: styles[name] for name in candidates}
 
 
-def edge_weights(weights, candidates):
+def edge_weights(run, kind):
     """Weights by epoch: a panel for each edge (row: node, column: source) with a line for each candidate.
 
-    weights: [node][source], (epochs, candidates) each.
+    run: a `RecordedRun`; kind: a kind of cell.
     """
-    n_nodes = len(weights)
-    width = 1.75 * (n_nodes + 1)
+    weights, candidates, space = run.edge_weights(kind), run.candidates, run.space
+    n_nodes, n_sources = len(weights), space.n_inputs + len(weights) - 1
+    width = 1.75 * n_sources
     columns = max(1, int(width / (0.7 + 0.07 * max(map(len, candidates)))))
     legend_rows = -(-len(candidates) // columns)
     figure = Figure(figsize=(width, 1.5 * n_nodes + 0.5 + 0.18 * legend_rows), layout="constrained")
-    panels = figure.subplots(n_nodes, n_nodes + 1, sharex=True, sharey=True, squeeze=False)
-    sources = [*INPUTS, *(f"node {i}" for i in range(n_nodes))]
+    panels = figure.subplots(n_nodes, n_sources, sharex=True, sharey=True, squeeze=False)
     for node, row in enumerate(panels):
         row[0].set_ylabel(f"node {node}", fontsize=8)
         for source, axes in enumerate(row):
-            if source < node + 2:
-                draw_edge(axes, weights[node][source], candidates, sources[source])
+            if source < space.n_inputs + node:
+                choosable = space.choosable(candidates)
+                draw_edge(axes, weights[node][source], candidates, choosable, space.state_name(source))
             else:
                 axes.set_axis_off()
     for axes in panels[-1]:
@@ -102,13 +102,13 @@ def edge_weights(weights, candidates):
     return figure
 
 
-def draw_edge(axes, weights, candidates, source):
-    """One edge's weights by epoch; the title names the source and the strongest candidate other than `none`."""
+def draw_edge(axes, weights, candidates, choosable, source):
+    """One edge's weights by epoch; the title names the source and the strongest candidate that can be chosen."""
     epochs = range(1, len(weights) + 1)
     marker = "." if len(weights) == 1 else None  # a line with a single point is invisible
     for name, style in line_styles(candidates).items():
         axes.plot(epochs, weights[:, candidates.index(name)], lw=1.4, label=name, marker=marker, **style)
-    last = {name: weight for name, weight in zip(candidates, weights[-1]) if name != "none"}
+    last = {name: weight for name, weight in zip(candidates, weights[-1]) if name in choosable}
     axes.set_title(f"{source}: {max(last, key=last.get)}", fontsize=7.5)
     axes.tick_params(labelsize=7)
     epoch_axis(axes)
@@ -125,13 +125,13 @@ def margins_and_changes(genotypes, history):
     for axes in rest:
         eigenvalues(axes, history)
     epochs = [entry["epoch"] for entry in history]
-    for kind, colour, height in zip(KINDS, ("C0", "C3"), (-0.35, -0.7)):
+    for kind, colour, height in zip(space_of(genotypes[0]).kinds, ("C0", "C3"), (-0.35, -0.7)):
         margins = [entry["margins"][kind] for entry in history]
         left.plot(epochs, list(map(np.mean, margins)), color=colour, label=f"{kind}, mean")
         left.plot(epochs, list(map(np.min, margins)), color=colour, ls=":", label=f"{kind}, smallest")
         skips = [skip_connections(getattr(genotype, kind)) for genotype in genotypes]
         right.plot(epochs, skips, color=colour, label=kind, drawstyle="steps-mid")
-        changed = [epochs[i] for i in changes([getattr(cell(genotype), kind) for genotype in genotypes])]
+        changed = [epochs[i] for i in changes([genes(genotype)[kind] for genotype in genotypes])]
         right.plot(changed, [height] * len(changed), "|", color=colour)
     left.set(xlabel="epoch")
     left.set_title("weight of the chosen less the next's", fontsize=10)
@@ -141,6 +141,21 @@ def margins_and_changes(genotypes, history):
     for axes in (left, right):
         epoch_axis(axes)
         axes.legend(fontsize=7)
+    return figure
+
+
+def truth(run):
+    """The published accuracy of the cell after each epoch, on each data set. run: a `RecordedRun`."""
+    epochs, truths = [entry["epoch"] for entry in run.history], [entry["truth"] for entry in run.history]
+    marks = run.space.truth_marks()
+    figure = Figure(figsize=(3.5 * len(marks), 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(marks), squeeze=False)[0], marks):
+        axes.plot(epochs, [truth[name] for truth in truths], marker=".")
+        for (label, value), dash in zip(marks[name].items(), DASHES):
+            axes.axhline(value, color=GREY, ls=dash, lw=1, label=f"{label} {value:.2f}")
+        axes.set(xlabel="epoch", title=f"{name}, %")
+        axes.legend(fontsize=7)
+        epoch_axis(axes)
     return figure
 
 
@@ -195,13 +210,14 @@ def mistakes(evaluation):
 
 
 def members(methods, chance):
-    """A row for each method and a point for each of its accuracies, on held-out and on test images; means as lines.
+    """A row for each method and a point for each of its accuracies, on all kinds of images; means as lines.
 
     methods: of `comparison`; chance: the label of the random cells, whose mean and interval are shaded.
     """
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(methods)), layout="constrained")
     rows = range(len(methods), 0, -1)
-    for axes, images in zip(figure.subplots(1, 2, sharey=True), ("held-out", "test")):
+    shown = [images for images in ("held-out", "test", "published") if any(m.accuracies(images) for m in methods)]
+    for axes, images in zip(figure.subplots(1, max(len(shown), 1), sharey=True, squeeze=False)[0], shown):
         for y, method in zip(rows, methods):
             values = method.accuracies(images)
             if not values:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jinja2
 
+from models.spaces import space_of
+from models.spaces.space import cell_name
 from report.cells import HOW_TO_INSTALL, draw, render
 from report.figures import to_svg
 
@@ -28,10 +30,16 @@ def picture(figure):
     return _data_url(to_svg(figure))
 
 
-def drawing(kind, gene, concat):
-    """A cell for the macro `cell`. Its picture is None if `dot` is missing or fails."""
-    svg = render(draw(gene, f"{kind} cell", concat), "svg")
-    return {"kind": kind, "gene": str(gene), "svg": svg and _data_url(svg), "how_to_install": HOW_TO_INSTALL}
+def drawings(genotype):
+    """The cells of a genotype, for the macro `cell`. A picture is None if `dot` is missing or fails."""
+    return [drawing(genotype, kind) for kind in space_of(genotype).kinds]
+
+
+def drawing(genotype, kind):
+    """The genotype's cell of a kind, see `drawings`."""
+    space, gene, name = space_of(genotype), getattr(genotype, kind), cell_name(kind)
+    svg = render(draw(gene, name, space.output_states(genotype, kind), space), "svg")
+    return {"name": name, "gene": str(gene), "svg": svg and _data_url(svg), "how_to_install": HOW_TO_INSTALL}
 
 
 def _data_url(svg):

@@ -6,10 +6,11 @@ For an augment run, the best network is evaluated on the test or held-out images
 from pathlib import Path
 
 from command_line.errors import INPUT_ERRORS
-from evidence.search_state import cell, changes, verdict
+from evidence.search_state import changes, genes, verdict
+from models.spaces.space import cell_name
 from report import figures
 from report.html import drawing, picture, write_page
-from report.recorded_run import KINDS, RecordedRun, commands, read_run
+from report.recorded_run import RecordedRun, commands, read_run
 from run.options import as_text, option_name
 from trained.evaluation import evaluate
 
@@ -36,30 +37,30 @@ def content_of(run: RecordedRun) -> dict:
 
 
 def search_content(run):
-    genotypes = run.genotypes()
-    drawings, epochs = cells_by_epoch(genotypes)
+    genotypes, kinds = run.genotypes(), run.space.kinds
+    drawings, epochs = cells_by_epoch(genotypes, kinds)
     return {
         "drawings": drawings,
         "epochs": epochs,
         "labels": [f"epoch {epoch['epoch']}, top 1 {epoch['valid_top1']:.2%}" for epoch in run.history],
-        "edge_weights": {kind: picture(figures.edge_weights(run.edge_weights(kind), run.candidates)) for kind in KINDS},
+        "edge_weights": {cell_name(kind): picture(figures.edge_weights(run, kind)) for kind in kinds},
         "verdict": verdict(run.history),
-        "changes": [i + 1 for i in changes([cell(genotype) for genotype in genotypes])],
+        "changes": [i + 1 for i in changes(list(map(genes, genotypes)))],
         "margins_and_changes": picture(figures.margins_and_changes(genotypes, run.history)),
+        "truth": picture(figures.truth(run)) if run.history[-1].get("truth") else None,
     }
 
 
-def cells_by_epoch(genotypes):
-    """The drawings of all cells, equal ones once, and for each epoch the indices of its two drawings."""
+def cells_by_epoch(genotypes, kinds):
+    """The drawings of all cells, equal ones once, and for each epoch the indices of its drawings."""
     drawings, index_of, epochs = [], {}, []
     for genotype in genotypes:
         indices = []
-        for kind in KINDS:
-            gene, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
-            key = f"{kind} {gene} {concat}"
+        for kind in kinds:
+            key = f"{kind} {getattr(genotype, kind)}"
             if key not in index_of:
                 index_of[key] = len(drawings)
-                drawings.append(drawing(kind, gene, concat))
+                drawings.append(drawing(genotype, kind))
             indices.append(index_of[key])
         epochs.append(indices)
     return drawings, epochs

@@ -11,12 +11,11 @@ import numpy as np
 
 from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
-from genotypes import Genotype, from_str
+from genotypes import from_str
+from models.spaces import SPACES, Space
 from report.search_log import alpha_tag
 from run.folder import RunFolder, read_json, reading
 from run.options import in_a_shell
-
-KINDS = ("normal", "reduce")
 
 
 @dataclass
@@ -59,7 +58,12 @@ class RecordedRun:
         """The names of the candidate operations on every edge."""
         return self.config.primitives
 
-    def genotypes(self) -> list[Genotype]:
+    @property
+    def space(self) -> Space:
+        """The search space."""
+        return SPACES[self.config.space]
+
+    def genotypes(self) -> list:
         """The genotype after each epoch of `history`."""
         return [from_str(epoch["string"]) for epoch in self.history]
 
@@ -69,7 +73,7 @@ class RecordedRun:
         nodes = []
         for node in range(self.config.nodes):
             edges = []
-            for source in range(node + 2):
+            for source in range(self.space.n_inputs + node):
                 tags = [alpha_tag(kind, node, source, op) for op in self.candidates]
                 edges.append(np.stack([self.by_epoch(tag, epochs) for tag in tags], axis=1))
             nodes.append(edges)

@@ -6,14 +6,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from config import AugmentConfig
 from evidence import search_state
-from genotypes import network_of
+from genotypes import describe_truth
+from models.augment_cnn import AugmentCNN
 from models.costs import cost, describe, describe_latency
-from report.cells import INPUTS, plot
+from models.spaces.space import cell_name
+from report.cells import plot_cell
 
 
 def alpha_tag(kind: str, node: int, source: int, op: str) -> str:
-    """The tag of the weight of an operation on an edge. kind: the kind of cell, "normal" or "reduce"."""
+    """The tag of the weight of an operation on an edge. kind: the kind of cell."""
     return f"alpha_{kind}/node{node}_from{source}/{op}"
 
 
@@ -36,9 +39,10 @@ def show(epoch, run, net, history):
     for kind, weights in net.edge_weights().items():
         gene = getattr(genotype, kind)
         show_edges(run, kind, net.primitives, weights)
-        for line in cell_in_words(kind, gene, net.primitives, weights):
+        for line in cell_in_words(kind, gene, net, weights):
             run.log(line)
-        path = plot(gene, run.folder.plots / f"epoch{epoch:03d}-{kind}", f"{kind} cell, epoch {epoch}")
+        file = run.folder.plots / f"epoch{epoch:03d}-{kind}"
+        path = plot_cell(genotype, kind, file, f"{cell_name(kind)}, epoch {epoch}")
         if path.suffix == ".png":
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
@@ -58,13 +62,13 @@ def show_edges(run, kind, primitives, weights):
                 run.scalar(alpha_tag(kind, node, source, op), weight)
 
 
-def cell_in_words(kind, gene, primitives, weights):
+def cell_in_words(kind, gene, net, weights):
     """A line for each node of a cell: the operations chosen, their sources and weights."""
     for i, (edges, node_weights) in enumerate(zip(gene, weights)):
         terms = []
         for op, source in edges:
-            name = INPUTS[source] if source < 2 else f"node {source - 2}"
-            terms.append(f"{op:>12} of {name} ({100 * node_weights[source, primitives.index(op)]:.2f} %)")
+            weight = node_weights[source, net.primitives.index(op)]
+            terms.append(f"{op:>12} of {net.space.state_name(source)} ({100 * weight:.2f} %)")
         yield f"{kind:>6} node {i} =  " + "  + ".join(terms)
 
 
@@ -78,6 +82,11 @@ def show_state(run, genotype, history):
     for kind, margins in history[-1]["margins"].items():
         run.scalar(f"state/skip_connections_{kind}", search_state.skip_connections(getattr(genotype, kind)))
         run.scalar(f"state/margin_{kind}", statistics.median(margins))
+    truth = history[-1]["truth"]
+    if truth is not None:
+        run.log(describe_truth(truth))
+        for name in truth.keys() - {"of"}:
+            run.scalar(f"published/{name}", truth[name])
     run.log(search_state.verdict(history))
     stop = search_state.early_stop(history)
     if stop is not None:
@@ -87,6 +96,8 @@ def show_state(run, genotype, history):
 
 def show_cost(run, genotype, size, channels, n_classes):
     """What the network costs that augment.py makes of a genotype, in the log."""
-    net = network_of(genotype, size, channels, n_classes).to(run.device, memory_format=torch.channels_last)
+    options = AugmentConfig(["--genotype", str(genotype)])
+    net = AugmentCNN(size, channels, options.init_channels, n_classes, options.layers, False, genotype)
+    net = net.to(run.device, memory_format=torch.channels_last)
     run.log(f"the network that augment.py makes of it: {describe(cost(net, channels, size))}")
     run.log(f"a forward pass of it takes {describe_latency(net, channels, size)}")

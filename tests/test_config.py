@@ -101,7 +101,6 @@ def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
         (AugmentConfig, ["--evaluate", "run", *AUGMENT], "--genotype"),
         (AugmentConfig, ["--evaluate", "run", "--epochs", "3"], "--epochs"),
         (AugmentConfig, ["--evaluate", "run", "--gpus", "all"], "--gpus"),
-        (ProtocolOptions, ["--random", "0", "--like", "DARTS_V2"], "--like"),
         (ProtocolOptions, ["--final-seeds", "0", "--finals", "all"], "--finals"),
     ],
 )

@@ -10,7 +10,6 @@ from short_runs import command, refused
 from torch import nn
 
 import genotypes as gt
-from config import AugmentConfig
 from genotypes import (
     DARTS_V1,
     DARTS_V2,
@@ -20,14 +19,15 @@ from genotypes import (
     Genotype,
     GenotypeError,
     from_str,
-    network_of,
     parse,
     random_genotypes,
     resolve,
     to_dag,
     to_str,
 )
+from models.augment_cnn import AugmentCNN
 from models.ops import DropPath_, FactorizedReduce
+from models.spaces import SPACES
 from utils import param_size
 
 GOOD = str(DARTS_V2)
@@ -231,10 +231,10 @@ def test_resolve_says_what_may_be_given(given):
 # Chance.
 
 
-def size_of(genotype, options=None):
+def size_of(genotype):
     """Parameters of the network for CIFAR-10 in millions, by default of augment.py's default size."""
     with torch.device("meta"):
-        return param_size(network_of(genotype, 32, 3, 10, options))
+        return param_size(AugmentCNN(32, 3, 36, 10, 20, False, genotype))
 
 
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
@@ -260,41 +260,14 @@ def test_a_seed_draws_the_same_cells_and_another_seed_others():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "n_nodes", "primitives", "words"),
-    [
-        ("DARTS_V2", None, PRIMITIVES, []),
-        ("NASNET_A", None, PRIMITIVES, []),
-        ("DARTS_V2", 3, ["skip_connect", "none", "sep_conv_3x3", "dil_conv_5x5"], []),
-        # in a network of 5 cells and 8 channels the edges weigh otherwise than in one of 20 and 36
-        ("DARTS_V2", None, PRIMITIVES, ["--layers", "5", "--init-channels", "8"]),
-    ],
-)
-def test_random_cells_like_another_have_its_parameters_to_5_percent(name, n_nodes, primitives, words):
-    like, options = PUBLISHED[name].genotype, AugmentConfig(["--genotype", "DARTS_V2", *words])
-    for genotype in random_genotypes(3, 1, like, n_nodes, primitives, options):
-        assert len(genotype.normal) == len(genotype.reduce) == (n_nodes or len(like.normal))
-        assert {op for gene in (genotype.normal, genotype.reduce) for node in gene for op, _ in node} <= set(primitives)
-        assert abs(size_of(genotype, options) - size_of(like, options)) <= 0.05 * size_of(like, options)
-
-
-def test_random_cells_like_another_are_drawn_independently_of_others():
-    like_itself = random_genotypes(1, 1)[0]  # which would be drawn first, if they were drawn alike
-    assert random_genotypes(1, 1, like_itself)[0] != like_itself
-
-
-def test_a_cell_that_chance_does_not_meet_is_refused(monkeypatch):
-    monkeypatch.setattr(gt, "MAX_DRAWS", 5)
-    large = [[("sep_conv_7x7", source) for source in range(i + 2)] for i in range(4)]
-    with pytest.raises(GenotypeError, match="none of 5 random cells"):
-        random_genotypes(1, 0, Genotype(large, range(2, 6), large, range(2, 6)))
-
-
-@pytest.mark.parametrize(
     ("words", "lines"),
     [
         (["NASNET_A", "--form", "flat"], [to_str(PUBLISHED["NASNET_A"].genotype, "flat")]),
         (["--random", "3", "--seed", "5"], map(str, random_genotypes(3, 5))),
-        (["--random", "1", "--seed", "5", "--like", "DARTS_V1"], map(str, random_genotypes(1, 5, DARTS_V1))),
+        (
+            ["--random", "1", "--seed", "5", "--space", "nas-bench-201"],
+            map(str, random_genotypes(1, 5, SPACES["nas-bench-201"])),
+        ),
     ],
 )
 def test_the_command_writes_a_genotype_a_line(words, lines, capsys):

@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent.parent
 
 # Each may import those before it. models comes first, so that it can be copied into another project.
 ORDER = [
-    *("models", "command_line", "machine", "images", "preproc", "run", "utils", "architect", "variants", "config"),
-    *("genotypes", "trained", "evidence", "experiment", "report"),
+    *("models", "command_line", "machine", "images", "preproc", "run", "utils", "architect", "variants", "genotypes"),
+    *("config", "trained", "evidence", "experiment", "report"),
     *("search", "augment", "protocol", "visualize", "cost", "export"),
 ]
 

@@ -129,8 +129,10 @@ def test_the_order_of_a_nodes_edges_makes_no_other_cell():
 def test_margins_are_of_the_chosen_over_the_best_other_but_none():
     candidates = ["none", "skip_connect", "sep_conv_3x3"]
     rows = [[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]]
-    assert margins([rows], [[("sep_conv_3x3", 0), ("skip_connect", 1)]], candidates) == pytest.approx([0.2, 0.2])
-    assert margins([[[0.6, 0.4]]], [[("skip_connect", 0)]], ["none", "skip_connect"]) == [0.4]
+    assert margins([rows], [[("sep_conv_3x3", 0), ("skip_connect", 1)]], candidates, candidates[1:]) == pytest.approx(
+        [0.2, 0.2]
+    )
+    assert margins([[[0.6, 0.4]]], [[("skip_connect", 0)]], ["none", "skip_connect"], ["skip_connect"]) == [0.4]
     assert skip_connections(DARTS_V1.normal) == skip_connections(DARTS_V2.reduce) == 3
 
 

@@ -177,7 +177,7 @@ def test_darts_minus_adds_a_skip_connection_that_fades_out(execution, epoch):
     net = network("--variant", "darts-minus", execution=execution, epoch=epoch)
     fading = {1: 1.0, 26: 0.5, 50: 0.02}[epoch]
     cell, s = net.cells[1], torch.randn(3, 8, 8, 8, dtype=torch.float64)  # a reduction cell
-    assert net.reductions[1]
+    assert net.kinds[1] == "reduce"
     alphas = net.alpha_reduce
     cell.preproc0, cell.preproc1 = nn.Identity(), nn.Identity()
     states = [s, s + 1]
@@ -448,8 +448,8 @@ def test_edge_normalisation_multiplies_drawn_weights_in_whatever_order_the_varia
 def test_the_fast_execution_can_run_the_cells_of_every_variant_but_gdas(name):
     net, x = network("--variant", name, epoch=1), torch.randn(3, 4, 8, 8, dtype=torch.float64)
     weights = net.operation_weights(net.noise)
-    for cell, reduction in zip(net.cells, net.reductions):
-        assert search_cell.can_run(cell.dag, x, weights["reduce" if reduction else "normal"]) == (name != "gdas")
+    for cell, kind in zip(net.cells, net.kinds):
+        assert search_cell.can_run(cell.dag, x, weights[kind]) == (name != "gdas")
 
 
 # As options, and with classes of a user's script
