@@ -5,7 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from command_line.errors import UserError
-from genotypes import resolve
+from genotypes import GenotypeError, resolve
 from images.data_sets import DATASETS
 from images.image_folder import RESIZES
 from models.choices import EXECUTIONS, PRIMITIVES, SEARCH_SPACES, STEMS
@@ -270,10 +270,16 @@ class AugmentConfig(DataOptions, RunOptions):
     def default_values(cls, given):
         defaults = super().default_values(given)
         if given.get("stem") == "imagenet":
-            defaults |= IMAGENET
-        elif given.get("genotype") is not None:
-            defaults |= space_of(resolve(given["genotype"])).defaults.get("augment", {})
-        return defaults
+            return defaults | IMAGENET
+        return defaults | cls.space_of_genotype(given.get("genotype")).defaults.get("augment", {})
+
+    @staticmethod
+    def space_of_genotype(text: str | None) -> Space:
+        """The search space that a genotype belongs to; DARTS's if it cannot be read, of which augment.py will tell."""
+        try:
+            return space_of(resolve(text)) if text else SPACES["darts"]
+        except GenotypeError:
+            return SPACES["darts"]
 
     def check(self):
         if self.evaluate is not None:
@@ -290,7 +296,7 @@ class AugmentConfig(DataOptions, RunOptions):
         super().check()
         if self.genotype is None:
             raise UserError("--genotype is required")
-        space = space_of(resolve(self.genotype))
+        space = self.space_of_genotype(self.genotype)
         check_layers(self.layers, space)
         if not space.has_auxiliary_head:
             names = ("stem", "aux_weight", "drop_path_prob")

@@ -80,7 +80,8 @@ def write_results(plan: Plan) -> None:
     write_shared(plan.folder / "results.json", results)
     jobs = plan.jobs()
     n_over = sum(plan.summary(task) is not None for job in jobs for task in job)
-    say(f"{n_over} of {plan.options.searches + len(jobs)} runs are over")
+    n_runs = plan.options.searches + (0 if plan.truth_known else len(jobs))
+    say(f"{n_over} of {n_runs} runs are over")
 
 
 def write_shared(path: Path, content: dict) -> None:
