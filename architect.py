@@ -30,7 +30,7 @@ class Architect:
         self.eps_scale = eps_scale
         # listed once: walking through all modules in every step is slow
         self.weights, self.alphas, self.tracking = list(net.weights()), list(net.alphas()), tracking(net)
-        self._trn_grads: list[Tensor] | None = None  # g, kept for an overridden `w_update` alone
+        self._trn_grads: list[Tensor] | None = None  # g, kept if `w_update` is not that of plain SGD
 
     # What a script may override: the objectives, and the optimizer of w with its update
 
@@ -45,20 +45,24 @@ class Architect:
     @staticmethod
     def w_optimizer(weights: Iterable[Tensor], config) -> torch.optim.Optimizer:
         """The optimizer of w; config: the options of search.py. If you override it, override `w_update` too."""
-        decay = config.w_weight_decay
-        return torch.optim.SGD(weights, config.w_lr, momentum=config.w_momentum, weight_decay=decay, fused=True)
+        decay, nesterov = config.w_weight_decay, config.w_nesterov
+        return torch.optim.SGD(weights, config.w_lr, config.w_momentum, 0, decay, nesterov, fused=True)
 
     def w_update(self, grads: list[Tensor], w_optim: torch.optim.Optimizer) -> list[Tensor]:
         """The update u of w by the optimizer, for these gradients g of L_T: w' = w - xi u(g). A tensor per weight.
 
-        Here momentum * buf + g + weight_decay * w, with the momentum buffers of `w_optim`, none before its first step.
-        An override must be differentiable in g, and change neither the weights nor the optimizer.
+        Here v = momentum * buf + g + weight_decay * w, with the momentum buffers of `w_optim`, none before its first
+        step; with Nesterov's momentum g + weight_decay * w + momentum * v. An override must be differentiable in g, and
+        change neither the weights nor the optimizer.
         """
-        updates = torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay)
+        updates, factor = torch._foreach_add(grads, self.weights, alpha=self.w_weight_decay), self.w_momentum
+        if self._is_nesterov(w_optim):
+            torch._foreach_mul_(updates, 1 + self.w_momentum)
+            factor = self.w_momentum**2
         buffers = [w_optim.state.get(w, {}).get("momentum_buffer") for w in self.weights]
         with_buffer = [(update, buffer) for update, buffer in zip(updates, buffers) if buffer is not None]
         if with_buffer:
-            torch._foreach_add_(*map(list, zip(*with_buffer)), alpha=self.w_momentum)
+            torch._foreach_add_(*map(list, zip(*with_buffer)), alpha=factor)
         return updates
 
     # Eq. 6 and 7
@@ -69,7 +73,8 @@ class Architect:
         xi: the weights' learning rate.
         """
         _, grads = self._grad(self.w_objective, trn_X, trn_y, self.weights)
-        self._trn_grads = grads if self._overrides_update() else None
+        is_plain_sgd = type(self).w_update is Architect.w_update and not self._is_nesterov(w_optim)
+        self._trn_grads = None if is_plain_sgd else grads
         with torch.no_grad():
             return self._weights_plus(self.w_update(grads, w_optim), -xi)
 
@@ -112,11 +117,12 @@ class Architect:
                 _, dalpha_neg = self._grad_of_rows(self.w_objective, trn_X, trn_y, alphas)
         return ranks.average([(pos - neg) / (2 * eps) for pos, neg in zip(dalpha_pos, dalpha_neg)], trn_y)
 
-    def _overrides_update(self):
-        return type(self).w_update is not Architect.w_update
+    @staticmethod
+    def _is_nesterov(w_optim):
+        return w_optim.param_groups[0].get("nesterov", False)
 
     def _through_update(self, d, w_optim):
-        """(du/dg)^T d, which takes the place of d in eq. 6 if u depends on g otherwise than SGD's, where du/dg = 1."""
+        """(du/dg)^T d, which takes the place of d in eq. 6 if u is not that of plain SGD, where du/dg = 1."""
         if self._trn_grads is None:
             return d
         grads = [grad.detach().requires_grad_() for grad in self._trn_grads]

@@ -25,10 +25,11 @@ from run.options import (
     probability,
 )
 
-# DARTS-ES (Zela et al., arXiv:1909.09656, section 4.3) compares means of the eigenvalue over WINDOW epochs; FIRST_STOP
-# is the first epoch at whose mean it stops, which is known WINDOW // 2 epochs later.
+# DARTS-ES (Zela et al., arXiv:1909.09656, section 4.3) compares means of the eigenvalue over WINDOW epochs. In the
+# authors' code FIRST_RETURNED is the first epoch whose genotype can be returned; it stops at the mean WINDOW epochs
+# later, which is known after another WINDOW // 2 epochs.
 WINDOW = 5
-FIRST_STOP = 10
+FIRST_RETURNED = 10
 
 
 def primitives(text: str) -> list[str]:
@@ -46,6 +47,15 @@ def primitives(text: str) -> list[str]:
     if len(set(names)) < len(names) or names == ["none"]:
         raise argparse.ArgumentTypeError(f"must be different operations, at least one other than none, not {text!r}")
     return names
+
+
+def betas(text: str) -> list[float]:
+    """A type: two numbers with a comma between them."""
+    try:
+        first, second = map(probability, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two numbers with a comma between them, not {text!r}") from None
+    return [first, second]
 
 
 def augmentation(text: str) -> str:
@@ -119,7 +129,7 @@ class SearchConfig(DataOptions, RunOptions):
         "darts",
         "search space; nas-bench-201 has other defaults, and --layers is the number of cells in each of three stages",
         group="network",
-        choices=list(SPACES),
+        choices=SPACES,
     )
     layers: int = option(8, "number of cells, at least 3", positive_int)
     init_channels: int = option(16, "channels of the first cells", positive_int)
@@ -147,11 +157,19 @@ class SearchConfig(DataOptions, RunOptions):
     w_lr: float = option(0.025, "learning rate of w at the start", positive)
     w_lr_min: float = option(0.001, "learning rate of w at the end of the cosine", nonnegative)
     w_momentum: float = option(0.9, "momentum of w's SGD", probability)
+    w_nesterov: bool = option(False, "use Nesterov's momentum for w")
     w_weight_decay: float = option(3e-4, "weight decay of w's SGD", nonnegative)
     w_grad_clip: float = option(5.0, "norm to which w's gradient is clipped", positive)
     alpha_lr: float = option(3e-4, "learning rate of alpha's Adam", positive)
+    alpha_betas: list[float] = option([0.5, 0.999], "beta 1 and beta 2 of alpha's Adam (default: 0.5,0.999)", betas)  # noqa: RUF009
     alpha_weight_decay: float = option(1e-3, "weight decay of alpha's Adam", nonnegative)
     early_stop: bool = option(False, "end by the rule of DARTS-ES, with the genotype from before the eigenvalue grew")
+    select: str = option(
+        "magnitude",
+        "how the genotype is chosen at the end: by the weights of operations, or by the accuracy lost without each",
+        choices=("magnitude", "perturbation"),
+    )
+    tune_epochs: int = option(5, "epochs in which w learns between two decisions of --select perturbation", natural)
     eigenvalue_images: int = option(8, "validation images for the eigenvalue of each epoch; 0: not computed", natural)
     variant: str | None = option(
         None,
@@ -191,12 +209,14 @@ class SearchConfig(DataOptions, RunOptions):
             self.refuse_without_effect(("nodes",), f"with --space {space.name}")
             if not set(self.primitives) <= set(space.primitives):
                 raise UserError(f"--primitives: --space {space.name} has {', '.join(space.primitives)}")
+        if self.select == "magnitude":
+            self.refuse_without_effect(("tune_epochs",), "without --select perturbation")
         if self.order == "first":
             self.refuse_without_effect(("eps_scale",), "with --order first")
         if self.early_stop:
             if not self.eigenvalue_images:
                 raise UserError("--early-stop needs the eigenvalue, so --eigenvalue-images of at least 1")
-            needed = FIRST_STOP + WINDOW // 2 + getattr(self, "pc_warm_up", 0)
+            needed = FIRST_RETURNED + WINDOW + WINDOW // 2 + getattr(self, "pc_warm_up", 0)
             if self.epochs < needed:
                 self.refuse_without_effect(("early_stop",), f"in fewer than {needed} epochs")
 

@@ -49,10 +49,9 @@ def from_str(s: str, name: str | None = None) -> Genotype:
     ValueError), which says where the error is and what is allowed there.
     """
     text = s.strip().removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
-    for space in SPACES.values():
-        genotype = space.from_str(text)
-        if genotype is not None:
-            return genotype
+    genotype = _of_a_space(text)
+    if genotype is not None:
+        return genotype
     if text.startswith("{"):
         return check(_from_json(text))
     if "(" in text:
@@ -60,6 +59,12 @@ def from_str(s: str, name: str | None = None) -> Genotype:
     if _known_name(text):
         return PUBLISHED[_known_name(text)].genotype
     raise _unexpected(text)
+
+
+def _of_a_space(text):
+    """The genotype that a text describes in the form of another search space; None if it has no such form."""
+    genotypes = (space.from_str(text) for space in SPACES.values())
+    return next((genotype for genotype in genotypes if genotype is not None), None)
 
 
 def _known_name(text):
@@ -241,7 +246,7 @@ def _resolve(text):
         path = _file_of(file)
     if path is not None:
         genotype = _read_file(path, name)
-    elif "(" in text or "{" in text or "|" in text or _known_name(text):
+    elif "(" in text or "{" in text or _known_name(text) or _of_a_space(text) is not None:
         genotype = from_str(text)
     else:
         raise GenotypeError(

@@ -27,6 +27,7 @@ from architect import Architect
 from command_line.errors import one_line, shell_quote, user_errors_in_one_line
 from evidence import search_state
 from evidence.curvature import dominant_eigenvalue, images_within
+from evidence.perturbation import select_by_perturbation
 from genotypes import as_lists, from_str
 from images.data_sets import stratified_split
 from images.loading import Loader, mix
@@ -45,22 +46,17 @@ from utils import cosine_lr, get_data, param_size
 from variants import compose
 
 
-def select_by_weights(net: SearchCNN, w_loader: Loader, alpha_loader: Loader) -> Any:
-    """The default `select`: the genotype of the strongest operations. It does not need the loaders."""
-    return net.genotype()
-
-
 def main(
     network: type[SearchCNN] = SearchCNN,
     architect: type[Architect] = Architect,
     loggers: Iterable[type[Logger]] = (),
-    select: Callable[[SearchCNN, Loader, Loader], Any] = select_by_weights,
+    select: Callable[[SearchCNN, Loader, Loader], Any] | None = None,
 ):
     """Run the search that the command line describes.
 
     network, architect: the classes to use, a script of yours gives subclasses of these; loggers: classes of loggers
     besides TensorBoard's; select: how the genotype is chosen at the end, given the trained network and the loaders of
-    the two halves of the training set. docs/changing.md has an example of each.
+    the two halves of the training set, in the place of --select. docs/changing.md has an example of each.
     """
     with user_errors_in_one_line("search.py"), ranks.group():
         search(network, architect, loggers, select)
@@ -114,7 +110,15 @@ def search(network, architect_class, loggers, select):
                 save_genotypes(run, genotypes, history)
             run.end_epoch(is_best, results | {"genotypes": genotypes, "history": history})
 
-        if select is not select_by_weights:
+        if config.select == "perturbation" and select is None:
+
+            def select(net, w_loader, alpha_loader):
+                return select_by_perturbation(net, eval_loader, tune, config.seed)
+
+            def tune():
+                tune_weights(run, net, architect, w_loader, w_optim)
+
+        if select is not None:
             genotypes["last"]["string"] = str(select(net, w_loader, alpha_loader))
             ranks.on_rank_0(lambda: save_genotypes(run, genotypes, history))
     finish(run, genotypes, history, size, channels, n_classes)
@@ -152,7 +156,7 @@ def build(network, architect_class, config, device, channels, n_classes):
         synchronise(net)
     w_optim = architect_class.w_optimizer(net.weights(), config)
     alpha_optim = torch.optim.Adam(
-        net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
+        net.alphas(), config.alpha_lr, betas=tuple(config.alpha_betas), weight_decay=config.alpha_weight_decay
     )
     return net, w_optim, alpha_optim
 
@@ -213,6 +217,22 @@ def w_backward(X, y, net, architect, weights, autocast):
         loss = architect.w_objective(X, y)
     ranks.row_weighted(loss, y).backward(inputs=weights)
     return outputs[-1], loss.detach()
+
+
+def tune_weights(run, net, architect, loader, w_optim):
+    """Train w alone for --tune-epochs, at the last learning rate of the search."""
+    weights = list(net.weights())
+    for epoch in range(run.config.tune_epochs):
+        net.train()
+        for X, y, _ in loader.epoch(run.config.epochs + 1 + epoch):
+            run.stop_if_asked()
+            net.noise = net.draw_noise()
+            w_optim.zero_grad()
+            autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.amp)
+            _, loss = w_backward(X, y, net, architect, weights, autocast)
+            ranks.average_step(loss, net, weights, y, run.config.sync_bn)
+            nn.utils.clip_grad_norm_(weights, run.config.w_grad_clip)
+            w_optim.step()
 
 
 @torch.no_grad()

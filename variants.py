@@ -243,6 +243,11 @@ class Gdas(Concrete):
 
     gdas_temperature: float = option(10.0, "temperature of the draws in the first epoch", positive)
     gdas_temperature_end: float = option(0.1, "temperature in the last epoch, linear in between", positive)
+    gdas_zeros: str = option(
+        "off",
+        "whether the weights of candidates that were not drawn are added to the output, as zeros that have a gradient",
+        choices=("on", "off"),
+    )
 
     @property
     def temperatures(self):
@@ -250,23 +255,31 @@ class Gdas(Concrete):
 
     @property
     def mixed_op(self):
-        return DrawnMixedOp
+        return functools.partial(DrawnMixedOp, zeros=self.gdas_zeros == "on")
 
     def forward(self, x):
         return WithZeroGradients.apply(super().forward(x), *self.weights())
 
     def drawn(self, alpha, gumbel):
-        """One-hot; the gradient is that of the drawn candidate's weight in `Concrete.drawn` (straight-through)."""
+        """One-hot; the gradients are those of the weights in `Concrete.drawn` (straight-through)."""
         soft = super().drawn(alpha, gumbel)
-        return F.one_hot(soft.argmax(-1), soft.shape[-1]) * (1 + (soft - soft.detach()))
+        return F.one_hot(soft.argmax(-1), soft.shape[-1]) + (soft - soft.detach())
 
 
 class DrawnMixedOp(MixedOp):
-    """A mixture whose candidates of weight zero don't run, so that their BN sees no batch either."""
+    """A mixture whose candidates of weight zero don't run, so that their BN sees no batch either.
+
+    zeros: whether the weights of those are added, as the authors' code does in NAS-Bench-201's space, not in DARTS's.
+    """
+
+    def __init__(self, C, stride, primitives, zeros=False):
+        super().__init__(C, stride, primitives)
+        self.zeros = zeros
 
     def forward(self, x, weights):
         drawn = weights.detach().nonzero().flatten().tolist()
-        return sum(weights[i] * self._ops[i](x) for i in drawn)
+        output = sum(weights[i] * self._ops[i](x) for i in drawn)
+        return output + (weights.sum() - weights[drawn].sum()) if self.zeros else output
 
 
 class WithZeroGradients(torch.autograd.Function):

@@ -10,13 +10,13 @@ import itertools
 import statistics
 from typing import Any
 
-from config import FIRST_STOP, WINDOW
+from config import FIRST_RETURNED, WINDOW
 from genotypes import from_str
 from models.spaces import space_of
 from models.spaces.space import Gene, cell_name
 
 # DARTS-ES (Zela et al., arXiv:1909.09656, section 4.3): lambda(i) is the mean eigenvalue of the WINDOW epochs around i.
-# The search stops at the first i >= FIRST_STOP with lambda(i - WINDOW) < STOP_BELOW * lambda(i).
+# The search stops at the first i >= FIRST_RETURNED + WINDOW with lambda(i - WINDOW) < STOP_BELOW * lambda(i).
 STOP_BELOW = 0.75
 
 # The thresholds below are this project's choice. DARTS+ (arXiv:1909.06035) stops at two skip connections in a normal
@@ -90,7 +90,7 @@ def early_stop(history: list[dict]) -> int | None:
     begins after a warm-up.
     """
     learned = after_warm_up(history)
-    averages, first = local_averages(learned), FIRST_STOP + len(history) - len(learned)
+    averages, first = local_averages(learned), FIRST_RETURNED + WINDOW + len(history) - len(learned)
     for i in sorted(averages):
         before = averages.get(i - WINDOW)
         if i >= first and before is not None and before < STOP_BELOW * averages[i]:

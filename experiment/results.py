@@ -4,6 +4,7 @@ from evidence.search_state import skip_connections
 from experiment.members import MAY_DIFFER, Member, Plan, fingerprints
 from genotypes import from_str
 from models.spaces import space_of
+from run.folder import read_json
 from run.options import as_text
 
 NOT_CONDITIONS = {*MAY_DIFFER, "genotype", "name", "seed", "hold_out", "checkpoint_minutes"}
@@ -51,6 +52,8 @@ def result_of(plan: Plan, member: Member) -> dict:
     if member.kind == "search":
         search = plan.summary(plan.search(member))
         result["search"] = values(search, "epochs", "valid_top1", "verdict", "eigenvalue") | origin(search)
+        if plan.truth_known:
+            result["search"]["history"] = read_json(plan.search(member).config.folder().history)
     cell = from_str(genotype)
     result["skip_connections"] = {kind: skip_connections(getattr(cell, kind)) for kind in space_of(cell).kinds}
     result["truth"] = space_of(cell).truth(cell)

@@ -286,7 +286,7 @@ def option_name(name: str) -> str:
 
 def as_text(value) -> str:
     """The value of an option as it is written on the command line."""
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def words_of(options: dict) -> list[str]:

@@ -112,7 +112,7 @@ def test_an_option_without_effect_is_refused(config, words, option):
 def test_an_option_with_effect_or_at_its_default_is_accepted():
     SearchConfig(["--image-size", "32", "--order", "first", "--eps-scale", "0.01"])
     SearchConfig([*FOLDER, "--image-size", "64", "--image-channels", "1", "--skip-bad-images"])
-    SearchConfig(["--early-stop", "--epochs", "12"])
+    SearchConfig(["--early-stop", "--epochs", "17"])
     AugmentConfig(["--evaluate", "run", "--mirror", "--data-path", "images", "--batch-size", "8"])
     AugmentConfig([*AUGMENT, "--stem", "imagenet", "--dataset", "cifar10"])
 

@@ -29,7 +29,7 @@ from run.loggers import Logger
 from run.run import Run
 from utils import cosine_lr
 
-EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation", "w_penalty", "nesterov"]
+EXAMPLES = ["sigmoid", "gumbel", "l1_penalty", "half_channels", "new_operation", "w_penalty"]
 NEW_SPACE = ("none", "skip_connect", "sep_conv_3x3", "max_pool_5x5")
 
 
@@ -249,9 +249,9 @@ OPTIMIZERS = ["nesterov", "adam"]
 
 
 def architect_and_optimizer(name, net, eps_scale, steps):
-    """The architect of an example, and its optimizer of w after some steps."""
-    config = SearchConfig(["--w-lr", "0.02", "--w-weight-decay", "0.01"])
-    _, kind = classes_of(name)
+    """The architect of --w-nesterov or of an example, and its optimizer of w after some steps."""
+    words = ["--w-lr", "0.02", "--w-weight-decay", "0.01", *["--w-nesterov"] * (name == "nesterov")]
+    config, kind = SearchConfig(words), Architect if name == "nesterov" else classes_of(name)[1]
     optim = kind.w_optimizer(net.weights(), config)
     for step in range(steps):
         optim.zero_grad()

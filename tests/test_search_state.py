@@ -48,11 +48,11 @@ def test_averages_are_over_the_five_epochs_around_one():
 @pytest.mark.parametrize(
     ("eigenvalues", "stop"),
     [
-        ([1.0] * 10 + [2.0] * 20, 10),  # the average around 10 is 7 / 5, around 5 it is 1: 0.71 < 0.75
-        ([1.0] * 10 + [2.0] * 2, 10),
-        ([1.0] * 10 + [2.0], None),  # the average around 10 is not known yet
+        ([1.0] * 15 + [2.0] * 20, 15),  # the average around 15 is 7 / 5, around 10 it is 1: 0.71 < 0.75
+        ([1.0] * 15 + [2.0] * 2, 15),
+        ([1.0] * 15 + [2.0], None),  # the average around 15 is not known yet
         ([1.0] * 20 + [2.0] * 10, 20),  # around 19: 6 / 5, 1 / 1.2 = 0.83; around 20: 7 / 5
-        ([1.06**i for i in range(50)], 10),  # 1.06^-5 = 0.747 from the start on, but the rule begins at epoch 10
+        ([1.06**i for i in range(50)], 15),  # 1.06^-5 = 0.747 from the start on, but no epoch before 10 is returned
         ([1.055**i for i in range(50)], None),  # 0.765
         ([1 / (i + 1) for i in range(50)], None),
         ([None] * 50, None),
@@ -64,20 +64,20 @@ def test_the_search_stops_where_the_average_has_grown_by_a_third_in_five_epochs(
 
 
 def test_the_chosen_epoch_is_the_last_or_that_of_early_stopping():
-    history = history_of([DARTS_V1] * 12, [1.0] * 10 + [2.0] * 2)  # stops at epoch 10
-    assert chosen(history, with_early_stop=False) == history[11]
-    assert chosen(history, with_early_stop=True) == history[4]
-    assert chosen(history[:11], with_early_stop=True) == history[10]  # not known yet
+    history = history_of([DARTS_V1] * 17, [1.0] * 15 + [2.0] * 2)  # stops at epoch 15
+    assert chosen(history, with_early_stop=False) == history[16]
+    assert chosen(history, with_early_stop=True) == history[9]
+    assert chosen(history[:16], with_early_stop=True) == history[15]  # not known yet
 
 
 def test_epochs_in_which_alphas_do_not_learn_count_for_nothing():
     waiting = [entry | {"alphas_learn": False} for entry in history_of([DARTS_V1] * 15, [1.1**i for i in range(15)])]
-    learning = history_of([with_skips(8)] * 12, [1.0] * 10 + [2.0] * 2)
+    learning = history_of([with_skips(8)] * 17, [1.0] * 15 + [2.0] * 2)
     later = [entry | {"epoch": entry["epoch"] + 15} for entry in learning]
     assert early_stop(waiting) is None
     assert verdict(waiting) == "not settled: alphas do not learn yet"
     assert stable_epochs(waiting) == 0
-    assert early_stop(waiting + later) == 10 + 15
+    assert early_stop(waiting + later) == 15 + 15
     assert stable_epochs(waiting + later[:2]) == 2
     assert verdict(waiting + later) == verdict(learning)
 
@@ -155,13 +155,13 @@ def growing(monkeypatch):
 
 
 def test_a_search_that_stops_early_takes_the_genotype_of_five_epochs_before(growing, tmp_path, monkeypatch):
-    log, files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "15", "--alpha-lr", "0.1", "--early-stop")
+    log, files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "20", "--alpha-lr", "0.1", "--early-stop")
     history, genotype, summary = files["history"], files["genotype"], files["summary"]
-    assert [entry["epoch"] for entry in history] == list(range(1, 13))  # the average around 10 is known after 12
-    assert genotype["last"]["epoch"] == summary["genotype_epoch"] == 5
-    assert genotype["last"]["string"] == summary["genotype"] == history[4]["string"]
-    assert (summary["epochs"], summary["early_stop_epoch"]) == (12, 10)
-    assert "stopped at epoch 10, with the genotype of epoch 5" in log
+    assert [entry["epoch"] for entry in history] == list(range(1, 18))  # the average around 15 is known after 17
+    assert genotype["last"]["epoch"] == summary["genotype_epoch"] == 10
+    assert genotype["last"]["string"] == summary["genotype"] == history[9]["string"]
+    assert (summary["epochs"], summary["early_stop_epoch"]) == (17, 15)
+    assert "stopped at epoch 15, with the genotype of epoch 10" in log
     assert verdict(history) in log
     _, again = run_search(monkeypatch, tmp_path, "--resume", "runs/search/digits")  # leaves it as it was
     del again["summary"]["seconds"], summary["seconds"]
@@ -170,10 +170,10 @@ def test_a_search_that_stops_early_takes_the_genotype_of_five_epochs_before(grow
 
 @pytest.mark.long
 def test_without_the_option_a_search_goes_on_and_says_where_it_would_have_stopped(growing, tmp_path, monkeypatch):
-    log, files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "13")
-    assert files["genotype"]["last"]["epoch"] == len(files["history"]) == files["summary"]["genotype_epoch"] == 13
+    log, files = run_search(monkeypatch, tmp_path, *TINY, "--epochs", "17")
+    assert files["genotype"]["last"]["epoch"] == len(files["history"]) == files["summary"]["genotype_epoch"] == 17
     assert files["summary"]["early_stop_epoch"] is None
-    assert "--early-stop would have stopped at epoch 10" in log
+    assert "--early-stop would have stopped at epoch 15" in log
 
 
 @pytest.mark.parametrize(("n_images", "kind"), [("8", float), ("0", type(None))])
