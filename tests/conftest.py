@@ -11,6 +11,8 @@ from short_runs import copied, finished, short_runs  # noqa: F401 -- fixtures
 from torch import nn
 
 from machine import ranks
+from models.choices import EXECUTIONS
+from models.fast import search_cell
 from models.search_cnn import SearchCNN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,29 +30,17 @@ BROWSER_FLAGS = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def tests_that_start_python_say_so():
+@pytest.fixture(autouse=True)
+def tests_that_start_python_say_so(request, monkeypatch):
     """Fail a test that starts Python without the marker `process`, by which `make check` leaves it out."""
     start = subprocess.Popen.__init__
 
-    def start_if_announced(self, args, *more, **options):
-        command = [args] if isinstance(args, (str, Path)) else list(map(str, args))
-        marked = current_test is None or any(map(current_test.get_closest_marker, ("process", "slow")))
-        if command[0] == sys.executable and not marked:
-            raise AssertionError(f"{current_test.name} starts a process: mark it with pytest.mark.process")
+    def start_another_program(self, args, *more, **options):
+        assert str(args[0]) != sys.executable, "mark this test with pytest.mark.process"
         start(self, args, *more, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", start_if_announced)
-        yield
-
-
-current_test = None
-
-
-def pytest_runtest_setup(item):
-    global current_test  # noqa: PLW0603 -- pytest does not tell session fixtures which test runs
-    current_test = item
+    if not any(map(request.node.get_closest_marker, ("process", "slow"))):
+        monkeypatch.setattr(subprocess.Popen, "__init__", start_another_program)
 
 
 def run_script(script, *words, cwd, timeout=300):
@@ -73,6 +63,15 @@ def assert_one_line_error(process, *mentions):
     assert "error: " in lines[0]
     for mention in mentions:
         assert mention in lines[0]
+
+
+both_executions = pytest.mark.parametrize("execution", EXECUTIONS)
+
+
+@pytest.fixture(params=["EDGE_BY_EDGE", "BATCHED"])
+def layout(request, monkeypatch):
+    """The fused execution in the layout of the CPU, and in that of CUDA."""
+    monkeypatch.setattr(search_cell, "layout_for", lambda x: getattr(search_cell, request.param))
 
 
 @pytest.fixture

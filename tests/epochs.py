@@ -1,10 +1,12 @@
 """The training loops of both scripts on batches in a list."""
 
 import torch
+from conftest import Batches, batch
 
 import augment
 import search
 from architect import Architect
+from config import SearchConfig
 from models.sync_bn import synchronise
 from run.run import Run
 from utils import cosine_lr
@@ -29,3 +31,13 @@ def augment_epoch(config, net, batches):
     if config.sync_bn:
         synchronise(net)
     return lambda: augment.train(1, Run(config), net, batches, optim)
+
+
+def two_steps(net, architect=Architect):
+    """Two steps of the search by the script's own loop; the alphas' gradients of the last."""
+    trn, val = (Batches(batch(n=8, seed=seed + i) for i in range(2)) for seed in (10, 50))
+    config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", "--overwrite"])
+    w_optim = architect.w_optimizer(net.weights(), config)
+    alpha_optim = torch.optim.Adam(net.alphas(), config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
+    search.train(1, Run(config), net, architect(net, 0.9, 3e-4), trn, val, w_optim, alpha_optim, cosine_lr(w_optim, 50))
+    return [alpha.grad.clone() for alpha in net.alphas()]

@@ -4,6 +4,9 @@ import copy
 
 import torch
 from torch import nn
+from torch.func import functional_call
+
+XI = 0.1
 
 
 def smoothed(module):
@@ -30,3 +33,40 @@ def hessian_product(net, d, trn):
     net = by_definition(copy.deepcopy(net))
     grads = torch.autograd.grad(net.loss(*trn), list(net.weights()), create_graph=True)
     return torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, d)), list(net.alphas()))
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def relative_error(found, exact):
+    exact = flat(exact)
+    return ((flat(found) - exact).norm() / exact.norm()).item()
+
+
+def unrolled(net, names, trn, xi, optim, momentum, weight_decay):
+    """w'(alpha) as a differentiable function of alpha, by the names of the weights. net: `by_definition`."""
+    weights = dict(net.named_parameters())
+    grads = torch.autograd.grad(net.loss(*trn), [weights[name] for name in names], create_graph=True)
+    buffers = [optim.state[weights[name]].get("momentum_buffer", 0.0) for name in names]
+    return {
+        name: weights[name].detach() - xi * (momentum * buf + grad + weight_decay * weights[name].detach())
+        for name, grad, buf in zip(names, grads, buffers)
+    }
+
+
+def copies(net, optim):
+    """The network by its definition, and its weights' optimizer with the same momentum buffers."""
+    twin = by_definition(copy.deepcopy(net))
+    twin_optim = torch.optim.SGD(twin.weights(), 0.1, momentum=0.9)
+    twin_optim.load_state_dict(optim.state_dict())
+    return twin, twin_optim
+
+
+def exact_alpha_gradient(net, trn, val, xi, optim, momentum=0.9, weight_decay=3e-4):
+    """Differentiation straight through the virtual step."""
+    net, optim = copies(net, optim)
+    names = [name for name, _ in net.named_parameters() if not name.startswith("alpha")]
+    w_virtual = unrolled(net, names, trn, xi, optim, momentum, weight_decay)
+    loss = net.criterion(functional_call(net, w_virtual, (val[0],)), val[1])
+    return torch.autograd.grad(loss, list(net.alphas()))

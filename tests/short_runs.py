@@ -17,7 +17,7 @@ SMALL = [
     *("--device", "cpu", "--runs-path", "{}"),
 ]
 STAGES = {
-    "search": (search.main, [*SMALL, "--nodes", "1", "--eigenvalue-images", "1"]),
+    "search": (search.main, [*SMALL, "--nodes", "2", "--eigenvalue-images", "1"]),
     "augment": (augment.main, [*SMALL, "--genotype", "DARTS_V1", "--aux-weight", "0"]),
 }
 

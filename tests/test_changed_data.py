@@ -1,67 +1,63 @@
-"""Runs whose data set changed, moved, or lacks what is not needed: the command line, run as processes."""
+"""Runs whose data set changed, moved, or lacks what is not needed."""
 
 import json
 import shutil
 
 import pytest
-from conftest import assert_one_line_error, run_script
+from short_runs import command, refused
 
+import augment
+import search
 from run.checkpoints import load_checkpoint
 from trained.evaluation import evaluate, images_of, load_trained
 from visualize import write_report
 
-TINY = ("--layers", 3, "--init-channels", 2, "--batch-size", 8, "--workers", 0)
+pytestmark = [pytest.mark.usefixtures("short_runs"), pytest.mark.long]
+TINY = ("--layers", 3, "--init-channels", 2, "--batch-size", 8, "--workers", 0, "--device", "cpu")
 DATA = ("--dataset", "folder", "--image-size", 8, "--image-channels", 1)
-SEARCH = ("search.py", *TINY, "--nodes", 1, "--order", "first", *DATA, "--epochs")
-AUGMENT = ("augment.py", *TINY, "--genotype", "DARTS_V1", "--aux-weight", 0, *DATA, "--epochs")
 
 
-def succeed(*words, cwd):
-    process = run_script(*words, cwd=cwd)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture
+def begin(image_folder, tmp_path):
+    """A function that trains for an epoch: (the images, the run's folder)."""
+
+    def begin(main, *words):
+        images = image_folder()
+        assert command(main, [*TINY, *DATA, *words, "--epochs", 1, "--data-path", images, "--runs-path", tmp_path]) == 0
+        return images, next(path.parent for path in tmp_path.rglob("config.json"))
+
+    return begin
 
 
-@pytest.mark.process
-def test_a_search_is_not_resumed_on_other_images(image_folder, tmp_path):
-    images, run = image_folder(), tmp_path / "runs/search/folder"
-    log = succeed(*SEARCH, 1, "--data-path", images, cwd=tmp_path)
-    assert "images of each class: left 12, right 12" in log
+def test_a_search_is_not_resumed_on_other_images(begin, capsys):
+    images, run = begin(search.main, "--nodes", 1, "--order", "first")
     shutil.copy(images / "train/left/000.png", images / "train/left/new.png")
-    resumed = run_script("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
-    assert_one_line_error(resumed, "training images", "left 12 -> 13")
+    refused(capsys, search.main, ["--resume", run, "--epochs", 2], "training images", "left 12 -> 13")
     (images / "train/left/new.png").unlink()
-    succeed("search.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
+    assert command(search.main, ["--resume", run, "--epochs", 2]) == 0
 
 
-@pytest.mark.process
-def test_renamed_classes_stop_training_evaluation_and_report(image_folder, tmp_path):
-    images, run = image_folder(), tmp_path / "runs/augment/folder"
-    log = succeed(*AUGMENT, 1, "--data-path", images, cwd=tmp_path)
-    assert "images of each class: left 12, right 12" in log
+def test_renamed_classes_stop_training_evaluation_and_report(begin, capsys):
+    images, run = begin(augment.main, "--genotype", "DARTS_V1")
     for split in ("train", "val"):
         (images / split / "left").rename(images / split / "zzz")
     for words in (("--resume", run, "--epochs", 2), ("--evaluate", run)):
-        process = run_script("augment.py", *words, cwd=tmp_path)
-        assert_one_line_error(process, "left 12 -> 0, zzz 0 -> 12")
+        refused(capsys, augment.main, words, "left 12 -> 0, zzz 0 -> 12")
     write_report([run], None)
     assert "the test images are no longer those of the run" in (run / "report.html").read_text()
 
 
-@pytest.mark.process
-def test_data_that_moved_is_found_by_data_path(image_folder, tmp_path):
-    images, run = image_folder(), tmp_path / "runs/augment/folder"
-    succeed(*AUGMENT, 1, "--data-path", images, "--resize", "squeeze", "--augmentation", "affine", cwd=tmp_path)
+def test_data_that_moved_is_found_by_data_path(begin, tmp_path, capsys):
+    images, run = begin(augment.main, "--genotype", "DARTS_V1", "--resize", "squeeze", "--augmentation", "affine")
     moved = images.rename(tmp_path / "moved")
-    assert_one_line_error(run_script("augment.py", "--resume", run, "--epochs", 2, cwd=tmp_path), "does not exist")
-    succeed("augment.py", "--resume", run, "--epochs", 2, "--data-path", moved, cwd=tmp_path)
+    refused(capsys, augment.main, ["--resume", run, "--epochs", 2], "does not exist")
+    assert command(augment.main, ["--resume", run, "--epochs", 2, "--data-path", moved]) == 0
     options = json.loads((run / "config.json").read_text())
     assert options["data_path"] == str(moved)  # where it resumes from now on
     assert (options["resize"], options["augmentation"]) == ("squeeze", "affine")
     top1 = load_checkpoint(run / "checkpoint.pt")["results"]["top1"]
     shutil.rmtree(moved / "train")  # which is not evaluated on
-    line = succeed("augment.py", "--evaluate", run / "checkpoint.pt", cwd=tmp_path).splitlines()[0]
-    assert f"top 1 {top1:.2%} of 24 test images" in line
+    assert f"top 1 {top1:.2%} of 24 test images" in evaluate(run, device="cpu").describe()
     test_images, name = images_of(load_trained(run), moved)  # on which export.py checks a file
     assert (name, len(test_images), test_images.source.resize) == ("test", 24, "squeeze")
     moved = moved.rename(tmp_path / "again")

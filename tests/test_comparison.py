@@ -69,13 +69,6 @@ def test_the_selected_cell_is_the_best_on_held_out_images():
         results["members"].append(member("search", i, top1, DARTS_V1, tests))
     assert rows_of([results])["searched"][4] == "80.00"
     assert rows_of([results], "test")["searched"][4] == "55.00"  # the first of equal ones, its mean over seeds
-    del results["members"][1]["final"]
-    assert rows_of([results], "test")["searched"][4] == "-"
-
-
-def test_a_single_run_has_neither_sd_nor_interval():
-    row = rows_of([made_up(searched=[0.9], chance=[0.8])])["searched"]
-    assert row == [1, "90.00", "-", "-", "90.00", "+10.00", "-"]
 
 
 def test_test_accuracies_are_over_seeds_of_one_cell_or_over_cells():
@@ -93,12 +86,6 @@ def test_chance_may_be_in_one_of_several_results_and_counts_once():
     assert together["random cells"][0] == len(CHANCE)
     assert together["first"] == alone["first"]
     assert together["second"][-1] == alone["first"][-1]
-
-
-def test_published_cells_have_rows_of_their_own():
-    results = made_up("x", searched=[])
-    results["members"].append(member("published", 1, 0.9, DARTS_V2) | {"name": "DARTS_V2", "seed": None})
-    assert list(rows_of([results])) == ["random cells", "DARTS_V2"]
 
 
 def test_searches_of_other_options_need_other_labels():
@@ -130,11 +117,6 @@ def test_results_of_other_conditions_are_not_compared(change, what):
     assert_not_compared([made_up("a"), made_up("b", chance=[]) | change], what)
 
 
-def test_the_order_of_the_operations_makes_no_other_search_space():
-    other = made_up("b", chance=[]) | {"search_space": DARTS_SPACE | {"primitives": ",".join(reversed(PRIMITIVES))}}
-    assert list(rows_of([made_up("a"), other])) == ["a", "random cells", "b"]
-
-
 @pytest.mark.parametrize("kind", ["search", "selection", "final"])
 def test_results_of_other_images_are_not_compared(kind):
     all_results = [made_up("a"), made_up("b", chance=[])]
@@ -149,23 +131,6 @@ def test_results_of_other_images_are_not_compared(kind):
     assert list(rows_of(all_results)) == ["a", "random cells", "b"]
 
 
-def test_of_two_best_cells_the_better_one_counts():
-    """Each of two results has trained its best cell in full: these two are no repetitions of one thing."""
-    a, b = made_up("a", [0.9, 0.8], []), made_up("a", [0.9, 0.8, 0.95], [])
-    a["members"][0]["final"], b["members"][2]["final"] = final([0.5, 0.6]), final([0.7, 0.8])
-    assert rows_of([a, b], "test")["a"][:2] == [2, "75.00"]
-    for content in (a, b):
-        content["finals"] = "all"
-    assert rows_of([a, b], "test")["a"][:2] == [2, "65.00"]
-
-
-def test_a_seed_that_found_two_cells_is_refused():
-    a, b = made_up("a"), made_up("a")
-    b["members"][1]["genotype"] = str(DARTS_V2)
-    with pytest.raises(UserError, match="'a' has two cells of seed 2"):
-        comparison.methods_of([a, b])
-
-
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot")
 def test_a_page_shows_every_cell_and_every_command(tmp_path):
     page = page_of([made_up("a <b>"), made_up("c", chance=[])], tmp_path)
@@ -175,25 +140,15 @@ def test_a_page_shows_every_cell_and_every_command(tmp_path):
     assert "settled: for 9 epochs" in page
 
 
-@pytest.mark.parametrize(("searched", "chance"), [([], []), ([], CHANCE), ([0.9], []), ([0.9] * 3, [0.9] * 3)])
-def test_any_number_of_members_makes_a_page(searched, chance, tmp_path):
+@pytest.mark.parametrize(("searched", "chance"), [([], []), ([0.9], CHANCE)])
+def test_any_number_of_members_of_which_some_are_not_over_makes_a_page(searched, chance, tmp_path):
     results = made_up(searched=searched, chance=chance)
-    assert "Every member" in page_of([results], tmp_path)
+    results["members"].append({"name": "search-2", "kind": "search", "seed": 2, "genotype": None})
+    assert "search-2" in page_of([results], tmp_path)
     comparison.write([results], tmp_path / "tables.md")
     comparison.write([results], tmp_path / "figure.svg")
-
-
-def test_members_that_are_not_over_make_a_page(tmp_path):
-    results = made_up()
-    waiting = {"kind": "search", "genotype": None}
-    results["members"] = [
-        waiting | {"name": "search-1", "seed": 1},
-        waiting | {"name": "search-2", "seed": 2},
-        member("search", 3, 0.5, DARTS_V1),
-        {"name": "random-1", "kind": "random", "seed": 1, "genotype": str(DARTS_V2), "final": []},
-    ]
-    assert rows_of([results])["searched"][0] == 1
-    assert "search-2" in page_of([results], tmp_path)
+    if searched:  # neither standard deviation nor interval
+        assert rows_of([results])["searched"][:5] == [1, "90.00", "-", "-", "90.00"]
 
 
 def test_the_figure_has_a_point_for_every_member():

@@ -1,7 +1,6 @@
 """The options of search.py and augment.py: their defaults, which values are refused, and how they are saved."""
 
 import json
-import shlex
 
 import pytest
 
@@ -35,10 +34,7 @@ def test_augment_defaults_are_the_papers():
 def test_every_option_has_help_in_a_named_group(config):
     parser = config.build_parser()
     assert all(action.help for action in parser._actions)
-    assert not any("_" in option for action in parser._actions for option in action.option_strings)
-    titles = [group.title for group in parser._action_groups if group._group_actions]
-    assert {"data", "run"} < set(titles)
-    assert "positional arguments" not in titles
+    assert {"data", "run"} < {group.title for group in parser._action_groups if group._group_actions}
 
 
 def test_options_are_accepted_with_underscores_and_values_are_left_alone():
@@ -59,23 +55,18 @@ AUGMENT = ["--genotype", "DARTS_V2"]
         ([], "--genotype is required"),
         (["--dataset", "imagenot"], "cifar10"),
         (["--batch-size", "0"], "of at least 1"),
-        (["--w-lr", "0"], "above 0"),
         (["--w-lr", "nan"], "above 0"),
         (["--w-momentum", "1"], "below 1"),
         (["--order", "third"], "second"),
         ([*FOLDER, "--image-size", "7"], "of at least 8"),
-        (["--seed", "9" * 400], "whole number"),
         (["--name", "../precious"], "without slashes"),
-        (["--gpus", "0,0"], "different numbers"),
         (["--gpus", "0", "--device", "cpu"], "leave --device out"),
         (["--batch", "3"], "--batch"),
         (["--primitives", "none"], "at least one other than none"),
-        (["--primitives", "skip_connect,skip_connect"], "different operations"),
         (["--primitives", "skip_connect,conv_1x1"], "unknown operation 'conv_1x1'"),
         (["--early-stop", "--eigenvalue-images", "0"], "--eigenvalue-images"),
         (["--layers", "2"], "at least 3"),
         (["--auto-resume", "--overwrite"], "--auto-resume"),
-        (["stray"], "stray"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
@@ -91,30 +82,17 @@ def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
     ("config", "words", "option"),
     [
         (SearchConfig, ["--image-size", "64"], "--image-size"),
-        (SearchConfig, ["--dataset", "cifar10", "--image-channels", "1"], "--image-channels"),
-        (SearchConfig, ["--skip-bad-images"], "--skip-bad-images"),
         (SearchConfig, ["--data-path", "my_images"], "--data-path"),
         (SearchConfig, ["--order", "first", "--eps-scale", "0.1"], "--eps-scale"),
-        (SearchConfig, ["--early-stop", "--epochs", "11"], "--early-stop"),
         (SearchConfig, ["--early-stop", "--epochs", "26", "--variant", "pc-darts"], "--early-stop"),
         (AugmentConfig, [*AUGMENT, "--mirror"], "--mirror"),
-        (AugmentConfig, ["--evaluate", "run", *AUGMENT], "--genotype"),
         (AugmentConfig, ["--evaluate", "run", "--epochs", "3"], "--epochs"),
-        (AugmentConfig, ["--evaluate", "run", "--gpus", "all"], "--gpus"),
-        (ProtocolOptions, ["--final-seeds", "0", "--finals", "all"], "--finals"),
+        (ProtocolOptions, ["--random", "0", "--like", "DARTS_V2"], "--like"),
     ],
 )
 def test_an_option_without_effect_is_refused(config, words, option):
     with pytest.raises(UserError, match=f"^{option} has no effect"):
         config(words)
-
-
-def test_an_option_with_effect_or_at_its_default_is_accepted():
-    SearchConfig(["--image-size", "32", "--order", "first", "--eps-scale", "0.01"])
-    SearchConfig([*FOLDER, "--image-size", "64", "--image-channels", "1", "--skip-bad-images"])
-    SearchConfig(["--early-stop", "--epochs", "17"])
-    AugmentConfig(["--evaluate", "run", "--mirror", "--data-path", "images", "--batch-size", "8"])
-    AugmentConfig([*AUGMENT, "--stem", "imagenet", "--dataset", "cifar10"])
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
@@ -132,16 +110,6 @@ def test_a_search_space_stands_for_its_operations_to_which_a_users_script_may_ad
     assert SearchConfig(["--primitives", space]).primitives == SEARCH_SPACES[space]
     monkeypatch.setitem(OPS, "conv_1x1", OPS["sep_conv_3x3"])
     assert SearchConfig(["--primitives", f"{space},conv_1x1"]).primitives == [*SEARCH_SPACES[space], "conv_1x1"]
-
-
-def test_data_options_name_the_same_data():
-    words = [*FOLDER, "--data-path", "my images", "--image-size", "48", "--skip-bad-images"]
-    config = SearchConfig(words)
-    assert config.data_options() == "--dataset folder --data-path 'my images' --image-size 48 --skip-bad-images"
-    assert SearchConfig([]).data_options() == "--dataset digits"
-    again = AugmentConfig([*AUGMENT, *shlex.split(config.data_options())])
-    names = ("dataset", "data_path", "image_size", "image_channels", "skip_bad_images")
-    assert all(getattr(again, name) == getattr(config, name) for name in names)
 
 
 # Saved options
@@ -173,11 +141,9 @@ def test_an_option_that_a_saved_run_lacks_has_its_default():
 @pytest.mark.parametrize(
     ("changes", "mention"),
     [
-        ({"layers": 10**10}, "--layers"),
         ({"layers": True}, "--layers"),
         ({"amp": "yes"}, "--amp"),
         ({"primitives": ["none"]}, "--primitives"),
-        ({"variant": "x"}, "unknown variant"),
         ({"unknown": 3}, "--unknown"),
         ({"early_stop": True, "epochs": 2}, "--early-stop"),
     ],
@@ -187,7 +153,7 @@ def test_saved_options_pass_the_checks_of_the_command_line(changes, mention):
         SearchConfig.restored(SearchConfig([]).as_dict() | changes, "config.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "[" * 10**5, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, "\xff"])
 def test_a_damaged_config_json_is_named(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json"):
@@ -203,17 +169,3 @@ def test_resuming_takes_the_options_of_the_run_and_allows_few_others(tmp_path):
     for words in (["--seed", "2"], ["--overwrite"], ["--name", "x"], ["--runs-path", "y"], ["--auto-resume"]):
         with pytest.raises(UserError, match=f"{words[0]} is fixed by the run"):
             SearchConfig(["--resume", str(tmp_path), *words])
-
-
-def test_as_markdown_is_a_table_of_every_option():
-    config = SearchConfig(["--w-lr", "0.5", "--primitives", "s2"])
-    lines = config.as_markdown().splitlines()
-    assert lines[:2] == ["| option | value |", "|---|---|"]
-    assert "| w-lr | 0.5 |" in lines
-    assert "| primitives | skip_connect,sep_conv_3x3 |" in lines
-    assert len(lines) == 2 + len(config.as_dict())
-
-
-def test_an_option_of_a_variant_is_refused_without_it_by_the_variants_name():
-    with pytest.raises(UserError, match="--pc-share is an option of --variant pc-darts"):
-        SearchConfig(["--pc-share", "2"])

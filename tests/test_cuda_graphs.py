@@ -133,27 +133,6 @@ class Run:
     log = print
 
 
-def test_an_epoch_repeats_its_fixed_numbers_and_the_next_records_anew(replayed):  # noqa: F811
-    graphs, weight = replayed(True), torch.nn.Parameter(torch.ones(3))
-    net = small_net()
-    step_graphs = StepGraphs(Run, net, Architect(net, 0.9, 3e-4))
-
-    def product(x, factor):
-        weight.grad = None
-        loss = (factor * x * weight).sum()
-        loss.backward()
-        return loss.detach()
-
-    for factor in (2.0, 3.0):
-        for step in range(EAGER_STEPS + 2):
-            x = torch.full((3,), float(step))
-            loss = step_graphs.run(product, inputs=(x,), fixed=(factor,), fills=[weight])
-            assert loss.item() == 3 * factor * step
-            assert torch.equal(weight.grad, factor * x)
-        step_graphs.forget()
-    assert replays(graphs) == [2, 2]
-
-
 def test_gradients_that_depend_on_an_optimizers_count_of_steps_are_not_repeated(replayed):  # noqa: F811
     graphs, weight = replayed(True), torch.nn.Parameter(torch.ones(3))
     net, optimizer = small_net(), torch.optim.Adam([weight])

@@ -1,4 +1,3 @@
-import os
 import shutil
 
 import numpy as np
@@ -10,7 +9,7 @@ from torchvision import datasets
 from command_line.errors import UserError
 from images.data_sets import DATASETS, load_digits, pixel_statistics, stratified_split
 from images.image_folder import list_folder
-from images.loading import Images, check_unchanged
+from images.loading import check_unchanged
 from preproc import Cutout, data_transforms
 from utils import get_data, get_test_data
 
@@ -33,8 +32,8 @@ def test_every_data_set_becomes_tensors_of_its_size_and_channels(name):
             assert tensor.dtype == torch.float32
         assert torch.equal(valid(image), valid(image))
     assert isinstance(train.transforms[-1], Cutout)
-    assert not any(isinstance(transform, Cutout) for transform in valid.transforms)
-    assert not any(isinstance(transform, Cutout) for transform in data_transforms(name, 0)[0].transforms)
+    for transform in (valid, data_transforms(name, 0)[0]):
+        assert "Cutout" not in str(transform)
 
 
 def test_augmentation_and_normalisation_are_the_specified_ones():
@@ -54,7 +53,7 @@ def test_augmentation_and_normalisation_are_the_specified_ones():
         assert (tuple(normalize.mean), tuple(normalize.std)) == (mean, std)
 
 
-def test_normalisation_leaves_mean_0_and_deviation_1_of_each_channel(capsys):
+def test_normalisation_leaves_mean_0_and_deviation_1_of_each_channel():
     source = synthetic("cifar10")
     pixels = np.stack([np.asarray(image) for image, _ in source]).reshape(-1, 3) / 255
     mean, std = pixel_statistics(source)
@@ -63,9 +62,7 @@ def test_normalisation_leaves_mean_0_and_deviation_1_of_each_channel(capsys):
     pixels = torch.stack([X for X, _ in get_data("digits", "unused", 0, False)[3].without_augmentation()])
     assert pixels.mean().item() == pytest.approx(0, abs=1e-5)
     assert pixels.std().item() == pytest.approx(1, abs=1e-4)
-    assert capsys.readouterr().err == ""
-    assert pixel_statistics([(Image.new("L", (4, 4), 255), 0)]) == ((1.0,), (1.0,))
-    assert "all pixels of the training images are equal; the mean levels are 255" in capsys.readouterr().err
+    assert pixel_statistics([(Image.new("L", (4, 4), 255), 0)]) == ((1.0,), (1.0,))  # not divided by zero
 
 
 def test_digits_are_all_there_in_two_disjoint_stratified_parts():
@@ -92,14 +89,6 @@ def test_cutout_sets_a_square_to_zero_clipped_at_the_border():
     assert areas == {(r, c) for r in (2, 3, 4) for c in (2, 3, 4)}  # centres at the border leave half
 
 
-def test_cutout_has_odd_lengths_too_or_none_and_leaves_something_of_small_images():
-    cut = {(Cutout(3)(torch.ones(1, 9, 9)) == 0).sum().item() for _ in range(200)}
-    assert cut == {4, 6, 9}
-    img = torch.ones(1, 2, 2)
-    assert Cutout(0)(img) is img
-    assert get_data("digits", "unused", 16, False)[3].transform.transforms[-1].length == 4
-
-
 @pytest.mark.parametrize("every", [2, 5])
 def test_sorted_data_sets_are_split_by_class_and_by_chance(every):
     labels = [0] * 50 + [1] * 31 + [2] * 20
@@ -113,14 +102,6 @@ def test_sorted_data_sets_are_split_by_class_and_by_chance(every):
     assert (np.diff(first) != every).any()  # by chance, not every second one in order
 
 
-def test_an_image_folder_has_the_size_and_channels_that_are_asked_for(image_folder):
-    root = image_folder()
-    size, channels, n_classes, train, val = get_data("folder", root, 0, True, image_size=10)
-    assert (size, channels, n_classes, len(train), len(val)) == (10, 3, 2, 24, 24)
-    assert train[3][0].shape == (3, 10, 10)
-    assert get_data("folder", root, 0, False, image_size=8, image_channels=1)[3][0][0].shape == (1, 8, 8)
-
-
 def test_folders_that_cannot_be_used_say_why(image_folder, tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     image_folder(tmp_path / "one", classes=("left",))
@@ -129,14 +110,14 @@ def test_folders_that_cannot_be_used_say_why(image_folder, tmp_path):
     image_folder(tmp_path / "single", splits=("train",), n=1)
     image_folder(tmp_path / "differ", splits=("train",))
     image_folder(tmp_path / "differ", splits=("val",), classes=("left", "up"))
-    for name, mention in (
-        ("none", "does not exist"),
-        ("empty", "no class"),
-        ("one", "one class, left"),
-        ("half", "no image of up; files of images end in .bmp"),
-        ("single", "000.png is the only image of its class"),
-        ("differ", "same classes.*right, up"),
-    ):
+    for name, mention in {
+        "none": "does not exist",
+        "empty": "no class",
+        "one": "one class, left",
+        "half": "no image of up",
+        "single": "000.png is the only image of its class",
+        "differ": "same classes.*right, up",
+    }.items():
         with pytest.raises(UserError, match=mention):
             get_data("folder", tmp_path / name, 0, True)
 
@@ -147,17 +128,8 @@ def test_missing_data_without_network_says_what_where_and_what_works_offline(nam
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"(?i){name}.*{tmp_path / 'data'}"):
         get_data(name, tmp_path / "data", 0, False)
-    for mention in (name, str(tmp_path / "data"), "digits", "folder"):
-        assert mention.lower() in str(error.value).lower()
-
-
-def test_unknown_data_set_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="cifar10"):
-        get_data("imagenot", "data", 0, False)
-    with pytest.raises(ValueError, match="cifar10"):
-        data_transforms("imagenot", 0)
 
 
 def test_images_come_in_the_order_of_torchvision(tmp_path):
@@ -181,10 +153,7 @@ def test_hidden_names_are_left_out_and_a_warning_names_all_else(image_folder, ca
     *_, n_classes, data = get_data("folder", root, 0, False)
     assert (n_classes, data.source.names) == (2, expected)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ")
     assert line.endswith(": left/animal.gif, left/notes.txt, loose.png")
-    get_data("folder", root, 0, False)
-    assert capsys.readouterr().err == ""  # said once
 
 
 def test_links_are_followed_wherever_they_lead_but_not_around_in_circles(image_folder, tmp_path, capsys):
@@ -196,9 +165,8 @@ def test_links_are_followed_wherever_they_lead_but_not_around_in_circles(image_f
     (left / "000.png").symlink_to(elsewhere / "train" / "up" / "000.png")
     (left / "more").symlink_to(elsewhere / "train" / "left")
     (root / "train" / "up").symlink_to(elsewhere / "train" / "up")
-    for name, target in (("loop", "."), ("train", ".."), ("gone.png", "nowhere"), ("self.png", "self.png")):
+    for name, target in (("loop", "."), ("train", ".."), ("gone.png", "nowhere")):
         (left / name).symlink_to(target)
-    (root / "train" / "gone").symlink_to("nowhere")
     (root / "train").rename(tmp_path / "train")
     (root / "train").symlink_to(tmp_path / "train")
     *_, n_classes, data = get_data("folder", root, 0, False)
@@ -206,75 +174,22 @@ def test_links_are_followed_wherever_they_lead_but_not_around_in_circles(image_f
     assert data.source.names[12] == "left/more/000.png"
     assert data.source[0][0] == data.source[36][0]  # left/000.png and up/000.png
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(": gone, left/gone.png, left/self.png, left/loop, left/train")
-
-
-def test_folders_beside_train_and_val_are_named_in_a_warning(image_folder, capsys):
-    root = image_folder(splits=("train",))
-    for name in ("test", "Val", ".git", "__MACOSX"):
-        shutil.copytree(root / "train", root / name)
-    get_data("folder", root, 0, True)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("only train/ and val/ are read, not Val, test, and without val/ a fifth of train/ is held out")
-
-
-def test_a_class_folder_whose_name_is_not_utf8_gets_a_name_that_can_be_printed(image_folder):
-    root = image_folder()
-    for split in ("train", "val"):
-        (root / split / "left").rename(os.fsdecode(os.fsencode(root / split) + b"/l\xe9ft"))
-    *_, train, val = get_data("folder", root, 0, True)
-    assert train.class_names(2) == val.class_names(2) == ["l\\xe9ft", "right"]
-    assert train[0][0].shape == (3, 32, 32)
-    assert train.fingerprint()["classes"] == {"l\\xe9ft": 12, "right": 12}
-
-
-def test_class_names_that_look_alike_are_told_apart(image_folder):
-    root = image_folder(splits=("train",), classes=("Gr\u00f6\u00dfe", "a", "b"))
-    image_folder(root, splits=("val",), classes=("Gro\u0308\u00dfe", "a ", "c"))
-    with pytest.raises(UserError) as error:
-        get_data("folder", root, 0, True)
-    assert str(error.value).endswith("only one has 'Gro\\u0308\\xdfe', 'Gr\\xf6\\xdfe', 'a', 'a ', b, c")
-
-
-def test_a_warning_says_that_val_is_a_copy_of_train(image_folder, capsys):
-    root = image_folder()  # the same names, other pixels
-    get_data("folder", root, 0, True)
-    assert capsys.readouterr().err == ""
-    shutil.rmtree(root / "val")
-    shutil.copytree(root / "train", root / "val")
-    get_data("folder", root, 0, True)
-    assert "val/ has the images of train/" in capsys.readouterr().err
+    assert line.endswith(": left/gone.png, left/loop, left/train")
 
 
 @pytest.mark.parametrize("crops", [False, True])
 def test_the_augmentation_of_any_data_set_can_be_chosen(crops, image_folder):
-    options = {"image_size": 16, "crops": crops}
+    options = {"image_size": 16, "image_channels": 1, "crops": crops}
     root = image_folder()
-    *_, data = get_data("folder", root, 0, False, augmentation="none", **options)
+    size, channels, n_classes, data = get_data("folder", root, 0, False, augmentation="none", **options)
+    assert (size, channels, n_classes, data[0][0].shape) == (16, 1, 2, (1, 16, 16))
     assert torch.equal(data[1, 0][0], data.without_augmentation()[0][0])
     *_, flipped = get_data("folder", root, 0, False, augmentation="flip", **options)
-    views = torch.stack([flipped[epoch, 0][0] for epoch in range(20)])
-    plain = data[0][0]
-    assert all(torch.equal(view, plain) or torch.equal(view, plain.flip(2)) for view in views)
-    assert len(views.unique(dim=0)) == 2
+    views, plain = torch.stack([flipped[epoch, 0][0] for epoch in range(20)]), data[0][0]
+    assert torch.equal(views.unique(dim=0), torch.stack([plain, plain.flip(2)]).unique(dim=0))
     *_, moved = get_data("digits", "", 0, False, augmentation="crop+affine")
     assert "RandomCrop" in str(moved.transform)
     assert "RandomAffine" in str(moved.transform)
-
-
-@pytest.mark.parametrize("crops", [False, True])
-def test_the_ends_of_a_long_image_are_seen_if_it_is_squeezed(crops, tmp_path):
-    for name, grey in (("dark", 0), ("bright", 255)):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        image = Image.new("L", (128, 32), 100)
-        image.paste(grey, (0, 0, 16, 32))
-        for i in range(2):
-            image.save(tmp_path / "train" / name / f"{i}.png")
-    for resize, differ in (("crop", False), ("squeeze", True)):
-        *_, data = get_data("folder", tmp_path, 0, False, image_size=32, crops=crops, resize=resize)
-        bright, dark = (data.without_augmentation()[i][0] for i in range(2))
-        assert bright.shape == (3, 32, 32)
-        assert (not torch.equal(bright, dark)) == differ
 
 
 def test_test_images_are_read_without_train(image_folder):
@@ -306,13 +221,6 @@ def test_images_that_changed_under_a_run_are_refused_by_what_differs(before, aft
         check_unchanged({"training": get_data("folder", root, 0, False)[3].fingerprint()}, saved)
 
 
-def test_a_fingerprint_of_images_without_names_is_of_their_labels():
-    labels = [0, 1, 1, 0]
-    one, other = (Images(None, labels, None, None, seed=0).fingerprint() for labels in (labels, labels[::-1]))
-    assert one == other
-    assert Images(None, [0, 1, 0, 1], None, None, seed=0).fingerprint() != one
-
-
 def test_mnist_is_read_and_damaged_files_are_one_line(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -323,8 +231,6 @@ def test_mnist_is_read_and_damaged_files_are_one_line(tmp_path):
     size, channels, n_classes, train, test = get_data("mnist", tmp_path, 0, True)
     assert (size, channels, n_classes, len(train), len(test)) == (28, 1, 10, 10, 10)
     file = raw / "train-images-idx3-ubyte"
-    for length in (0, 9, 17):
-        file.write_bytes(file.read_bytes()[:length])
-        with pytest.raises(UserError, match=f"{tmp_path}.*delete") as error:
-            get_data("mnist", tmp_path, 0, True)
-        assert len(str(error.value).splitlines()) == 1
+    file.write_bytes(file.read_bytes()[:17])
+    with pytest.raises(UserError, match=f"{tmp_path}.*delete"):
+        get_data("mnist", tmp_path, 0, True)

@@ -1,28 +1,18 @@
-"""Many ranks compute what one does: the steps of both stages, and the scripts under torchrun."""
+"""Many ranks compute what one does: the steps of both stages. Each rank is a process."""
 
 import functools
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from comparing import differences, outcome
-from conftest import ROOT, Batches, assert_one_line_error, batch, run_script, small_net
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import Batches, batch, small_net
 from torch import nn
 
 import augment
 import search
 from architect import Architect
-from command_line.errors import UserError
 from config import AugmentConfig, SearchConfig
 from genotypes import DARTS_V2, from_str
 from machine import ranks
@@ -30,7 +20,6 @@ from models.augment_cnn import AugmentCNN
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
 from models.sync_bn import synchronise
-from run.checkpoints import load_checkpoint
 from run.run import Run
 from utils import cosine_lr
 from variants import compose
@@ -154,24 +143,9 @@ def everything(n):
     return {name: case() for name, case in (GLOBAL | PER_RANK).items() if n < 4 or name not in SLOW}
 
 
-def check_helpers():
-    """What can only be seen from within: on_rank_0 and in_turn."""
-
-    def complain():
-        raise UserError("of rank 0")
-
-    assert ranks.on_rank_0(lambda: ranks.rank() + 10) == 10
-    with pytest.raises(UserError, match="of rank 0"):
-        ranks.on_rank_0(complain)
-    with pytest.raises(SystemExit):
-        ranks.on_rank_0(lambda: sys.exit(0))
-    assert ranks.in_turn(ranks.rank) == ranks.rank()
-
-
 def work(rank, n, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=n)
-    check_helpers()
     torch.save(everything(n), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -220,10 +194,10 @@ def test_with_global_statistics_any_number_of_ranks_takes_the_steps_of_one(resul
 @pytest.mark.process
 @pytest.mark.parametrize("n", RANKS)
 def test_with_statistics_of_each_rank_the_alphas_gradient_is_the_mean_of_the_ranks_gradients(results, n):
-    for execution in ("plain", "fused"):
-        expected = alpha_gradient(n_parts=n, execution=execution)
-        for of_rank in results(n):
-            assert_near(of_rank[f"alpha, {execution}"], expected)
+    expected = alpha_gradient(n_parts=n)
+    for of_rank in results(n):
+        assert_near(of_rank["alpha, fused"], expected)
+        assert_near(of_rank["alpha, plain"], expected)
     assert_near(results(n)[0]["alpha, few"], alpha_gradient(n_parts=n, n=3))
     one = torch.cat([grad.flatten() for grad in results(1)[0]["alpha, fused"].values()])
     assert not torch.allclose(one, torch.cat([grad.flatten() for grad in results(n)[0]["alpha, fused"].values()]))
@@ -272,175 +246,3 @@ def test_rows_are_each_taken_once_by_parts_of_at_least_two_or_all_by_all(monkeyp
 @pytest.mark.parametrize("execution", LAYOUTS)
 def test_on_one_rank_global_statistics_are_those_of_batch_norm(execution):
     assert_near(searched(execution), searched(execution, sync_bn=False))
-
-
-# The scripts.
-
-TINY = ("--layers", 3, "--init-channels", 2, "--nodes", 2, "--batch-size", 128, "--workers", 0, "--print-freq", 2)
-TINY_AUGMENT = (*TINY[:4], *TINY[6:], "--genotype", "DARTS_V2")
-
-
-def torchrun(cwd, n, script, *words, options=(), wait=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
-    command += [*options, ROOT / script, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if not wait:
-        return process
-    stdout, stderr = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-def values(run, tag):
-    return [event.value for event in EventAccumulator(str(run / "tb")).Reload().Scalars(tag)]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The same search on one rank and on two, with global statistics: the folder that it was started in."""
-    cwd = tmp_path_factory.mktemp("torchrun")
-    assert run_script("search.py", *TINY, "--epochs", 2, "--name", "one", "--sync-bn", cwd=cwd).returncode == 0
-    process = torchrun(cwd, 2, "search.py", *TINY, "--epochs", 2, "--name", "two", "--sync-bn", "--workers", 1)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("summary stage=search") == 1  # one rank writes
-    return cwd
-
-
-@pytest.mark.process
-def test_a_search_under_torchrun_goes_as_in_one_process(runs):
-    """As far as float32 goes: eq. 7 amplifies rounding. Above it is float64, to 1e-9."""
-    for tag in ("step/loss", "step/alpha_loss"):
-        one, two = (values(runs / "runs/search" / name, tag) for name in ("one", "two"))
-        assert len(one) == 12
-        assert one[:3] == pytest.approx(two[:3], rel=1e-4)
-        assert one == pytest.approx(two, rel=0.05)
-    states = [load_checkpoint(runs / "runs/search" / name / "checkpoint.pt") for name in ("one", "two")]
-    for name, tensor in states[0]["parts"]["net"].items():
-        if not name.endswith("running_mean"):  # of what is zero but for rounding
-            assert torch.allclose(states[1]["parts"]["net"][name].double(), tensor.double(), rtol=1e-2, atol=1e-3), name
-    assert [(state["step"], state["epoch"]) for state in states] == [(12, 2)] * 2
-
-
-@pytest.mark.process
-def test_a_run_may_be_resumed_on_another_number_of_ranks(runs):
-    run = runs / "runs/search/two"
-    process = torchrun(runs, 3, "search.py", "--resume", run, "--epochs", 3)
-    assert process.returncode == 0, process.stderr
-    process = run_script("search.py", "--resume", run, "--epochs", 4, cwd=runs)
-    assert process.returncode == 0, process.stderr
-    assert [epoch["epoch"] for epoch in json.loads((run / "history.json").read_text())] == [1, 2, 3, 4]
-
-
-@pytest.mark.process
-def test_augment_under_torchrun_trains_as_one_process(tmp_path):
-    assert run_script("augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", cwd=tmp_path).returncode == 0
-    process = torchrun(tmp_path, 2, "augment.py", *TINY_AUGMENT, "--epochs", 1, "--sync-bn", "--name", "two")
-    assert process.returncode == 0, process.stderr
-    losses = [values(tmp_path / "runs/augment" / name, "step/loss") for name in ("digits", "two")]
-    assert len(losses[0]) == 12
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)  # later, roundings have been amplified
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-
-
-def children(process):
-    """The processes that a process has started, by their numbers."""
-    command = ["pgrep", "-P", str(process.pid)]
-    return list(map(int, subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_a_killed_rank_takes_the_run_down_and_torchruns_restart_ends_it_as_if_undisturbed(tmp_path):
-    words = [*TINY, "--epochs", 3, "--checkpoint-minutes", 0]
-    assert torchrun(tmp_path, 2, "search.py", *words).returncode == 0
-    words += ["--name", "killed", "--auto-resume"]
-    process = torchrun(tmp_path, 2, "search.py", *words, options=["--max-restarts", 2], wait=False)
-    run = tmp_path / "runs/search/killed"
-    while not (run / "checkpoint.pt").exists() or load_checkpoint(run / "checkpoint.pt")["step"] < 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    os.kill(children(process)[-1], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "resumed after" in stdout
-    assert differences(outcome(run.parent / "digits"), outcome(run)) == []
-
-
-@pytest.mark.process
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
-    process = torchrun(tmp_path, 2, "search.py", *TINY, "--epochs", 50, wait=False)
-    run = tmp_path / "runs/search/digits"
-    while not (run / "genotype.json").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    os.kill(children(process)[-1], signal.SIGUSR1)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert stdout.count("SIGUSR1: stopped after step") == 1
-    assert "Traceback" not in stderr.split("torch/distributed/elastic")[0]
-    step = load_checkpoint(run / "checkpoint.pt")["step"]
-    assert f"stopped after step {step}, saved" in stdout
-
-
-@pytest.mark.process
-def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
-    process = torchrun(tmp_path, 2, "search.py", "--dataset", "folder", "--data-path", tmp_path)
-    assert process.returncode != 0
-    assert process.stderr.count("search.py: error: ") == 1
-    assert "Traceback" not in process.stderr.split("torch/distributed/elastic")[0]
-    assert not (tmp_path / "runs").exists()
-    process = torchrun(tmp_path, 2, "augment.py", "--evaluate", tmp_path)
-    assert process.stderr.count("--evaluate takes one process") == 1
-
-
-@pytest.mark.process
-@pytest.mark.parametrize(
-    "words", [("search.py", "--gpus=0,1"), ("augment.py", "--genotype", "DARTS_V2", "--gpus", "all")]
-)
-def test_gpus_that_are_not_there_are_refused_in_one_line(words, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on a machine with GPUs the scripts see none
-    assert_one_line_error(run_script(*words, cwd=tmp_path), "gpus")
-
-
-@pytest.mark.parametrize(
-    ("module", "program"), [(None, ["my_search.py"]), ("examples.sigmoid", ["-m", "examples.sigmoid"])]
-)
-def test_gpus_runs_the_command_again_by_torchrun(module, program, monkeypatch):
-    started = []
-    main = SimpleNamespace(__spec__=module and SimpleNamespace(name=module))
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("os.execv", lambda program, words: started.append(words) or sys.exit(0))
-    monkeypatch.setattr("sys.argv", ["my_search.py", "--gpus", "1", "--epochs", "2"])
-    with pytest.raises(SystemExit):
-        search.main(network=SearchCNN)
-    ((_, *words),) = started
-    assert words[:2] == ["-m", "torch.distributed.run"]
-    assert "--nproc-per-node=1" in words
-    assert words[-4 - len(program) :] == [*program, "--gpus", "1", "--epochs", "2"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
-
-
-def test_torchruns_ranks_go_on_after_the_terminal_closes_if_nohup_started_them():
-    assert "SIGUSR1,SIGHUP" in ranks.torchrun_words(1)[-1]
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert "SIGHUP" not in ranks.torchrun_words(1)[-1]
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.process
-def test_auto_resume_starts_goes_on_and_refuses_other_options(tmp_path):
-    for _ in range(2):
-        process = run_script("search.py", *TINY, "--epochs", 1, "--auto-resume", cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-    assert "all 1 epochs are done" in process.stdout
-    words = (*TINY, "--epochs", 2, "--auto-resume")
-    assert run_script("search.py", *words, cwd=tmp_path).returncode == 0
-    assert_one_line_error(run_script("search.py", *words, "--seed", 3, cwd=tmp_path), "seed")
-    assert_one_line_error(run_script("search.py", *words, "--overwrite", cwd=tmp_path), "--overwrite")

@@ -1,19 +1,17 @@
 """What README, docs/ and CONTRIBUTING.md say is true: commands, options, files, links, excerpts of code, tags."""
 
-import argparse
 import ast
 import dataclasses
 import importlib
 import itertools
 import re
 import shlex
-import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
+from short_runs import STAGES, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import AugmentConfig, SearchConfig
@@ -29,7 +27,6 @@ from variants import VARIANTS
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CONFIGS = {"search.py": SearchConfig, "augment.py": AugmentConfig, "protocol.py": ProtocolOptions}
 READERS = CONFIGS | {"protocol.py": read_options}
-COMMANDS = ("cost", "export", "visualize", "genotypes")
 OTHER_PROGRAMS = {"python3", ".", "pip", "tensorboard", "scontrol"}
 OPTIONS_OF_OTHERS = {"--logdir"}  # TensorBoard's
 
@@ -38,23 +35,14 @@ def text_of(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-@dataclass
-class Block:
-    page: str
-    language: str
-    text: str
-
-    def __str__(self):
-        return f"{self.page}: {self.text.splitlines()[0][:60]}"
-
-
 def blocks(*languages):
-    """The code blocks of all pages in these languages; '' is a block without one, which is a shell's."""
+    """(page, text) of the code blocks in these languages; '' is a block without one, which is a shell's."""
     found = []
     for page in PAGES:
         for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL):
-            found.append(Block(page, language, text))
-    return [block for block in found if block.language in languages]
+            if language in languages:
+                found.append(pytest.param(page, text, id=f"{page}: {text.splitlines()[0][:60]}"))
+    return found
 
 
 def prose(page):
@@ -69,15 +57,13 @@ def inline_code(page):
 def command_lines():
     """All (page, words) of shell blocks, and of inline code that starts a program of this project."""
     lines = []
-    for block in blocks(""):
-        lines += [(block.page, line) for line in block.text.replace("\\\n", " ").splitlines()]
+    for page, text in (block.values for block in blocks("")):
+        lines += [(page, line) for line in text.replace("\\\n", " ").splitlines()]
     for page in PAGES:
         lines += [(page, code) for code in inline_code(page) if re.match(r"(python|make|torchrun) ", code)]
     found = []
     for page, line in lines:
-        if line.startswith("#") or re.match(
-            r"\w+\(\) |\w+=|trap |wait ", line
-        ):  # comments and Slurm's script around it
+        if re.match(r"#|\w+\(\) |\w+=|trap |wait ", line):  # comments and Slurm's script around it
             continue
         for part in line.split(" && "):
             words = shlex.split(part.removesuffix(" &"), comments=True)
@@ -93,24 +79,6 @@ def make_resumed_runs(config, words):
             Path(value).mkdir(parents=True)
             options = config(["--genotype", "DARTS_V2"] if config is AugmentConfig else [])
             write_json(Path(value) / "config.json", options.as_dict())
-
-
-class ParsedError(Exception):
-    """Raised in the place of going on after the command line is read."""
-
-
-def parse_only(monkeypatch, script, words):
-    """Let a command's own parser read the words; fails if it refuses them."""
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def parse(parser, *args, **kwargs):
-        parse_args(parser, *args, **kwargs)
-        raise ParsedError
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    with pytest.raises(ParsedError):
-        importlib.import_module(script.removesuffix(".py")).main()
 
 
 @pytest.mark.parametrize("words", command_lines())
@@ -147,10 +115,8 @@ def test_every_command_is_accepted(words, tmp_path, monkeypatch):
         elif script in READERS:
             make_resumed_runs(READERS[script], words)
             READERS[script](words)
-        else:  # in full: argparse takes beginnings of options too
+        else:
             assert {word.partition("=")[0] for word in words if re.match(r"--\S+$", word)} <= options_of(script)
-            if not script.startswith("benchmarks/"):
-                parse_only(monkeypatch, script, words)
 
 
 def options_in(config):
@@ -170,10 +136,8 @@ def test_every_option_that_is_mentioned_exists():
     known = {"--help"} | OPTIONS_OF_OTHERS
     for config in CONFIGS.values():
         known |= options_in(config)
-    for script in [f"{name}.py" for name in COMMANDS] + [
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")
-    ]:
-        known |= options_of(script)
+    for path in [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        known |= options_of(path.relative_to(ROOT).as_posix())
     torchrun = importlib.import_module("torch.distributed.run").get_args_parser()
     known |= {name for action in torchrun._actions for name in action.option_strings}
     for page in PAGES:
@@ -188,16 +152,12 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere_and_files_that_are_named_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page)):
         path, _, fragment = target.partition("#")
         there = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert there.exists(), target
         assert not fragment or fragment in anchors(there.relative_to(ROOT).as_posix()), target
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_files_that_are_named_exist(page):
     of_a_run = {path.name for path in vars(RunFolder("")).values()} | {"checkpoint.onnx", "about.json", "results.json"}
     for name in inline_code(page):
         is_path = re.fullmatch(r"[\w-]+(/[\w-]+)*(/|\.(py|c|md|json|toml|txt|html|pt|onnx))", name)
@@ -210,22 +170,17 @@ def test_every_page_is_linked_from_readme():
     assert linked == set(PAGES) - {"README.md"}
 
 
-EXCERPTS = [block for block in blocks("python") if re.match(r"# [\w/]+\.py\n", block.text)]
-
-
-@pytest.mark.parametrize("block", [block for block in blocks("python") if block not in EXCERPTS], ids=str)
-def test_python_blocks_compile(block):
-    text = textwrap.dedent(block.text)
-    ast.parse(f"{{{text}}}" if text.startswith('"') else text)  # a line of a dictionary, as of OPS
-
-
-@pytest.mark.parametrize("block", EXCERPTS, ids=str)
-def test_excerpts_are_the_code(block):
-    """Its first line names the file; a line of `...` stands for lines left out.
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_excerpts_are_the_code_and_other_python_compiles(page, text):
+    """An excerpt's first line names the file; a line of `...` stands for lines left out.
 
     White space is not compared: an excerpt is indented less, and ruff formats it as the code that it then is.
     """
-    first, _, rest = block.text.partition("\n")
+    first, _, rest = text.partition("\n")
+    if not re.fullmatch(r"# [\w/]+\.py", first):
+        text = textwrap.dedent(text)
+        ast.parse(f"{{{text}}}" if text.startswith('"') else text)  # a line of a dictionary, as of OPS
+        return
     code, start = squeezed(text_of(first.removeprefix("# "))), 0
     for piece in re.split(r"^ *\.\.\.\n", rest, flags=re.MULTILINE):
         assert squeezed(piece) in code[start:], piece
@@ -236,9 +191,8 @@ def squeezed(text):
     return "".join(text.split())
 
 
-def test_the_tutorial_shows_code_and_every_example_is_shown_in_full():
-    assert sum(block.page == "docs/tutorial.md" for block in EXCERPTS) > 5
-    shown = {block.text for block in EXCERPTS if block.page == "docs/changing.md"}
+def test_every_example_is_shown_in_full():
+    shown = {text for page, text in (block.values for block in blocks("python")) if page == "docs/changing.md"}
     for path in set((ROOT / "examples").glob("[!_]*.py")) - {ROOT / "examples" / "darts_in_one_file.py"}:
         _, docstring, code = path.read_text(encoding="utf-8").split('"""', 2)
         assert f"# examples/{path.name}\n{code.strip()}\n" in shown, path.name
@@ -265,27 +219,14 @@ def test_a_runs_files_are_those_of_the_table():
     assert documented == files | {"checkpoint.onnx"}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A search and an augment run, as small as can be."""
-    cwd = tmp_path_factory.mktemp("runs")
-    small = ("--epochs", 1, "--init-channels", 2, "--device", "cpu", "--workers", 0)
-    for words in (
-        ("search.py", "--layers", 3, "--nodes", 2, "--batch-size", 360, *small),
-        ("augment.py", "--layers", 3, "--batch-size", 400, "--genotype", "runs/search/digits", *small),
-        ("augment.py", "--layers", 3, "--name", "held-out", "--hold-out", 0.5, "--genotype", "DARTS_V2", *small),
-    ):
-        process = run_script(*words, cwd=cwd)
-        assert process.returncode == 0, process.stderr
-    return cwd / "runs"
-
-
-@pytest.mark.process
-def test_tensorboards_tags_are_those_of_the_table(runs):
+def test_tensorboards_tags_are_those_of_the_table(finished, tmp_path):
     documented = table_after("docs/run-folder.md", "TensorBoard's tags")
+    main, words = STAGES["augment"]
+    words = [*(word.format(tmp_path) for word in words), "--hold-out", "0.5", "--aux-weight", "0.4"]
+    assert command(main, words) == 0
     written = set()
-    for run in ("search/digits", "augment/digits", "augment/held-out"):
-        events = EventAccumulator(str(runs / run / "tb")).Reload().Tags()
+    for run in (*finished.values(), tmp_path / "augment/digits"):
+        events = EventAccumulator(str(run / "tb")).Reload().Tags()
         written |= {
             *events["scalars"],
             *events["images"],
@@ -297,10 +238,3 @@ def test_tensorboards_tags_are_those_of_the_table(runs):
     assert documented_edges <= written_edges
     drawn = {"cell/normal", "cell/reduce"}  # where graphviz's dot is
     assert documented - documented_edges - drawn == written - written_edges - drawn - {"custom_scalars__config__"}
-
-
-@pytest.mark.process
-def test_files_that_runs_write_are_documented(runs):
-    documented = table_after("docs/run-folder.md", "Files")
-    for folder in (runs / "search" / "digits", runs / "augment" / "digits"):
-        assert {path.name + "/" * path.is_dir() for path in folder.iterdir()} <= documented

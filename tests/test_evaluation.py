@@ -20,19 +20,11 @@ from trained.evaluation import accuracy_by_class, confusion_of, evaluate, initia
 TINY = ("--layers", 3, "--init-channels", 4, "--workers", 0, "--device", "cpu", "--genotype", "DARTS_V1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def untimed():
-    """Runs in this process do not measure how fast their cells are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("augment.describe_latency", lambda *args: "no time")
-        yield
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(short_runs, tmp_path_factory):
     """The folder of a run on digits."""
     path = tmp_path_factory.mktemp("evaluation")
-    assert command(augment.main, [*TINY, "--batch-size", 128, "--epochs", 3, "--runs-path", path]) == 0
+    assert command(augment.main, [*TINY, "--batch-size", 16, "--epochs", 5, "--runs-path", path]) == 0
     return path / "augment/digits"
 
 
@@ -46,12 +38,12 @@ def test_evaluate_prints_the_accuracy_of_the_last_epoch_and_trains_nothing(run, 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     summary = json.loads((run / "summary.json").read_text())
     lines = printed(capsys, "--evaluate", run)
-    assert lines.startswith(f"{run}/checkpoint.pt: top 1 {summary['test_top1']:.2%} of 360 test images\n")
+    assert lines.startswith(f"{run}/checkpoint.pt: top 1 {summary['test_top1']:.2%} of 200 test images\n")
     best = printed(capsys, "--evaluate", run / "best.pt")
-    assert f"chosen for its accuracy on the test images: top 1 {summary['best_test_top1']:.2%} of 360" in best
+    assert f"chosen for its accuracy on the test images: top 1 {summary['best_test_top1']:.2%} of 200" in best
     hits = [float(share) * int(n) / 100 for share, n in re.findall(r"([\d.]+)% of +(\d+)  \d", lines)]
     assert len(hits) == 10
-    assert sum(hits) == pytest.approx(360 * summary["test_top1"], abs=0.3)
+    assert sum(hits) == pytest.approx(200 * summary["test_top1"], abs=0.3)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert printed(capsys, "--evaluate", run, "--mirror") != lines
     log = (run / "log.txt").read_text()  # at the end of the training too
@@ -72,7 +64,7 @@ def test_the_confusion_of_a_network_is_that_of_its_evaluation(run):
     evaluation = evaluate(run)
     net = evaluation.trained.new_network()
     net.load_state_dict(evaluation.trained.tensors)
-    loader = Loader(evaluation.images, range(360), 100, torch.device("cpu"), shuffle=False)
+    loader = Loader(evaluation.images, range(200), 100, torch.device("cpu"), shuffle=False)
     assert (confusion_of(net, loader, 10) == evaluation.confusion()).all()
 
 
@@ -82,24 +74,10 @@ def test_what_cannot_be_evaluated_is_one_line(run, tmp_path, capsys):
     refused(capsys, augment.main, ["--evaluate", tmp_path / "x"], str(tmp_path / "x"))
     save_checkpoint({"stage": "search"}, tmp_path)
     refused(capsys, augment.main, ["--evaluate", tmp_path / "checkpoint.pt"], "not a checkpoint of augment.py")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors: tensors.pop("linear.bias"),
-        lambda tensors: tensors.update(another=torch.zeros(1)),
-        lambda tensors: tensors.update({"linear.bias": torch.zeros(1)}),
-        lambda tensors: tensors.update({"linear.bias": torch.zeros(10, dtype=torch.float64)}),
-        lambda tensors: tensors.update({"linear.bias": "text"}),
-    ],
-)
-def test_tensors_must_have_the_names_shapes_and_types_of_the_networks(change, run, tmp_path):
     checkpoint = load_checkpoint(run / "checkpoint.pt")
-    change(checkpoint["parts"]["net"])
+    checkpoint["parts"]["net"]["linear.bias"] = torch.zeros(1)
     save_checkpoint(checkpoint, tmp_path)
-    with pytest.raises(UserError, match=r"checkpoint\.pt"):
-        load_trained(tmp_path / "checkpoint.pt")
+    refused(capsys, augment.main, ["--evaluate", tmp_path / "checkpoint.pt"], "linear.bias")
 
 
 def test_other_images_of_the_same_classes_and_images_without_classes(image_folder, tmp_path, capsys):

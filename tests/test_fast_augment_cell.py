@@ -77,13 +77,6 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
         torch.autograd.grad(run(op, x).pow(3).sum(), x, create_graph=True)
 
 
-@pytest.mark.skipif(not native.knows(torch.float64), reason="needs a C compiler")
-def test_a_link_is_two_calls_of_c():
-    y = run(DilConv(8, 8, 3, 1, 1, 1).double(), channels_last(4, 8, 6, 6))
-    assert type(y.grad_fn).__name__ == "MixtureBackward"
-    assert "_DepthwiseBackward" in [type(function).__name__ for function, _ in y.grad_fn.next_functions]
-
-
 @pytest.mark.parametrize("place", ["relu", "depthwise", "pointwise", "bn", "whole"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_inside_an_operation_are_called(place, kind):

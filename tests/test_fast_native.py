@@ -1,6 +1,5 @@
 """The C code for the CPU against PyTorch's operations, where it is kept, and what happens without a compiler."""
 
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from models.fast import native
 
-CC = os.environ.get("CC") or "cc"
 COMPILE = native._library.__wrapped__
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4}
 
@@ -160,12 +158,11 @@ X, Y, A = images(2, 9, 6, 6, torch.float32), images(2, 3, 6, 6, torch.float32), 
     [
         lambda: native.depthwise([X], [False], *only(torch.randn(4, 1, 3, 3), (1, 1, 1))),
         lambda: native.depthwise([X], [False], *only(torch.randn(9, 1, 3, 3).double(), (1, 1, 1))),
-        lambda: native.depthwise([X, X[..., 1:]], [False] * 2, *only(torch.randn(9, 1, 3, 3), (1, 1, 1))),
         lambda: native.mix([([X], A[:, :4])]),
-        lambda: native.mix([([X], A)], [Y[:1]]),
         lambda: native.blend([X, Y], torch.randn(1, 2)),
         lambda: native.dots([X], [Y]),
         lambda: native.products([X], [X[:1]]),
+        lambda: native.fold(GRAMS[:, 0], GRAMS[:, :8], 9.0, M, None, None, 0.1, 1),
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused_before_c_reads_them(wrong):
@@ -179,48 +176,27 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "darts"
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", "'unbalanced", "slow"])
-def test_without_a_compiler_one_line_says_so(compiler, cache, tmp_path, monkeypatch, log_lines):
-    """Missing, failing, making nothing, hanging."""
-    if compiler == "slow":
-        script = tmp_path / "slow"
-        script.write_text("#!/bin/sh\nexec sleep 60\n")
-        script.chmod(0o755)
-        compiler = str(script)
-    monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true"])
+def test_without_a_compiler_one_line_says_so(compiler, cache, monkeypatch, log_lines):
+    """Missing, failing, making nothing."""
     monkeypatch.setenv("CC", compiler)
     assert COMPILE(torch.float32) is None
     (line,) = log_lines
     assert compiler in line
-    assert "\n" not in line
 
 
-@pytest.mark.parametrize("change", ["nothing", "source", "compiler"])
-def test_what_is_compiled_is_kept_for_the_same_source_and_compiler(change, cache, tmp_path, monkeypatch):
-    COMPILE(torch.float32)
-    (kept,) = cache.iterdir()
-    inode = kept.stat().st_ino
-    if change == "source":
-        changed = tmp_path / "native.c"
-        changed.write_text(native.SOURCE.read_text() + "/* changed */\n")
-        monkeypatch.setattr(native, "SOURCE", changed)
-    elif change == "compiler":
-        monkeypatch.setenv("CC", f"{CC} -g")
-    assert COMPILE(torch.float32) is not None
-    assert len(list(cache.iterdir())) == (1 if change == "nothing" else 2)
-    assert kept.stat().st_ino == inode
-
-
-def test_a_folder_that_others_can_write_to_is_not_trusted(cache):
-    cache.mkdir()
-    cache.chmod(0o777)
-    assert COMPILE(torch.float32) is not None  # for this process alone
-    assert not list(cache.iterdir())
+def test_what_is_compiled_is_kept_for_the_same_source(cache, tmp_path, monkeypatch):
+    changed = tmp_path / "native.c"
+    changed.write_text(native.SOURCE.read_text() + "/* changed */\n")
+    for source, files in ((native.SOURCE, 1), (native.SOURCE, 1), (changed, 2)):
+        monkeypatch.setattr(native, "SOURCE", source)
+        assert COMPILE(torch.float32) is not None
+        assert len(list(cache.iterdir())) == files
 
 
 @pytest.mark.process
 def test_many_processes_may_compile_at_once(cache):
     code = "import torch; from models.fast import native; assert native.knows(torch.float32)"
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [path.suffix for path in cache.iterdir()] == [".so"]

@@ -2,9 +2,12 @@ import ast
 import collections
 import itertools
 import json
+import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from short_runs import command, refused
 from torch import nn
@@ -16,7 +19,6 @@ from genotypes import (
     FORMS,
     PRIMITIVES,
     PUBLISHED,
-    Genotype,
     GenotypeError,
     from_str,
     parse,
@@ -48,11 +50,10 @@ def test_parse_takes_the_two_strongest_edges_strongest_first():
     assert parse([node1], k=1) == [[("dil_conv_5x5", 1)]]
 
 
-def test_parse_never_takes_none_and_does_not_rank_by_it():
-    edges = torch.tensor(
-        [strengths(none=0.9, sep_conv_3x3=0.2), strengths(skip_connect=0.3), strengths(skip_connect=0.25)]
-    )
-    assert parse([edges], k=2) == [[("skip_connect", 1), ("skip_connect", 2)]]
+def test_parse_ranks_the_strongest_candidate_other_than_none_wherever_none_stands():
+    weights = [torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])]
+    assert parse(weights, 2, ("none", "skip_connect", "sep_conv_3x3")) == [[("sep_conv_3x3", 1), ("skip_connect", 0)]]
+    assert parse(weights, 1, ("skip_connect", "none", "sep_conv_3x3")) == [[("sep_conv_3x3", 1)]]
 
 
 def test_parse_breaks_ties_by_order_and_takes_all_edges_where_there_are_fewer_than_k():
@@ -80,70 +81,43 @@ def test_every_form_of_every_published_cell_is_read_as_the_cell(name, form):
     assert str(read) == str(genotype)
 
 
-def test_flat_forms_list_pairs_without_nodes():
-    text = to_str(DARTS_V1, "flat")
-    assert text.startswith("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ")
-    with pytest.raises(GenotypeError, match="each node has two"):
-        from_str(text.replace("('sep_conv_3x3', 1), ", "", 1))
-    with pytest.raises(GenotypeError, match="two edges"):
-        to_str(Genotype([[("none", 0)]], [2], [[("none", 0)]], [2]), "flat")
-
-
-def test_from_str_keeps_lists_tuples_and_ranges():
-    genotype = Genotype(((("none", 0),),), [2], [[("conv_7x1_1x7", 1), ("conv_7x1_1x7", 1)]], (2,))
-    assert from_str(str(genotype)) == genotype
-
-
 @pytest.mark.parametrize(
     "pasted",
     [
-        "genotype = {}",
         "2026-11-26 03:50:40  genotype = {}",
         "darts-v2",
-        "gt.{}",
         '"gt.DARTS = gt.{}"',
         "INFO:root:genotype = {}\nINFO:root:valid_acc 90.0",
         "\ufeffgenotype = Genotype()\ngenotype = {}",
         'genotype = Genotype()\npython augment.py --genotype "{}"',
-        "return {};",
-        "`{}`",
         "```python\nDARTS: Genotype = {}\n```",
     ],
 )
 def test_genotypes_are_read_as_people_paste_them(pasted):
-    assert from_str(pasted.format(GOOD)) == DARTS_V2
-    assert resolve(pasted.format(GOOD)) == DARTS_V2
+    assert from_str(pasted.format(GOOD)) == resolve(pasted.format(GOOD)) == DARTS_V2
 
 
 @pytest.mark.parametrize(
     ("text", "mention"),
     [
-        ("", "genotype"),
         ("Genotype(", "column"),
-        ("{", "column 2"),
         ("{}", "no normal"),
         ("DARTS_V9", "Genotype(normal="),
-        ("Other(normal=1)", "Genotype(normal="),
-        (f"Genotype(normal={GOOD})", "by name"),
         (GOOD.replace(", reduce_concat=range(2, 6)", ""), "reduce_concat"),
-        (GOOD.replace("normal=", "connectN=None, normal=", 1), "leave out connectN"),
         (GOOD.replace("sep_conv_3x3", "sep_conv_9x9", 1), "sep_conv_9x9"),
         (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', 2)", 1), "0 to 1"),
-        (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3', True)", 1), "0 to 1"),
         (GOOD.replace("('sep_conv_3x3', 0)", "('sep_conv_3x3',)", 1), "(operation, source)"),
-        (GOOD.replace("normal=[[", "normal=[[[", 1).replace("]], normal_concat", "]]], normal_concat"), "normal"),
         ("Genotype(normal=[], normal_concat=range(2, 6), reduce=[], reduce_concat=range(2, 6))", "list of nodes"),
         (GOOD.replace("range(2, 6)", "range(2, 7)", 1), "normal_concat"),
-        (GOOD.replace("range(2, 6)", "[2, 2]", 1), "normal_concat"),
         (GOOD.replace("range(2, 6)", f"range({'9' * 400})", 1), "column"),
         ("[" * 5000, "genotype"),
+        ("(" * 100_000, "genotype"),
     ],
 )
 def test_a_malformed_genotype_is_refused_with_what_is_allowed(text, mention):
     with pytest.raises(GenotypeError) as error:
         from_str(text)
     assert mention in str(error.value)
-    assert isinstance(error.value, ValueError)
     assert len(str(error.value)) < 500
 
 
@@ -153,8 +127,6 @@ def test_a_malformed_genotype_is_refused_with_what_is_allowed(text, mention):
         "__import__('pathlib').Path('ran').touch()",
         "Genotype(normal=__import__('pathlib').Path('ran').touch(), normal_concat=1, reduce=1, reduce_concat=1)",
         GOOD.replace("range(2, 6)", "open('ran', 'w')", 1),
-        GOOD.replace("range(2, 6)", "range(open('ran', 'w').write('x'))", 1),
-        GOOD.replace("('sep_conv_3x3', 0)", "(open('ran', 'w'), 0)", 1),
         GOOD.replace("normal=", "normal=[x for x in [open('ran', 'w')]] or ", 1),
     ],
 )
@@ -166,12 +138,9 @@ def test_code_in_a_genotype_is_not_run(code, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_names_are_read_without_regard_to_case():
+def test_names_strings_files_folders_and_seeds_are_resolved(tmp_path):
     assert from_str("darts_v2") == resolve("DARTS-V2") == DARTS_V2
-    assert resolve("PDARTS") == PUBLISHED["P_DARTS"].genotype
-
-
-def test_resolve_takes_strings_files_and_folders(tmp_path):
+    assert resolve("random:7") == random_genotypes(1, 7)[0]
     run = tmp_path / "run (1)"
     run.mkdir()
     content = {"last": {"string": str(DARTS_V1)}, "best": {"string": str(DARTS_V2)}}
@@ -215,17 +184,17 @@ def test_a_search_that_is_not_over_is_told_and_a_warm_up_is_refused(alphas_learn
         assert ("stopped after epoch 2 of 50" in capsys.readouterr().err) == warns
 
 
+@pytest.mark.parametrize("text", ["DARTS_V9", "", "nowhere/at/all", "x" * 5000, "a\0b", "random:-1"])
+def test_resolve_says_what_may_be_given(text):
+    with pytest.raises(GenotypeError, match=r"DARTS_V1, DARTS_V2|random:SEED"):
+        resolve(text)
+
+
 @pytest.mark.parametrize("content", ["", "{", '"x"', '{"last": 3}', '{"last": {"string": "x"}}'])
 def test_resolve_refuses_files_without_a_genotype(content, tmp_path):
     (tmp_path / "genotype.json").write_text(content)
     with pytest.raises(GenotypeError, match=r"genotype\.json"):
         resolve(str(tmp_path))
-
-
-@pytest.mark.parametrize("given", ["DARTS_V9", "", "nowhere/at/all", "x" * 5000, "a\0b"])
-def test_resolve_says_what_may_be_given(given):
-    with pytest.raises(GenotypeError, match="DARTS_V1, DARTS_V2"):
-        resolve(given)
 
 
 # Chance.
@@ -237,9 +206,8 @@ def size_of(genotype):
         return param_size(AugmentCNN(32, 3, 36, 10, 20, False, genotype))
 
 
-@pytest.mark.parametrize("kind", ["normal", "reduce"])
-def test_random_cells_have_every_operation_and_pair_of_sources_equally_often(kind):
-    nodes = [getattr(genotype, kind) for genotype in random_genotypes(4000, seed=0)]
+def test_random_cells_have_every_operation_and_pair_of_sources_equally_often():
+    nodes = [gene for genotype in random_genotypes(2000, seed=0) for gene in (genotype.normal, genotype.reduce)]
     for i in range(4):
         for place in range(2):
             drawn = collections.Counter(gene[i][place] for gene in nodes)
@@ -253,12 +221,29 @@ def test_random_cells_have_every_operation_and_pair_of_sources_equally_often(kin
 
 def test_a_seed_draws_the_same_cells_and_another_seed_others():
     cells = random_genotypes(20, seed=3)
-    assert cells == random_genotypes(20, seed=3)
     assert cells[:5] == random_genotypes(5, seed=3)
     assert len({str(genotype) for genotype in cells + random_genotypes(20, seed=4)}) == 40
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "n_nodes", "primitives", "words"),
+    [
+        ("DARTS_V2", None, PRIMITIVES, []),
+        ("NASNET_A", None, PRIMITIVES, []),
+        ("DARTS_V2", 3, ["skip_connect", "none", "sep_conv_3x3", "dil_conv_5x5"], []),
+        # in a network of 5 cells and 8 channels the edges weigh otherwise than in one of 20 and 36
+        ("DARTS_V2", None, PRIMITIVES, ["--layers", "5", "--init-channels", "8"]),
+    ],
+)
+def test_random_cells_like_another_have_its_parameters_to_5_percent(name, n_nodes, primitives, words):
+    like, options = PUBLISHED[name].genotype, AugmentConfig(["--genotype", "DARTS_V2", *words])
+    for genotype in random_genotypes(3, 1, like, n_nodes, primitives, options):
+        assert len(genotype.normal) == len(genotype.reduce) == (n_nodes or len(like.normal))
+        assert {op for gene in (genotype.normal, genotype.reduce) for node in gene for op, _ in node} <= set(primitives)
+        assert abs(size_of(genotype, options) - size_of(like, options)) <= 0.05 * size_of(like, options)
+
+
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
@@ -275,19 +260,38 @@ def test_the_command_writes_a_genotype_a_line(words, lines, capsys):
     assert capsys.readouterr().out.splitlines() == list(lines)
 
 
-def test_the_command_lists_published_cells(capsys):
-    assert command(gt.main, []) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed and PUBLISHED[name].source in listed for name in PUBLISHED)
+def test_words_that_do_not_go_together_are_one_line(capsys):
+    refused(capsys, gt.main, ["DARTS_V1", "--random", "2"])
 
 
-@pytest.mark.parametrize("words", [["--like", "DARTS_V1"], ["DARTS_V1", "--random", "2"], ["--random", "-1"], ["x"]])
-def test_words_that_do_not_go_together_are_one_line(words, capsys):
-    refused(capsys, gt.main, words)
+# Any text is read, or refused in one line.
 
 
-def test_random_cells_are_resolved_by_their_seed():
-    assert resolve("random:7") == random_genotypes(1, 7)[0]
-    for text in ("random:", "random:x", "random:-1", "random:1.5", "random:" + "9" * 5000):
-        with pytest.raises(GenotypeError, match="random:SEED"):
-            resolve(text)
+WORDS = "Genotype normal normal_concat reduce reduce_concat range __import__('os') 'sep_conv_3x3' 'none' True None * **"
+TOKENS = [*"()[],='\"- \n\\\0", *WORDS.split(), "0", "1", "2", "9" * 5000, "2e999", "lambda: 0", "f'{1}'"]
+
+
+def parses_or_is_refused(text):
+    try:
+        genotype = from_str(text)
+    except GenotypeError:
+        return
+    assert from_str(str(genotype)) == genotype
+
+
+@pytest.mark.long
+def test_mutated_genotypes_parse_or_are_refused():
+    chance = random.Random(0)
+    for _ in range(500):
+        text = str(chance.choice([DARTS_V1, DARTS_V2]))
+        for _ in range(chance.choice([0, 1, 1, 2, 5, 20])):
+            start = chance.randrange(len(text) + 1)
+            end = start + chance.choice([0, 0, 1, 2, 10])
+            text = text[:start] + chance.choice([*TOKENS, chr(chance.randrange(0x10000))]) + text[end:]
+        parses_or_is_refused(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(TOKENS)).map("".join)))
+def test_any_text_parses_or_is_refused(text):
+    parses_or_is_refused(text)

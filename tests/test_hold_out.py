@@ -6,13 +6,15 @@ import shutil
 from collections import Counter
 
 import pytest
-from conftest import run_script
+from short_runs import command, refused
 
+import augment
 from images.data_sets import DATASETS, hold_out_of_training
 from trained.evaluation import evaluate
 from utils import get_data
 
-AUGMENT = ("--genotype", "DARTS_V2", "--layers", 3, "--init-channels", 2, "--epochs", 1, "--workers", 0)
+SMALL = ("--layers", 3, "--init-channels", 2, "--epochs", 1, "--workers", 0, "--device", "cpu")
+AUGMENT = (*SMALL, "--genotype", "DARTS_V2")
 
 
 class Named(list):
@@ -90,25 +92,32 @@ def test_each_class_of_a_folder_without_val_has_training_and_test_images(image_f
     assert set(train.class_counts().values()) == set(test.class_counts().values()) == {1}
 
 
-@pytest.mark.process
-def test_test_images_are_not_opened(image_folder, tmp_path):
+@pytest.mark.long
+def test_test_images_are_not_opened(image_folder, short_runs, tmp_path, capsys):
     root = image_folder()
-    words = ("--dataset", "folder", "--data-path", root, "--image-size", 12, *AUGMENT)
-    process = run_script("augment.py", "--name", "before", "--hold-out", 0.25, *words, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+    words = (
+        "--dataset",
+        "folder",
+        "--data-path",
+        root,
+        "--image-size",
+        12,
+        *AUGMENT,
+        "--runs-path",
+        tmp_path,
+        "--name",
+    )
+    assert command(augment.main, [*words, "before", "--hold-out", 0.25]) == 0
     for file in (root / "val").rglob("*.png"):
         file.write_bytes(b"poison")
-    process = run_script("augment.py", "--name", "after", "--hold-out", 0.25, *words, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+    assert command(augment.main, [*words, "after", "--hold-out", 0.25]) == 0
     before, after = (
-        json.loads((tmp_path / f"runs/augment/{name}/summary.json").read_text()) for name in ("before", "after")
+        json.loads((tmp_path / f"augment/{name}/summary.json").read_text()) for name in ("before", "after")
     )
     assert before["held_out_top1"] == after["held_out_top1"]
     assert "test_top1" not in before
-    process = run_script("augment.py", "--name", "test", *words, cwd=tmp_path)
-    assert process.returncode == 2
-    assert "cannot read the image" in process.stderr  # where the test images are measured, the poison is met
+    refused(capsys, augment.main, [*words, "test"], "cannot read the image")  # where they are measured, it is met
 
-    evaluation = evaluate(tmp_path / "runs/augment/before", root)  # of the same images as in training
+    evaluation = evaluate(tmp_path / "augment/before", root)  # of the same images as in training
     assert (evaluation.trained.measured_on, len(evaluation.images)) == ("held-out", 6)
     assert evaluation.top1 == pytest.approx(before["held_out_top1"], abs=1e-6)

@@ -14,21 +14,13 @@ if not hasattr(backends.cudnn, "conv"):
     pytest.skip("torch 2.9 has the settings that are read here", allow_module_level=True)
 
 
-def set_new(**precisions):
-    for name, precision in precisions.items():
-        part = {"conv": backends.cudnn.conv, "matmul": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}[name]
-        part.fp32_precision = precision
-
-
 CHOICES = {
     "nothing": lambda: None,
-    "cuDNN without TF32": lambda: setattr(backends.cudnn, "allow_tf32", False),
     "cuBLAS with TF32": lambda: setattr(backends.cuda.matmul, "allow_tf32", True),
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "new, all": lambda: setattr(backends, "fp32_precision", "tf32"),
-    "new, convolutions only": lambda: set_new(conv="ieee"),
-    "new, both": lambda: set_new(conv="tf32", matmul="tf32"),
-    "new, CPU": lambda: set_new(cpu="bf16"),
+    "new, convolutions only": lambda: setattr(backends.cudnn.conv, "fp32_precision", "tf32"),
+    "new, CPU": lambda: setattr(backends.mkldnn.matmul, "fp32_precision", "bf16"),
 }
 READERS = {
     "cuDNN": lambda: backends.cudnn.allow_tf32,

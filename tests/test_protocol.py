@@ -77,10 +77,6 @@ def interrupt_group(pid):
     os.killpg(pid, signal.SIGINT)
 
 
-def terminate_alone(pid):
-    os.kill(pid, signal.SIGTERM)
-
-
 @pytest.mark.process
 def test_what_a_protocol_leaves(undisturbed):
     content = results(undisturbed)
@@ -97,13 +93,9 @@ def test_what_a_protocol_leaves(undisturbed):
         assert member["held_out_top1"] == selection["held_out_top1"]
         assert member["multiply_adds_M"] == final["multiply_adds_M"] > 0
         assert [(run["seed"], run["test_top1"]) for run in member["final"]] == [(1, final["test_top1"])]
-        options = json.loads((folder / f"augment/{member['name']}-selection/config.json").read_text())
-        assert (options["hold_out"], options["epochs"], options["genotype"]) == (0.2, 2, member["genotype"])
         of_selection, of_final = (run["fingerprints"] for run in (member["selection"], *member["final"]))
         assert (of_selection.keys(), of_final.keys()) == ({"training", "held_out"}, {"training", "test"})
         assert of_selection["training"] != of_final["training"] == search["search"]["fingerprints"]["training"]
-    expected = {"epochs", "valid_top1", "verdict", "eigenvalue", "seconds", "version", "machine", "fingerprints"}
-    assert search["search"].keys() == expected
     assert (folder / "report.html").is_file()
 
 
@@ -138,37 +130,16 @@ def test_killed_or_stopped_at_random_instants_it_ends_with_the_same_results(ways
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("stop", "code"), [(interrupt_group, 130), (terminate_alone, 143)])
-def test_a_signal_lets_the_run_save_and_stop(stop, code, start, tmp_path):
+def test_a_signal_lets_the_run_save_and_stop(start, tmp_path):
     process = start()
     log = tmp_path / "runs/protocol/digits/search/search-1/log.txt"
     while process.poll() is None and not (log.exists() and "for alpha" in log.read_text()):
         time.sleep(0.02)
     assert process.poll() is None
-    stop(process.pid)
+    os.kill(process.pid, signal.SIGTERM)
     output = process.communicate()[0].decode()
-    assert process.returncode == code, output
-    assert "stopped; the same command goes on" in output
-    assert "failed" not in output
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert ": stopped after step" in log.read_text().splitlines()[-1]
-
-
-@pytest.mark.process
-def test_selection_never_reads_the_test_images(image_folder, tmp_path):
-    root = image_folder()
-    words = [*PROTOCOL, "--dataset", "folder", "--data-path", root, "--image-size", 12]
-    process = run_script("protocol.py", *words, "--final-seeds", 0, cwd=tmp_path, timeout=600)
-    assert process.returncode == 0, process.stderr
-    for file in (root / "val").rglob("*.png"):
-        file.write_bytes(b"poison")
-    process = run_script("protocol.py", *words, "--name", "poisoned", cwd=tmp_path, timeout=600)
-    assert process.returncode == 2
-    clean, poisoned = results(tmp_path, "folder"), results(tmp_path, "poisoned")
-    assert poisoned["selected"] == clean["selected"]
-    for one, other in zip(clean["members"], poisoned["members"]):
-        assert other["final"] == []  # the final trainings met the poison
-        assert without_seconds(one) == without_seconds(other)
-    assert process.stderr.count("augment.py: error: cannot read the image") == 2
 
 
 # With runs that are pretended, and end at once

@@ -103,11 +103,8 @@ def test_a_run_with_other_options_or_images_in_a_members_place_is_refused(tmp_pa
     [
         (("--search", "--dataset cifar10"), "--search: --dataset is given once, to protocol.py itself"),
         (("--search", "--seed 3"), "--search: --seed is set by protocol.py"),
-        (("--augment", "--hold_out 0.2"), "--augment: --hold-out is set by protocol.py"),
         (("--search", "--early-stop --eigenvalue-images 0"), "--early-stop needs the eigenvalue"),
-        (("--augment", "--layers '3"), "No closing quotation"),
         (("--searches", 0, "--random", 0), "nothing to run"),
-        (("--gpus", "0", "--device", "cpu"), "leave --device out"),
         (("--member", 9), "jobs 1 to 8 are the members, 9 to 10 final trainings"),
         ((*PROTOCOL, "--name", "before", "--select-epochs", 3), "--select-epochs 2, not 3"),
         ((*PROTOCOL, "--name", "before", "--search", "--order first"), "choose another --name"),

@@ -11,7 +11,7 @@ from conftest import ROOT
 from short_runs import STAGES, command, refused
 
 import search
-from run.folder import RunFolder, read_json, reading
+from run.folder import RunFolder, read_json
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -47,27 +47,13 @@ def test_a_run_that_is_running_is_not_touched_by_another_command(tmp_path, capsy
     folder.unlock()
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("end", ["finished", "failed"])
-def test_a_folder_is_unlocked_when_a_run_leaves_it(end, tmp_path, monkeypatch):
-    words = [word.format(tmp_path) for word in STAGES["search"][1]]
-    if end == "failed":
-        monkeypatch.setattr("search.train", None)
-        with pytest.raises(TypeError):
-            command(search.main, words)
-    else:
-        assert command(search.main, words) == 0
-    code = f"from run.folder import RunFolder; RunFolder({str(tmp_path / 'search/digits')!r}).lock()"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
 class Killed(BaseException):
     """The process ends at once: nothing of the program runs any more."""
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["full disk", "killed"])
-@pytest.mark.parametrize("place", ["run.folder.write_json", "run.run.save_checkpoint", "os.fsync"])
+@pytest.mark.parametrize("place", ["run.run.save_checkpoint", "os.fsync"])
 def test_an_overwritten_run_is_there_until_the_new_one_is_saved(how, place, finished, tmp_path, monkeypatch, capsys):
     path = shutil.copytree(finished["search"], tmp_path / "search/digits")
     words = [*(word.format(tmp_path) for word in STAGES["search"][1]), "--seed", "7", "--overwrite"]
@@ -88,9 +74,3 @@ def test_an_overwritten_run_is_there_until_the_new_one_is_saved(how, place, fini
     assert differences(before, outcome(path)) == []
     assert command(search.main, words) == 0
     assert read_json(path / "config.json")["seed"] == 7
-
-
-@pytest.mark.parametrize("use", [lambda: {}["a"], lambda: "a" + 1, lambda: None.x, lambda: 2.0**10**9])
-def test_an_error_in_the_use_of_a_file_names_the_file(use):
-    with pytest.raises(ValueError, match=r"x\.json is not as this program writes it"), reading("x.json"):
-        use()

@@ -72,26 +72,6 @@ def test_a_search_epoch_is_algorithm_1_written_out(order):
         assert torch.allclose(buffer, expected, rtol=1e-6, atol=1e-9), name  # only the w step moved the statistics
 
 
-def test_an_epoch_begins_without_the_recordings_of_the_last_one():
-    """CUDA graphs repeat the learning rate of the epoch in which they were recorded."""
-    calls, net = [], small_net()
-
-    class Graphs:
-        def forget(self):
-            calls.append("forget")
-
-        def run(self, function, inputs, fixed, fills):
-            calls.append(function.__name__)
-            return function(*inputs, *fixed)
-
-    config, w_optim = SearchConfig(["--order", "first", "--device", "cpu"]), torch.optim.SGD(net.weights(), 0.1)
-    optimizers = w_optim, torch.optim.Adam(net.alphas()), cosine_lr(w_optim, 50)
-    search.train(
-        1, Run(config), net, Architect(net, 0.9, 3e-4), Batches([batch()]), Batches([batch()]), *optimizers, Graphs()
-    )
-    assert calls == ["forget", "unrolled_backward", "w_backward"]
-
-
 def test_an_augment_epoch_is_sgd_on_the_loss_with_the_auxiliary_one_by_its_weight():
     batches = Batches(batch(n=5, seed=i) for i in range(3))
     words = "--genotype DARTS_V2 --grad-clip 0.1 --aux-weight 0.3 --label-smoothing 0.2 --device cpu"

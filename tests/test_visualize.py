@@ -1,10 +1,7 @@
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from short_runs import command, refused
 
@@ -77,31 +74,3 @@ def test_the_command_line_draws_both_cells(words, names, tmp_path, monkeypatch, 
     assert capsys.readouterr().out.split() == names
     assert all((tmp_path / name).is_file() for name in names)
     refused(capsys, visualize.main, ["DARTS_V9"], "DARTS_V2")
-
-
-SLOW_TO_IMPORT = ("torch", "torchvision", "matplotlib", "tensorboard", "onnx", "onnxruntime")
-
-
-@pytest.mark.process
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("visualize.py", "DARTS_V2"),
-        ("genotypes.py",),
-        *((f"{name}.py", "--help") for name in ("visualize", "cost", "export", "genotypes", "protocol")),
-    ],
-    ids=" ".join,
-)
-def test_what_needs_no_network_imports_nothing_that_takes_seconds(words, tmp_path):
-    code = (
-        "import atexit, runpy, sys\n"
-        f"atexit.register(lambda: print(*sorted(set(sys.modules) & set({SLOW_TO_IMPORT})), file=sys.stderr))\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"sys.argv = {[str(ROOT / words[0]), *words[1:]]!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
-    )
-    assert process.stdout
-    assert process.stderr.split() == []
