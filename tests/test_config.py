@@ -87,7 +87,7 @@ def test_bad_options_are_one_line_and_exit_code_2(words, mention, capsys):
         (SearchConfig, ["--early-stop", "--epochs", "26", "--variant", "pc-darts"], "--early-stop"),
         (AugmentConfig, [*AUGMENT, "--mirror"], "--mirror"),
         (AugmentConfig, ["--evaluate", "run", "--epochs", "3"], "--epochs"),
-        (ProtocolOptions, ["--random", "0", "--like", "DARTS_V2"], "--like"),
+        (ProtocolOptions, ["--final-seeds", "0", "--finals", "all"], "--finals"),
     ],
 )
 def test_an_option_without_effect_is_refused(config, words, option):
@@ -99,7 +99,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     assert SearchConfig(["--runs-path=~/x", *FOLDER, "--data-path=~/y"]).runs_path == "/users/me/x"
     for config in (SearchConfig, AugmentConfig, ProtocolOptions):
-        names = {"data_path", "runs_path", "resume", "genotype", "evaluate", "init_checkpoint", "like"}
+        names = {"data_path", "runs_path", "resume", "genotype", "evaluate", "init_checkpoint"}
         for name in names & set(config.default_values({})):
             option = f"--{name.replace('_', '-')}"
             assert config.parse([f"{option}=~/x y"]) == {name: "/users/me/x y"}

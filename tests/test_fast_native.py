@@ -162,7 +162,6 @@ X, Y, A = images(2, 9, 6, 6, torch.float32), images(2, 3, 6, 6, torch.float32), 
         lambda: native.blend([X, Y], torch.randn(1, 2)),
         lambda: native.dots([X], [Y]),
         lambda: native.products([X], [X[:1]]),
-        lambda: native.fold(GRAMS[:, 0], GRAMS[:, :8], 9.0, M, None, None, 0.1, 1),
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused_before_c_reads_them(wrong):

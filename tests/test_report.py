@@ -20,7 +20,7 @@ from evidence.search_state import changes, genes
 from genotypes import Genotype, from_str, parse
 from models.choices import PRIMITIVES
 from report import figures, pages
-from report.recorded_run import KINDS, read_run
+from report.recorded_run import read_run
 from trained.evaluation import evaluate
 
 KINDS = ("normal", "reduce")
@@ -58,8 +58,8 @@ def write_search(folder, candidates, epochs=4, nodes=2):
                     numbers |= dict(zip(tags, row))
         for tag, number in numbers.items():
             writer.add_scalar(tag, number, 10 * epoch)
-        genes = [parse(weights[kind][-1], 2, candidates) for kind in KINDS]
-        genotypes.append(Genotype(genes[0], range(2, nodes + 2), genes[1], range(2, nodes + 2)))
+        found = [parse(weights[kind][-1], 2, candidates) for kind in KINDS]
+        genotypes.append(Genotype(found[0], range(2, nodes + 2), found[1], range(2, nodes + 2)))
         history.append({"epoch": epoch, "valid_top1": epoch / 10, "string": str(genotypes[-1])})
         history[-1] |= {"eigenvalue": None, "alphas_learn": True, "truth": None}
         history[-1] |= {"margins": {kind: [0.1, 0.2] for kind in KINDS}}
