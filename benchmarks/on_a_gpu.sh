@@ -5,8 +5,7 @@
 #   benchmarks/on_a_gpu.sh OUT second      a search for as long as there is time, and one that is stopped and resumed
 #   benchmarks/on_a_gpu.sh OUT STAGE...    these stages, such as: tests steps
 #
-# OUT gets a text file for each stage, STAGE.txt, and the times as lines of JSON, STAGE.json, as they come. A stage that
-# fails does not keep the next one from running; the script's exit code is then 1. Variables: PYTHON; DEVICE, cpu to try
+# OUT gets a text file for each stage, STAGE.txt. A stage that fails does not keep the next one from running; the script's exit code is then 1. Variables: PYTHON; DEVICE, cpu to try
 # the script without a GPU, with small SIZE, BATCH, LAYERS, CHANNELS and ROUNDS; IMAGES, a folder with train/CLASS/ for the
 # long search, which otherwise searches on digits; SEARCH_SECONDS.
 
@@ -27,17 +26,17 @@ tests() {
     $PYTHON -m pytest -q -x tests/test_cuda.py
 }
 steps() {
-    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --json "$1" \
+    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second \
         --ways "plain" "plain $graphs" "fused" "fused $graphs" "fused amp"
 }
 compile() {
-    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --json "$1" --ways "fused $graphs" "plain compile"
+    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --ways "fused $graphs" "plain compile"
 }
 kernels() {
     $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --profile --ways "fused"
 }
 augment() {
-    $PYTHON benchmarks/steps.py augment "${options[@]}" --json "$1" \
+    $PYTHON benchmarks/steps.py augment "${options[@]}" \
         --ways "fused nchw" "fused" "fused $graphs" "fused nchw amp" "fused amp" "fused amp $graphs"
 }
 search() {
@@ -68,10 +67,9 @@ failed=0
 for stage in "$@"; do
     [ -n "${limits[$stage]:-}" ] || { echo "no stage $stage; there are ${!limits[*]}" >&2; exit 2; }
     echo "== $stage"
-    rm -f "$out/$stage.json"
     export -f "$stage"
     variables=$(declare -p out PYTHON DEVICE IMAGES options graphs)
-    timeout "${limits[$stage]}" bash -c "$variables; $stage $out/$stage.json" 2>&1 | tee "$out/$stage.txt"
+    timeout "${limits[$stage]}" bash -c "$variables; $stage" 2>&1 | tee "$out/$stage.txt"
     code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || { echo "$stage failed: $code" | tee -a "$out/$stage.txt"; failed=1; }
 done

@@ -46,7 +46,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=9, help="counted steps of each way (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cuda: memory is what PyTorch allocates (default: cpu)")
     parser.add_argument("--profile", action="store_true", help="what a step launches and moves, instead of its time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add all times to this file")
     parser.add_argument("--serve", metavar="CHECKOUT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     defaults = (96, 36, 20) if args.what == "augment" else (64, 16, 8)
@@ -66,11 +65,7 @@ def main():
         for order in ["SGD"] if args.what == "augment" else args.orders:
             title = f"{args.what}, {order}, {size}x{size}, batch {args.batch_size}, C = {args.init_channels}"
             title += f", {args.layers} cells, n = {args.rounds}; {machine}"
-            results = compare(args, size, order)
-            report(title, results, args)
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps({"title": title, "results": results}) + "\n")
+            report(title, compare(args, size, order), args)
 
 
 def step_of(args):

@@ -5,15 +5,13 @@ Listing reads file names only, in time linear in their number. An image is read 
 
 import functools
 import os
-import unicodedata
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from command_line.errors import UserError, warn
 
@@ -22,15 +20,6 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # accepted forma
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini")  # ignored as hidden names are
 RESIZES = ("crop", "squeeze")  # how an image that is not square gets its size; see `open_image`
 MAX_LISTED = 10  # the largest number of names in a message
-UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about metadata, which does not affect pixels
 warn_once = functools.cache(warn)  # a folder without val/ is listed twice, for training and for test images
@@ -154,13 +143,6 @@ def _readable_images(folder):
     return folder.subset([i for i, error in enumerate(errors) if not error])
 
 
-def distinguishable(names: list[str]) -> list[str]:
-    """The names, but with escapes in those that look like another, such as composed and decomposed letters."""
-    looks = [" ".join(unicodedata.normalize("NFKC", name).split()) for name in names]
-    counts = Counter(looks)
-    return [ascii(name) if counts[look] > 1 else name for name, look in zip(names, looks)]
-
-
 def listed(words: list[str]) -> str:
     """The words, separated by commas; only the first `MAX_LISTED`, and how many more there are."""
     more = f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else ""
@@ -178,9 +160,7 @@ def open_image(file: str | Path, size: int | None, mode: str, resize: str = "cro
     try:
         with Image.open(file, formats=FORMATS) as opened:
             opened.load()
-            orientation = opened.getexif().get(ExifTags.Base.Orientation)
-            turned = opened.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else opened
-            image = _eight_bits(turned, mode)
+            image = _eight_bits(ImageOps.exif_transpose(opened), mode)
     except MemoryError:  # says nothing of the file
         raise
     except Exception as error:  # for damaged files, readers raise a dozen different types

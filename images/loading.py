@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from command_line.errors import ThisRankError, UserError
-from images.image_folder import distinguishable, listed
+from images.image_folder import listed
 from machine import ranks
 from machine.signals import STOP_SIGNALS
 
@@ -72,8 +72,7 @@ class Images(Dataset):
 
     def describe_classes(self) -> str:
         """The first classes with their numbers of images, for a log line."""
-        counts = self.class_counts()
-        return listed([f"{name} {count}" for name, count in zip(distinguishable(list(counts)), counts.values())])
+        return listed([f"{name} {count}" for name, count in self.class_counts().items()])
 
     def fingerprint(self) -> dict:
         """A dict of built-in types, saved with a run to check later whether the images are still the same.
@@ -108,8 +107,7 @@ def check_unchanged(fingerprints: dict[str, dict], saved_fingerprints: dict[str,
         before, after = saved["classes"], now["classes"]
         changed = [label for label in before | after if before.get(label) != after.get(label)]
         if changed:
-            counts = [f"{before.get(label, 0)} -> {after.get(label, 0)}" for label in changed]
-            counts = listed([f"{label} {count}" for label, count in zip(distinguishable(changed), counts)])
+            counts = listed([f"{label} {before.get(label, 0)} -> {after.get(label, 0)}" for label in changed])
             raise UserError(f"the {name} images are no longer those of the run; images of a class: {counts}")
         if saved != now:
             raise UserError(f"the {name} images are no longer those of the run: they have other names or labels")

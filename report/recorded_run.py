@@ -83,7 +83,6 @@ class RecordedRun:
 def read_run(path: str | Path) -> RecordedRun:
     """Read a run's folder. Raises UserError if it is not one, or no epoch is completed."""
     folder = RunFolder(path)
-    folder.check()
     options = read_json(folder.config)
     if options is None:
         raise UserError(f"{folder} is not the folder of a run: there is no {folder.config.name} in it")

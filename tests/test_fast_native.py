@@ -87,30 +87,31 @@ kernels = st.tuples(
 
 @pytest.mark.long
 @settings(max_examples=60, deadline=None)
-@given(kernels=st.lists(kernels, min_size=1, max_size=4), relus=st.tuples(*[st.booleans()] * 3), **sizes)
-def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relus, seed, dtype, threads):
+@given(kernels=st.lists(kernels, min_size=1, max_size=4), **sizes)
+def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, seed, dtype, threads):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    xs = [images(N, C, H, min(W, 14), dtype) for _ in relus]
+    xs = [images(N, C, H, min(W, 14), dtype) for _ in range(3)]
     weights = [torch.randn(len(rows), C, 1, k, k, dtype=dtype) for k, _, _, rows in kernels]
     convolutions = [
-        (image, place, row, (stride, dilation * (k // 2), dilation))
+        (image, place, row, stride, dilation)
         for place, (k, stride, dilation, rows) in enumerate(kernels)
         for row, image in enumerate(rows)
     ]
     exact = [tensor.double().requires_grad_() for tensor in (*xs, *weights)]
-    activated = [x.relu() if relu else x for x, relu in zip(exact, relus)]
     zs = [
-        F.conv2d(activated[image], exact[3 + place][row], None, *geometry, C)
-        for image, place, row, geometry in convolutions
+        F.conv2d(
+            exact[image].relu(), exact[3 + place][row], None, stride, dilation * (kernels[place][0] // 2), dilation, C
+        )
+        for image, place, row, stride, dilation in convolutions
     ]
-    for found, z in zip(native.depthwise(xs, relus, weights, convolutions), zs):
+    for found, z in zip(native.depthwise(xs, weights, convolutions), zs):
         close(found, z, dtype)
     dzs = [torch.randn_like(z) for z in zs]
     expected = torch.autograd.grad(zs, exact, dzs, materialize_grads=True)
     given_dzs, some = [dz.to(dtype) for dz in dzs], [seed % 2 == 0, True, False]
     for wants_xs, wants_weights in ((some, [True] * len(weights)), ([True] * 3, [False] * len(weights))):
-        found = native.depthwise_gradients(xs, relus, weights, convolutions, given_dzs, wants_xs, wants_weights)
+        found = native.depthwise_gradients(xs, weights, convolutions, given_dzs, wants_xs, wants_weights)
         for one, gradient, wanted in zip([*found[0], *found[1]], expected, [*wants_xs, *wants_weights]):
             if wanted:
                 close(one, gradient, dtype)
@@ -118,21 +119,21 @@ def test_depthwise_convolutions_and_their_gradients(N, H, W, C, kernels, relus, 
                 assert one is None
 
 
-def only(weight, geometry):
+def only(weight, dilation):
     """For `native.depthwise` the convolution of one image with a weight."""
-    return [weight], [(0, 0, 0, geometry)]
+    return [weight], [(0, 0, 0, 1, dilation)]
 
 
 def test_relu_lets_nan_pass_and_its_gradient_too():
     x = images(2, 9, 5, 5, torch.float32)
     x[1, 3, 2, 2] = float("nan")
-    convolution = only(torch.ones(9, 1, 3, 3), (1, 1, 1))
-    (z,) = native.depthwise([x], [True], *convolution)
+    convolution = only(torch.ones(9, 1, 3, 3), 1)
+    (z,) = native.depthwise([x], *convolution)
     assert z.isnan().sum() == 9
-    (dx,), _ = native.depthwise_gradients([x], [True], *convolution, [torch.ones_like(z)], [True], [False])
+    (dx,), _ = native.depthwise_gradients([x], *convolution, [torch.ones_like(z)], [True], [False])
     assert torch.equal(dx != 0, (x > 0) | x.isnan())
     infinite = torch.full_like(z, float("inf"))
-    (dx,), _ = native.depthwise_gradients([x], [True], *convolution, [infinite], [True], [False])
+    (dx,), _ = native.depthwise_gradients([x], *convolution, [infinite], [True], [False])
     assert torch.equal(dx == 0, x <= 0)
 
 
@@ -141,9 +142,9 @@ def test_the_number_of_threads_changes_nothing():
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        convolution = only(weight, (1, 2, 1))
-        (z,) = native.depthwise([x], [True], *convolution)
-        dimages, dkernels = native.depthwise_gradients([x], [True], *convolution, [z], [True], [True])
+        convolution = only(weight, 1)
+        (z,) = native.depthwise([x], *convolution)
+        dimages, dkernels = native.depthwise_gradients([x], *convolution, [z], [True], [True])
         mixed = native.mix([([x], weight[None, :, 0, 0])])
         found.append([z, *dimages, *dkernels, *native.products([x], [x]), *mixed])
         found[-1].append(native.dots([x], [x]))
@@ -156,8 +157,8 @@ X, Y, A = images(2, 9, 6, 6, torch.float32), images(2, 3, 6, 6, torch.float32), 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: native.depthwise([X], [False], *only(torch.randn(4, 1, 3, 3), (1, 1, 1))),
-        lambda: native.depthwise([X], [False], *only(torch.randn(9, 1, 3, 3).double(), (1, 1, 1))),
+        lambda: native.depthwise([X], *only(torch.randn(4, 1, 3, 3), 1)),
+        lambda: native.depthwise([X], *only(torch.randn(9, 1, 3, 3).double(), 1)),
         lambda: native.mix([([X], A[:, :4])]),
         lambda: native.blend([X, Y], torch.randn(1, 2)),
         lambda: native.dots([X], [Y]),

@@ -168,8 +168,8 @@ def second_order_step(net, memory_format=torch.contiguous_format):
 @pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_second_order_step_is_the_plain_one(recompute, layout):
-    found = second_order_step(net_of(smooth=True, recompute=recompute), torch.channels_last)
-    for name, value in second_order_step(net_of("plain", smooth=True)).items():
+    found = second_order_step(net_of(recompute=recompute), torch.channels_last)
+    for name, value in second_order_step(net_of("plain")).items():
         # eq. 7 divides rounding by eps = 0.01 / ||d||
         assert torch.allclose(found[name], value, rtol=1e-8, atol=1e-11), name
 

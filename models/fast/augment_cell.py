@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from models.fast import native
-from models.fast.depthwise import convolve, dense_gradient, every_second, pixels_read
+from models.fast.depthwise import convolve, dense_gradient
 from models.fast.folded_bn import normalised_product
-from models.fast.modules import geometry, is_changed, is_standard_link, links_of, signature
+from models.fast.modules import is_changed, is_standard_link, links_of, signature
 from models.ops import DilConv, SepConv
 
 
@@ -28,9 +28,8 @@ def run(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not (type(op) in (SepConv, DilConv) and op.training and _runs_in_c(x) and _is_relu_chain(op, x.dtype)):
         return op(x)
     for link in links_of(op):
-        reads_every_second, settings = pixels_read(*geometry(link.depthwise))
-        z = every_second(x) if reads_every_second else x
-        (z,) = convolve([z], [True], [link.depthwise.weight], [(0, 0, 0, settings)])
+        conv = link.depthwise
+        (z,) = convolve([x], [conv.weight], [(0, 0, 0, conv.stride[0], conv.dilation[0])])
         x = normalised_product(z, link.pointwise[0].weight, link.bn)
     return x
 
@@ -41,10 +40,8 @@ def _runs_in_c(x):
 
 
 def _is_relu_chain(op, dtype):
-    """Whether all links of an operation are standard, with ReLU, BN in training, and weights of this type."""
+    """Whether all links of an operation are standard, with BN in training, and weights of this type."""
     if signature(op) is None or any(weight.dtype != dtype or not weight.is_cpu for weight in op.parameters()):
         return False
     links = links_of(op)
-    return bool(links) and all(
-        is_standard_link(link) and type(link.activation) is nn.ReLU and link.bn.training for link in links
-    )
+    return bool(links) and all(is_standard_link(link) and link.bn.training for link in links)

@@ -8,9 +8,7 @@ products; as one product, which sums over the pixels of all images, it would tak
 import torch
 import torch.nn.functional as F
 
-from models.fast.depthwise import pixels_read
-from models.fast.layout import Layout, add, batch_norm
-from models.fast.modules import geometry
+from models.fast.layout import Layout, add, batch_norm, separate_output
 
 
 class Batched(Layout):
@@ -23,10 +21,10 @@ class Batched(Layout):
         if equal:
             bases = _blended(group.weights_of_equal.view(-1, n).T, equal)
         for candidate in group.candidates:
-            if candidate.kind in ("pool by edge", "separate"):
+            if candidate.kind == "separate":
                 for s, x in enumerate(source.unbind(1)):
                     here = candidate.from_source(s, n)
-                    outputs = torch.stack(here.outputs_by_edge(x), 1)
+                    outputs = torch.stack([separate_output(op, x) for op in here.ops], 1)
                     bases = add(bases, outputs * here.weights[:, None, None, None])
         return list(self._add_chains(bases, [source], group, statistics).unbind(1))
 
@@ -39,14 +37,13 @@ class Batched(Layout):
         for links, kernels, images in jobs:
             outputs.append(images)
             if kernels is not None:
-                _, settings = pixels_read(*geometry(links[0].depthwise))
-                outputs[-1] = [_grouped_depthwise(images[0], kernels.flatten(0, 1), *settings)]
+                outputs[-1] = [_grouped_depthwise(images[0], kernels.flatten(0, 1), links[0].depthwise)]
         return outputs
 
-    def _activated(self, product, zs, statistics):
-        """The activation of BN(M z) for the z of each chain: a list with one tensor (N, E, C, H, W) for each."""
-        y = self._batch_norm(_multiplied(product.M, zs), product.bns, statistics)
-        return [[product.activation(part)] for part in y.split(len(product.bns) // len(zs), 1)]
+    def _normalised(self, product, zs, statistics):
+        """relu(BN(M z)) for the z of each chain: a list with one tensor (N, E, C, H, W) for each."""
+        y = self._batch_norm(_multiplied(product.M, zs), product.bns, statistics).relu()
+        return [[part] for part in y.split(len(product.bns) // len(zs), 1)]
 
     def _add_mixture(self, bases, product, zs, n_targets, statistics):
         """bases + the sum of w BN(M z) over the chains and sources: for each target, (N, n_targets, C, h, w)."""
@@ -75,7 +72,7 @@ def _blended(weights, terms):
     return blended.unflatten(2, stacked.shape[2:])
 
 
-def _grouped_depthwise(x, kernels, stride, padding, dilation):
+def _grouped_depthwise(x, kernels, conv):
     """One grouped convolution with a group for each edge and channel: x is viewed as (N, E * C, H, W)."""
-    z = F.conv2d(x.flatten(1, 2), kernels, None, stride, padding, dilation, len(kernels))
+    z = F.conv2d(x.flatten(1, 2), kernels, None, conv.stride, conv.padding, conv.dilation, len(kernels))
     return z.unflatten(1, x.shape[1:3])

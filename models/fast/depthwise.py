@@ -6,25 +6,17 @@ images and convolutions in one call. At stride 1 the gradient of x is the convol
 180 degrees, with the same dilation. At a larger stride, zeros are first inserted between the pixels of dz.
 """
 
+import itertools
+
 import torch
 
 from models.fast import native
 from models.sync_bn import refuse_second_derivatives
 
 
-def convolve(images, relus, kernels, convolutions):
-    """Several depthwise convolutions in one call: a tuple of their outputs. Arguments: see `native.depthwise`."""
-    return _Depthwise.apply(relus, convolutions, len(images), *images, *kernels)
-
-
-def pixels_read(stride, padding, dilation):
-    """Whether a convolution reads only every second pixel, and its settings on the pixels that it reads.
-
-    With stride 2, dilation 2 and even padding it reads only every second row and column. On the image of those it has
-    stride 1 and dilation 1. Returns (whether it is so, (stride, padding, dilation) on the pixels that are read).
-    """
-    reads_every_second = stride == dilation == 2 and padding % 2 == 0
-    return reads_every_second, (1, padding // 2, 1) if reads_every_second else (stride, padding, dilation)
+def convolve(images, kernels, convolutions):
+    """Several depthwise convolutions of ReLUs in one call: a tuple. Arguments: see `native.depthwise`."""
+    return _Depthwise.apply(convolutions, len(images), *images, *kernels)
 
 
 def dense_gradient(x):
@@ -32,37 +24,25 @@ def dense_gradient(x):
     return _DenseGradient.apply(x)
 
 
-def every_second(x, first=0):
-    """x[..., first::2, first::2] as a dense tensor, with a gradient that has the strides of x."""
-    return dense_gradient(x)[..., first::2, first::2].clone()
-
-
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, relus, convolutions, n, *images_and_kernels):
+    def forward(ctx, convolutions, n, *images_and_kernels):
         ctx.save_for_backward(*images_and_kernels)
-        ctx.options = relus, convolutions, n
+        ctx.options = convolutions, n
         ctx.set_materialize_grads(False)
-        return tuple(native.depthwise(images_and_kernels[:n], relus, images_and_kernels[n:], convolutions))
+        return tuple(native.depthwise(images_and_kernels[:n], images_and_kernels[n:], convolutions))
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, *dzs):
         refuse_second_derivatives()
-        relus, convolutions, n = ctx.options
-        tensors, (_, _, _, *wanted) = ctx.saved_tensors, ctx.needs_input_grad
+        convolutions, n = ctx.options
+        tensors, (_, _, *wanted) = ctx.saved_tensors, ctx.needs_input_grad
         used = [i for i, dz in enumerate(dzs) if dz is not None]
-        dimages, dkernels = native.depthwise_gradients(
-            tensors[:n],
-            relus,
-            tensors[n:],
-            [convolutions[i] for i in used],
-            [dzs[i] for i in used],
-            wanted[:n],
-            wanted[n:],
-        )
-        return None, None, None, *dimages, *dkernels
+        convolutions, dzs = [convolutions[i] for i in used], [dzs[i] for i in used]
+        gradients = native.depthwise_gradients(tensors[:n], tensors[n:], convolutions, dzs, wanted[:n], wanted[n:])
+        return None, None, *itertools.chain(*gradients)
 
 
 class _DenseGradient(torch.autograd.Function):

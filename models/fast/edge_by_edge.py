@@ -8,18 +8,17 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from models.fast import native
-from models.fast.depthwise import convolve, pixels_read
+from models.fast.depthwise import convolve
 from models.fast.folded_bn import Mixture
-from models.fast.layout import Layout, add, batch_norm
-from models.fast.modules import geometry, is_synced
+from models.fast.layout import Layout, add, batch_norm, separate_output
+from models.fast.modules import is_synced
 from models.sync_bn import refuse_second_derivatives
 
 
 class EdgeByEdge(Layout):
-    activations_of_depthwise = (nn.ReLU,)
+    relu_in_depthwise = True
 
     def mixed(self, states, group, statistics):
         n = group.n_targets
@@ -31,9 +30,9 @@ class EdgeByEdge(Layout):
             equal = self._equal_outputs(source, candidates, statistics)
             sums = list(_Blend.apply(weights_of_equal[:, s].T, *equal)) if equal else [None] * n
             for candidate in candidates:
-                if candidate.kind in ("pool by edge", "separate"):
-                    for t, y in enumerate(candidate.outputs_by_edge(source)):
-                        sums[t] = add(sums[t], candidate.weights[t] * y)
+                if candidate.kind == "separate":
+                    for t, (op, weight) in enumerate(zip(candidate.ops, candidate.weights)):
+                        sums[t] = add(sums[t], weight * separate_output(op, source))
             bases += [total for total in sums if total is not None]
         outputs = self._add_chains(bases, sources, group, statistics)
         return [sum(outputs[t + n :: n], start=outputs[t]) for t in range(n)]
@@ -52,33 +51,31 @@ class EdgeByEdge(Layout):
             if kernels is not None:
                 jobs_by_size.setdefault(images[0].shape, []).append(j)
         for indices in jobs_by_size.values():
-            images, relus, places = [], [], {}  # places: (id of an image, whether its ReLU is convolved) -> index
+            images, places = [], {}  # places: id of an image -> its index
             convolutions, job_of_output = [], []
             for kernel_index, j in enumerate(indices):
                 links, _, images_of_job = jobs[j]
-                relu = type(links[0].activation) in self.activations_of_depthwise
-                _, settings = pixels_read(*geometry(links[0].depthwise))
+                stride, dilation = links[0].depthwise.stride[0], links[0].depthwise.dilation[0]
                 for row, image in enumerate(images_of_job):
-                    if (id(image), relu) not in places:
-                        places[id(image), relu] = len(images)
+                    if id(image) not in places:
+                        places[id(image)] = len(images)
                         images.append(image)
-                        relus.append(relu)
-                    convolutions.append((places[id(image), relu], kernel_index, row, settings))
+                    convolutions.append((places[id(image)], kernel_index, row, stride, dilation))
                     job_of_output.append(j)
             kernels = [jobs[j][1] for j in indices]
-            for j, z in zip(job_of_output, convolve(images, relus, kernels, convolutions)):
+            for j, z in zip(job_of_output, convolve(images, kernels, convolutions)):
                 outputs[j].append(z)
         return outputs
 
-    def _activated(self, product, zs, statistics):
-        """The activation of BN(M z) for the z of each chain: a list of E images."""
+    def _normalised(self, product, zs, statistics):
+        """BN(M z) for the z of each chain: a list of E images."""
         images, bns = list(itertools.chain(*zs)), product.bns
         if bns[0].training:
             mean, var, *ys = Mixture.apply(bns[0].eps, is_synced(bns[0]), len(images), None, None, product.M, *images)
             statistics.add(bns, mean, var)
         else:
             ys = _recorded_products(product, images)
-        return _split([product.activation(y) for y in ys], len(zs[0]))
+        return _split(ys, len(zs[0]))
 
     def _add_mixture(self, bases, product, zs, n_targets, statistics):
         """bases + the sum of w BN(M z) over the chains, for each edge: sources are not yet added up for a target."""

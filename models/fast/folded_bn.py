@@ -59,21 +59,21 @@ class Mixture(torch.autograd.Function):
         sums, grams = native.products(images, images)
         if synced:
             sums, grams, n = _sums_over_ranks(sums, grams, sums.new_tensor(float(n)))
+        n = float(n)
         m, M_64 = sums / n, M.double()
         MS = M_64 @ torch.baddbmm(grams, m.unsqueeze(2), m.unsqueeze(1), beta=1 / n, alpha=-1)
         mean, var = (M_64 @ m.unsqueeze(2)).squeeze(2), (MS * M_64).sum(2).clamp_(min=0)
         inverse = (var + eps).rsqrt_()
         factor = inverse if w is None else inverse * w
-        A_64 = factor.unsqueeze(2) * M_64
         shifts = (factor * mean).view(-1, edges, mean.shape[1]).sum(0).neg_()
         shifts = shifts if bias is None else shifts.add_(bias)
-        A = A_64.mT.to(M.dtype, memory_format=torch.contiguous_format)
+        A = (factor.unsqueeze(2) * M_64).mT.to(M.dtype, memory_format=torch.contiguous_format)
         terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, len(M), edges)]
         ys = native.mix(terms, list(bases), shifts.to(M.dtype))
         ctx.save_for_backward(w, M, *images)
         ctx.set_materialize_grads(False)
         ctx.options = synced, edges, n, bool(bases)
-        ctx.moments = m, M_64, MS, inverse, factor, A_64
+        ctx.moments = m, MS, inverse, factor
         mean, var = mean.to(M.dtype), var.mul_(n / (n - 1)).to(M.dtype)
         ctx.mark_non_differentiable(mean, var)
         return mean, var, *ys
@@ -84,7 +84,8 @@ class Mixture(torch.autograd.Function):
         refuse_second_derivatives()
         w, M, *images = ctx.saved_tensors
         synced, edges, n, has_bases = ctx.options
-        m, M_64, MS, inverse, factor, A_64 = ctx.moments
+        m, MS, inverse, factor = ctx.moments
+        M_64 = M.double()
         _, _, _, wants_w, wants_bias, wants_M, *wants_z = ctx.needs_input_grad
         N, _, *size = images[0].shape
         gs = [images[0].new_zeros(N, M.shape[1], *size) if g is None else g for g in gs]
@@ -102,6 +103,7 @@ class Mixture(torch.autograd.Function):
                 sums, products = _sums_over_ranks(sums, products)
                 _, v = _centred(sums, products, m, M_64)
             c = factor * inverse.square() * v / n
+            A_64 = factor.unsqueeze(2) * M_64
             D = M_64.mT @ (c.unsqueeze(2) * M_64).neg_()
             shifts = torch.baddbmm(A_64.mT @ sums.unsqueeze(2), D, m.unsqueeze(2), beta=-1 / n, alpha=-1).squeeze(2)
             A, D, shifts = (values.to(M.dtype) for values in (A_64, D, shifts))

@@ -3,6 +3,7 @@
 A layout, a subclass of `Layout`, says how the images of E edges lie in memory and how each step is computed on them.
 """
 
+import functools
 import itertools
 import logging
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.fast.depthwise import every_second, pixels_read
-from models.fast.modules import POOLS, Link, geometry, is_standard_bn, is_standard_link, is_synced, links_of, signature
+from models.fast.depthwise import dense_gradient
+from models.fast.modules import POOLS, Link, is_standard_bn, is_standard_link, is_synced, links_of, signature
 from models.ops import Identity, PoolBN, Zero
 from models.sync_bn import batch_norm as synced_batch_norm
 
@@ -21,9 +22,9 @@ from models.sync_bn import batch_norm as synced_batch_norm
 class Candidate:
     """One candidate on all E edges of a group: the operation on each edge, and its weights, (E,).
 
-    kind: how it runs: `skip`, `zero`, `pool`, `pool by edge` (BN uses running statistics, which may differ from edge to
-    edge), `chain`, or `separate` (each operation by its own `forward`). Only for a chain: links[t], the edges' `Link`s
-    of step t; kernels[t], their depthwise kernels as one tensor (E, C, 1, k, k), or None if the step has none.
+    kind: how it runs: `skip`, `zero`, `pool`, `chain`, or `separate` (each operation by its own `forward`). Only for a
+    chain: links[t], the edges' `Link`s of step t; kernels[t], their depthwise kernels as one tensor (E, C, 1, k, k), or
+    None if the step has none.
     """
 
     ops: list[nn.Module]
@@ -37,24 +38,16 @@ class Candidate:
         edges = slice(s * n_targets, (s + 1) * n_targets)
         return Candidate(self.ops[edges], self.weights[edges], self.kind)
 
-    def outputs_by_edge(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The output on each edge, all from x, of the kinds `pool by edge` and `separate`."""
-        if self.kind == "separate":
-            return [separate_output(op, x) for op in self.ops]
-        pooled = self.ops[0][0](x)
-        return [op[1](pooled) for op in self.ops]
-
 
 @dataclass
 class Product:
-    """Pointwise convolutions of one or several chains as one matrix product, with the BN and activation that follow.
+    """Pointwise convolutions of one or several chains as one matrix product, with the BN that follows.
 
-    links: of all edges of the first chain, then of the second, ...; activation: None after a chain's last step; M: the
-    matrices, (links, C, K); weights: after a last step, the candidates' weights, (links, 1) or (links, at least C).
+    links: of all edges of the first chain, then of the second, ...; M: the matrices, (links, C, K); weights: after a
+    last step, the candidates' weights, (links, 1) or (links, at least C).
     """
 
     kind: tuple
-    activation: nn.Module | None
     chains: list[Candidate] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     M: torch.Tensor | None = None
@@ -89,7 +82,7 @@ class Layout:
     `RunningStatistics`.
     """
 
-    activations_of_depthwise = ()  # classes of activations that `_depthwise` computes too
+    relu_in_depthwise = False  # whether `_depthwise` computes the ReLU too
     weights_by_channel = False  # whether the weights of chains are repeated for each channel
 
     def edge_groups(self, operations: list[list], weights: torch.Tensor) -> list[EdgeGroup]:
@@ -122,10 +115,10 @@ class Layout:
             chain.links = list(zip(*map(links_of, chain.ops)))
         products = [[] for _ in range(max((len(chain.links) for chain in chains), default=1))]
         for chain in chains:
-            for t, following in enumerate(chain.links[1:]):
-                _add_to_products(products[t], chain, chain.links[t], self._activation(following[0]))
+            for links, products_of_step in zip(chain.links[:-1], products):
+                _add_to_products(products_of_step, chain, links)
         for chain in sorted(chains, key=lambda chain: len(chain.links)):
-            _add_to_products(products[-1], chain, chain.links[-1], None)
+            _add_to_products(products[-1], chain, chain.links[-1])
         return EdgeGroup(len(operations[0]), candidates, chains, products)
 
     def _equal_outputs(self, x, candidates, statistics):
@@ -141,52 +134,33 @@ class Layout:
 
     def _add_chains(self, bases, sources, group, statistics):
         """bases plus the weighted outputs of all chains of a group."""
-        images = dict(zip(group.chains, self._first_images(sources, group)))
+        images = self._first_images(sources, group)
         for t, products in enumerate(group.products):
             chains = [chain for chain in group.chains if len(chain.links) > t]
             jobs = [(chain.links[t], chain.kernels[t], images[chain]) for chain in chains]
             images.update(zip(chains, self._depthwise(jobs)))
             for product in products:
                 zs = [images[chain] for chain in product.chains]
-                if product.activation is None:
+                if products is group.products[-1]:
                     bases = self._add_mixture(bases, product, zs, group.n_targets, statistics)
                 else:
-                    images.update(zip(product.chains, self._activated(product, zs, statistics)))
+                    images.update(zip(product.chains, self._normalised(product, zs, statistics)))
         return bases
 
     def _first_images(self, sources, group):
-        """For each chain of a group what its first step convolves: the activated sources, repeated for each target.
+        """chain -> what its first step convolves: the sources, repeated for each target.
 
-        Chains that need the same get the same tensors.
+        Chains that need the same get the same tensors. FactorizedReduce, which has no depthwise convolution, needs
+        every second pixel.
         """
-        images, computed = [], {}
-        for chain in group.chains:
-            link = chain.links[0][0]
-            activation, pixels = self._activation(link), _pixels_of(link)
-            kind = signature(activation), pixels
-            if kind not in computed:
-                activated = [activation(source) for source in sources]
-                computed[kind] = self._repeated(
-                    [pixels(x) for x in activated] if pixels else activated, group.n_targets
-                )
-            images.append(computed[kind])
-        return images
 
-    def _activation(self, link):
-        """The activation that is still to be computed before a link's `_depthwise`."""
-        is_computed_there = link.depthwise is not None and type(link.activation) in self.activations_of_depthwise
-        return _IDENTITY if is_computed_there else link.activation
+        @functools.cache
+        def images(has_depthwise):
+            activated = sources if has_depthwise and self.relu_in_depthwise else [x.relu() for x in sources]
+            pixels = activated if has_depthwise else [even_and_odd(x) for x in activated]
+            return self._repeated(pixels, group.n_targets)
 
-
-_IDENTITY = nn.Identity()
-
-
-def _pixels_of(link):
-    """The function that selects the pixels which a first link reads; None if it reads all."""
-    if link.depthwise is None:
-        return even_and_odd
-    reads_every_second, _ = pixels_read(*geometry(link.depthwise))
-    return every_second if reads_every_second else None
+        return {chain: images(chain.links[0][0].depthwise is not None) for chain in group.chains}
 
 
 class RunningStatistics:
@@ -246,7 +220,7 @@ def _kind_by_class(op):
     if type(op) is Zero:
         return "zero"
     if type(op) is PoolBN and len(op) == 2 and type(op[0]) in POOLS and _is_bn_without_weight(op[1]):
-        return "pool" if op[1].training else "pool by edge"
+        return "pool" if op[1].training else "separate"  # running statistics may differ from edge to edge
     links = links_of(op)
     if links and all(is_standard_link(link) and _is_bn_without_weight(link.bn) for link in links):
         return "chain"
@@ -270,13 +244,13 @@ def separate_output(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _add_to_products(products, chain, links, activation):
+def _add_to_products(products, chain, links):
     """Add a step of a chain to the last of the products, or to a new one if it is of another kind."""
     link = links[0]
     shapes = [conv.weight.shape for conv in link.pointwise]
-    kind = shapes, signature(link.bn), activation and signature(activation)
+    kind = shapes, signature(link.bn)
     if not products or products[-1].kind != kind:
-        products.append(Product(kind, activation))
+        products.append(Product(kind))
     products[-1].chains.append(chain)
     products[-1].links += links
 
@@ -332,10 +306,8 @@ class _Stacks(torch.autograd.Function):
 def even_and_odd(x: torch.Tensor) -> torch.Tensor:
     """What FactorizedReduce's two convolutions read: the even and the odd pixels, one after the other as channels."""
     H, W = x.shape[-2:]
-    odd = every_second(x, 1)
-    if H % 2 or W % 2:
-        odd = F.pad(odd, (0, W % 2, 0, H % 2))
-    return torch.cat([every_second(x), odd], -3)
+    x = dense_gradient(x)
+    return torch.cat([x[..., ::2, ::2], F.pad(x[..., 1::2, 1::2], (0, W % 2, 0, H % 2))], -3)
 
 
 def batch_norm(images, bns, scale, statistics):

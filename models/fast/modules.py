@@ -5,21 +5,19 @@ does: it has no hooks, and no `forward` was set on the instance.
 """
 
 from dataclasses import dataclass
-from operator import itemgetter
 
 from torch import nn
 
-from models.ops import DilConv, FactorizedReduce, SepConv, Zero
+from models.ops import DilConv, FactorizedReduce, Identity, SepConv, Zero
 from models.sync_bn import SyncBatchNorm2d
 
-ACTIVATIONS = (nn.ReLU, nn.Softplus)  # Softplus replaces ReLU in networks that must be smooth
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm2d)
 
 
 @dataclass(frozen=True)
 class Link:
-    """A step of a chain: activation, depthwise convolution, pointwise convolution, BN.
+    """A step of a chain: ReLU, depthwise convolution, pointwise convolution, BN.
 
     FactorizedReduce is a link too: it has no depthwise convolution (None) and two pointwise ones.
     """
@@ -59,7 +57,7 @@ def is_changed(module: nn.Module) -> bool:
 def signature(module: nn.Module) -> tuple | None:
     """A hashable description of what a module computes, without its weights; None if it or a part of it is changed.
 
-    Modules with equal signatures can run together.
+    Modules with equal signatures can run together. That of a class which is not known here is the class.
     """
     kind, attributes = type(module), vars(module)
     if is_changed(module):
@@ -67,62 +65,40 @@ def signature(module: nn.Module) -> tuple | None:
     if attributes["_modules"]:
         parts = [signature(part) for part in attributes["_modules"].values()]
         return None if None in parts else (kind, *parts)
-    settings = _SETTINGS.get(kind)
-    return (kind, settings and settings(attributes))
+    if kind not in KNOWN:
+        return (kind,)
+    tensors = (*attributes["_parameters"].values(), *attributes["_buffers"].values())
+    return (kind, *map(attributes.get, SETTINGS), *[tensor is None for tensor in tensors])
 
 
-def _conv_settings(attributes):
-    return (*_CONV_ATTRIBUTES(attributes), attributes["_parameters"]["bias"] is not None)
-
-
-def _bn_settings(attributes):
-    parameters, buffers = attributes["_parameters"], attributes["_buffers"]
-    missing = parameters["weight"] is None, parameters["bias"] is None, buffers["running_mean"] is None
-    return (*_BN_ATTRIBUTES(attributes), *missing)
-
-
-_CONV_ATTRIBUTES = itemgetter(
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+KNOWN = (nn.Conv2d, *BATCH_NORMS, *POOLS, nn.ReLU, Zero, Identity)
+SETTINGS = (  # the attributes of these classes that decide what is computed
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("num_features", "eps", "momentum", "training", "track_running_stats"),
+    *("ceil_mode", "count_include_pad", "divisor_override", "inplace"),
 )
-_BN_ATTRIBUTES = itemgetter("num_features", "eps", "momentum", "training", "track_running_stats")
-_SETTINGS = {  # class -> a function of a module's attributes that returns its settings
-    nn.Conv2d: _conv_settings,
-    nn.BatchNorm2d: _bn_settings,
-    SyncBatchNorm2d: _bn_settings,
-    nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
-    nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    Zero: itemgetter("stride"),
-    nn.ReLU: itemgetter("inplace"),
-    nn.Softplus: itemgetter("beta", "threshold"),
-}
 
 
 def is_standard_link(link: Link) -> bool:
-    """Whether a link is as `models.ops` builds it, with any of `ACTIVATIONS`."""
+    """Whether a link is as `models.ops` builds it."""
+    convolutions = [] if link.depthwise is None else [link.depthwise]
     return (
-        type(link.activation) in ACTIVATIONS
-        and not vars(link.activation).get("inplace")
-        and (link.depthwise is None or _is_standard_depthwise(link.depthwise))
-        and all(map(_is_standard_pointwise, link.pointwise))
+        type(link.activation) is nn.ReLU
+        and not link.activation.inplace
+        and all(map(_is_standard_convolution, convolutions + link.pointwise))
+        and all(conv.groups == conv.in_channels == conv.out_channels for conv in convolutions)
+        and all(conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 for conv in link.pointwise)
         and is_standard_bn(link.bn)
     )
 
 
-def _is_standard_depthwise(conv):
-    if type(conv) is not nn.Conv2d:
+def _is_standard_convolution(conv):
+    """Whether it is square, without bias, and leaves ceil(size / stride) pixels a side."""
+    if type(conv) is not nn.Conv2d or conv.bias is not None or conv.padding_mode != "zeros":
         return False
-    C, k = conv.in_channels, conv.kernel_size[0]
-    return k % 2 == 1 and signature(conv) == _conv_signature(C, C, k, conv.stride[0], conv.dilation[0], groups=C)
-
-
-def _is_standard_pointwise(conv):
-    return type(conv) is nn.Conv2d and signature(conv) == _conv_signature(conv.in_channels, conv.out_channels, k=1)
-
-
-def _conv_signature(C_in, C_out, k, stride=1, dilation=1, groups=1):
-    """The signature of a square convolution without bias that leaves ceil(size / stride) pixels a side."""
-    square = [(value, value) for value in (k, stride, dilation * (k // 2), dilation)]
-    return nn.Conv2d, (C_in, C_out, *square, groups, "zeros", False)
+    k, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+    square = (conv.kernel_size, conv.stride, conv.dilation, conv.padding)
+    return k % 2 == 1 and square == tuple((value, value) for value in (k, stride, dilation, dilation * (k // 2)))
 
 
 def is_standard_bn(bn: nn.Module) -> bool:
@@ -138,8 +114,3 @@ def is_standard_bn(bn: nn.Module) -> bool:
 def is_synced(bn: nn.Module) -> bool:
     """Whether BN uses the statistics of the global batch."""
     return type(bn) is SyncBatchNorm2d
-
-
-def geometry(conv: nn.Conv2d) -> tuple[int, int, int]:
-    """(stride, padding, dilation) of a square convolution."""
-    return conv.stride[0], conv.padding[0], conv.dilation[0]

@@ -9,7 +9,6 @@
 #include <string.h>
 
 #ifdef __AVX512F__ /* bytes of a vector; number of sums of products that are held in registers */
-#include <immintrin.h>
 enum { BYTES = 64, MANY = 16 };
 #else
 enum { BYTES = 32, MANY = 12 };
@@ -29,33 +28,24 @@ static vector *zeros(size_t vectors) {
     return posix_memalign(&memory, 64, size) ? NULL : memset(memory, 0, size);
 }
 
+/* Copy some numbers of a vector; the usual numbers of channels leave all lanes, a half or a quarter. */
+INLINE void copy(void *to, const void *from, long lanes) {
+    if (lanes == LANES) memcpy(to, from, BYTES);
+    else if (lanes == LANES / 2) memcpy(to, from, BYTES / 2);
+    else if (lanes == LANES / 4) memcpy(to, from, BYTES / 4);
+    else for (long l = 0; l < lanes; l++) ((REAL *)to)[l] = ((const REAL *)from)[l];
+}
 /* Read some channels of a pixel into a vector, with zeros in its other lanes; and write them back. */
 INLINE vector get(const REAL *from, long lanes) {
     vector v = {0};
-    if (lanes == LANES) memcpy(&v, from, sizeof v);
-#ifdef __AVX512F__
-    else if (sizeof(REAL) == 4) v = (vector)_mm512_maskz_loadu_ps((1u << lanes) - 1, from);
-    else v = (vector)_mm512_maskz_loadu_pd((1u << lanes) - 1, from);
-#else
-    else if (lanes == LANES / 2) memcpy(&v, from, sizeof v / 2);
-    else for (long l = 0; l < lanes; l++) v[l] = from[l];
-#endif
+    copy(&v, from, lanes);
     return v;
 }
-INLINE void put(REAL *to, vector v, long lanes) {
-    if (lanes == LANES) memcpy(to, &v, sizeof v);
-#ifdef __AVX512F__
-    else if (sizeof(REAL) == 4) _mm512_mask_storeu_ps(to, (1u << lanes) - 1, (__m512)v);
-    else _mm512_mask_storeu_pd(to, (1u << lanes) - 1, (__m512d)v);
-#else
-    else if (lanes == LANES / 2) memcpy(to, &v, sizeof v / 2);
-    else for (long l = 0; l < lanes; l++) to[l] = v[l];
-#endif
-}
+INLINE void put(REAL *to, vector v, long lanes) { copy(to, &v, lanes); }
 INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 
 
-/* Depthwise convolutions. Kernels are square with an odd side k; the padding is 'same', dilation * (k / 2).
+/* Depthwise convolutions of relu(x). Kernels are square with an odd side k; the padding is 'same', dilation * (k / 2).
 
    Only the middle of a kernel is used, as far as it meets pixels: if a large kernel meets few pixels, the rest of it
    reads only zeros. Channels are processed in blocks of as many as a vector has lanes. A block's pixels are copied to a
@@ -67,7 +57,6 @@ INLINE vector where(vector v, mask m) { return (vector)((mask)v & m); }
 struct batch {
     const REAL *x;
     REAL *dx; /* null if it is not wanted */
-    long relu; /* whether relu(x) is convolved */
 };
 
 struct convolution {
@@ -83,9 +72,8 @@ struct sizes {
     long border, width; /* zeros on each side of a plane; pixels in a row */
     long inside, plane; /* offset of the first pixel in a plane; vectors in a plane */
     long blocks, taps;  /* blocks in an image; taps of all kernels */
-    long groups;        /* groups of blocks: one for each image, unless there are more threads than images */
 };
-static struct sizes sizes_of(struct convolution *all, long count, long N, long H, long W, long C) {
+static struct sizes sizes_of(struct convolution *all, long count, long H, long W, long C) {
     struct sizes s = {0};
     for (struct convolution *f = all; f < all + count; f++) {
         s.border = max(s.border, f->dilation * (f->k / 2));
@@ -96,7 +84,6 @@ static struct sizes sizes_of(struct convolution *all, long count, long N, long H
     s.inside = s.border * s.width + s.border;
     s.plane = (H + 2 * s.border) * s.width;
     s.blocks = up(C, LANES);
-    s.groups = min(s.blocks, up(omp_get_max_threads(), max(N, 1)));
     return s;
 }
 
@@ -184,24 +171,23 @@ static void correlate(vector *out, const vector *in, const vector *dz, long widt
 /* Compute every z. */
 int depthwise(const struct batch *batches, long n_batches, long N, long H, long W, long C, struct convolution *all,
               long count) {
-    const struct sizes s = sizes_of(all, count, n_batches * N, H, W, C);
+    const struct sizes s = sizes_of(all, count, H, W, C);
     vector *kernels = zeros(s.blocks * s.taps + omp_get_max_threads() * s.blocks * s.plane);
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 0);
 #pragma omp parallel for schedule(static)
-    for (long unit = 0; unit < n_batches * N * s.groups; unit++) {
-        long group = unit % s.groups, n = unit / s.groups % N;
-        const struct batch *batch = batches + unit / s.groups / N;
-        long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
+    for (long unit = 0; unit < n_batches * N; unit++) {
+        const struct batch *batch = batches + unit / N;
+        long n = unit % N;
         vector *planes = kernels + s.blocks * (s.taps + omp_get_thread_num() * s.plane);
-        for (long b = from; b < until; b++)
+        for (long b = 0; b < s.blocks; b++)
             fill(planes + b * s.plane + s.inside, s.width, batch->x + n * H * W * C + b * LANES, C,
-                 min(LANES, C - b * LANES), H, W, 1, batch->relu);
+                 min(LANES, C - b * LANES), H, W, 1, 1);
         for (const struct convolution *f = all; f < all + count; f++) {
             if (f->batch != batch - batches) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
             for (long y = 0; y < rows; y++)
-                for (long b = from; b < until; b++)
+                for (long b = 0; b < s.blocks; b++)
                     convolve(f->z + (n * rows + y) * columns * C + b * LANES, C, min(LANES, C - b * LANES), 0,
                              planes + b * s.plane + (first + y * f->stride) * s.width + first, s.width,
                              kernels + f->at + b * f->k * f->k, f->k, f->stride, f->dilation, columns);
@@ -214,7 +200,7 @@ int depthwise(const struct batch *batches, long n_batches, long N, long H, long 
 /* From the gradients z compute every dx, and add to every dweight, which must be zeros before. */
 int depthwise_gradients(const struct batch *batches, long n_batches, long N, long H, long W, long C,
                         struct convolution *all, long count) {
-    const struct sizes s = sizes_of(all, count, n_batches * N, H, W, C);
+    const struct sizes s = sizes_of(all, count, H, W, C);
     enum { TAPS = 64, DOUBLES = sizeof(double) / sizeof(REAL) };
     long each = (s.blocks + 1) * s.plane + s.blocks * H * W, of_all = s.blocks * s.taps;
     long summed = 0; /* vectors of the dweights of an image; 0 if none is wanted */
@@ -225,20 +211,19 @@ int depthwise_gradients(const struct batch *batches, long n_batches, long N, lon
     if (!kernels) return 1;
     pack_kernels(kernels, all, count, C, 1);
 #pragma omp parallel for schedule(static)
-    for (long unit = 0; unit < n_batches * N * s.groups; unit++) {
-        long group = unit % s.groups, n = unit / s.groups % N;
-        const struct batch *batch = batches + unit / s.groups / N;
-        long from = s.blocks * group / s.groups, until = s.blocks * (group + 1) / s.groups;
+    for (long unit = 0; unit < n_batches * N; unit++) {
+        const struct batch *batch = batches + unit / N;
+        long n = unit % N;
         vector *planes = threads + each * omp_get_thread_num(), *dz = planes + s.blocks * s.plane, *sums = dz + s.plane;
-        for (long b = from; b < until; b++)
+        for (long b = 0; b < s.blocks; b++)
             fill(planes + b * s.plane + s.inside, s.width, batch->x + n * H * W * C + b * LANES, C,
-                 min(LANES, C - b * LANES), H, W, 1, batch->relu);
+                 min(LANES, C - b * LANES), H, W, 1, 1);
         memset(sums, 0, s.blocks * H * W * sizeof(vector));
         for (const struct convolution *f = all; f < all + count; f++) {
             if (f->batch != batch - batches) continue;
             long rows = up(H, f->stride), columns = up(W, f->stride), first = s.border - f->dilation * (f->k / 2);
             long at_once = max(1, 64 / columns); /* rows: few enough to be summed in REAL */
-            for (long b = from; b < until; b++) {
+            for (long b = 0; b < s.blocks; b++) {
                 long kernel = f->at + b * f->k * f->k;
                 fill(dz + s.inside, s.width, f->z + n * rows * columns * C + b * LANES, C, min(LANES, C - b * LANES), H,
                      W, f->stride, 0);
@@ -253,10 +238,10 @@ int depthwise_gradients(const struct batch *batches, long n_batches, long N, lon
             }
         }
         for (long i = 0; i < H * W && batch->dx; i++)
-            for (long b = from; b < until; b++) {
+            for (long b = 0; b < s.blocks; b++) {
                 long at = (n * H * W + i) * C + b * LANES, lanes = min(LANES, C - b * LANES);
                 vector v = sums[b * H * W + i];
-                put(batch->dx + at, batch->relu ? where(v, ~(get(batch->x + at, lanes) <= 0)) : v, lanes);
+                put(batch->dx + at, where(v, ~(get(batch->x + at, lanes) <= 0)), lanes);
             }
     }
     double *totals = (double *)(threads + omp_get_max_threads() * each); /* over all images, tap by tap */

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import logging
 import os
-import platform
 import shlex
 import subprocess
 import tempfile
@@ -40,34 +39,42 @@ def can_read(x):
     return is_plain and x.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def depthwise(images, relus, kernels, convolutions):
-    """Depthwise convolutions of images: a list of their outputs.
+def depthwise(images, kernels, convolutions):
+    """Depthwise convolutions of relu(image) of several images: a list of their outputs. The padding is `same`.
 
-    images: (N, C, H, W), all of one size; relus: for each image, whether relu(image) is convolved instead; kernels:
-    tensors (C, 1, k, k), or (rows, C, 1, k, k) with several kernels; convolutions: tuples (index in images, index in
-    kernels, row of that tensor, (stride, padding, dilation)).
+    images: (N, C, H, W), all of one size; kernels: tensors (C, 1, k, k), or (rows, C, 1, k, k) with several kernels;
+    convolutions: tuples (index in images, index in kernels, row of that tensor, stride, dilation).
     """
-    _check_convolutions(images, kernels)
-    images, kernels = _channels_last(images), _contiguous(*kernels)
-    N, C, H, W = images[0].shape
-    zs = [_empty(images[0], C, -(-H // stride), -(-W // stride)) for *_, (stride, _, _) in convolutions]
-    table = _convolution_table(convolutions, kernels, zs, [None] * len(kernels), max(H, W))
-    image_table = _table((x.data_ptr(), 0, relu) for x, relu in zip(images, relus))
-    _call(images[0].dtype, "depthwise", image_table, len(images), N, H, W, C, table, len(zs))
+    _, C, H, W = images[0].shape
+    zs = [_empty(images[0], C, -(-H // stride), -(-W // stride)) for *_, stride, _ in convolutions]
+    nothing = [None] * len(images), [None] * len(kernels)
+    _call_depthwise("depthwise", images, kernels, convolutions, zs, *nothing)
     return zs
 
 
-def depthwise_gradients(images, relus, kernels, convolutions, dzs, wants_images, wants_kernels):
+def depthwise_gradients(images, kernels, convolutions, dzs, wants_images, wants_kernels):
     """The gradients ([dimage], [dkernel]) of `depthwise`, from those of its outputs, dzs; None for those not wanted."""
-    _check_convolutions(images, kernels)
-    images, dzs, kernels = _channels_last(images), _channels_last(dzs), _contiguous(*kernels)
-    N, C, H, W = images[0].shape
-    dimages = [_empty(x, C, H, W) if wanted else None for x, wanted in zip(images, wants_images)]
+    dimages = [_empty(x, *x.shape[1:]) if wanted else None for x, wanted in zip(images, wants_images)]
     dkernels = [torch.zeros_like(weight) if wanted else None for weight, wanted in zip(kernels, wants_kernels)]
-    table = _convolution_table(convolutions, kernels, dzs, dkernels, max(H, W))
-    image_table = _table((x.data_ptr(), _pointer(dx), relu) for x, dx, relu in zip(images, dimages, relus))
-    _call(images[0].dtype, "depthwise_gradients", image_table, len(images), N, H, W, C, table, len(dzs))
+    _call_depthwise("depthwise_gradients", images, kernels, convolutions, _channels_last(dzs), dimages, dkernels)
     return dimages, dkernels
+
+
+def _call_depthwise(name, images, kernels, convolutions, zs, dimages, dkernels):
+    N, C, H, W = images[0].shape
+    _check(images, images[0].shape, images[0].dtype)
+    for kernel in kernels:
+        _check([kernel], (*kernel.shape[:-4], C, 1, kernel.shape[-1], kernel.shape[-1]), images[0].dtype)
+    images, kernels = _channels_last(images), [kernel.contiguous() for kernel in kernels]
+    rows = []
+    for (image, index, row, stride, dilation), z in zip(convolutions, zs):
+        weight, side = kernels[index], kernels[index].shape[-1]
+        skipped = row * C * side * side * weight.element_size()
+        gradient = 0 if dkernels[index] is None else dkernels[index].data_ptr() + skipped
+        middle = min(side, 2 * ((max(H, W) - 1) // dilation) + 1)  # beyond it the kernel meets no pixels
+        rows.append((weight.data_ptr() + skipped, z.data_ptr(), gradient, side, stride, dilation, middle, image, 0))
+    image_table = _table((x.data_ptr(), _pointer(dx)) for x, dx in zip(images, dimages))
+    _call(images[0].dtype, name, image_table, len(images), N, H, W, C, _table(rows), len(zs))
 
 
 def mix(terms, bases=None, shifts=None):
@@ -134,13 +141,6 @@ def _check(tensors, shape, dtype):
         raise ValueError(f"tensors must be {tuple(shape)}, of {dtype}, on the CPU")
 
 
-def _check_convolutions(images, kernels):
-    _check(images, images[0].shape, images[0].dtype)
-    C = images[0].shape[1]
-    for kernel in kernels:
-        _check([kernel], (*kernel.shape[:-4], C, 1, kernel.shape[-1], kernel.shape[-1]), images[0].dtype)
-
-
 def _channels_last(images):
     return [image.contiguous(memory_format=torch.channels_last) for image in images]
 
@@ -152,23 +152,6 @@ def _empty(x, C, H, W):
     bytes; then freed blocks are often slightly too small for the next tensor, and memory is wasted.
     """
     return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype]).transpose(0, 3, 1, 2))
-
-
-def _convolution_table(convolutions, kernels, zs, dkernels, pixels):
-    """The array of native.c's structures that describe convolutions. pixels: the longer side of the images."""
-    rows = []
-    for (image, index, row, (stride, _, dilation)), z in zip(convolutions, zs):
-        weight, dweight = kernels[index], dkernels[index]
-        side = weight.shape[-1]
-        skipped = row * weight.shape[-4] * side * side * weight.element_size()
-        middle = min(side, 2 * ((pixels - 1) // dilation) + 1)
-        gradient = 0 if dweight is None else dweight.data_ptr() + skipped
-        rows.append((weight.data_ptr() + skipped, z.data_ptr(), gradient, side, stride, dilation, middle, image, 0))
-    return _table(rows)
-
-
-def _contiguous(*tensors):
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _table(rows):
@@ -226,8 +209,9 @@ def _compiled(compiler, real):
     folder, for this process only.
     """
     command = [*compiler, *OPTIONS, f"-DREAL={real}"]
-    version = _run([*compiler, "--version"]).stdout.encode()
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), repr(command).encode(), version, _processor()])).hexdigest()
+    # the compiler's version, and the processor's features that -march=native stands for
+    driver = _run([*command, "-###", "-E", "-x", "c", os.devnull]).stderr.encode()
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), driver])).hexdigest()
     cache = _cache_folder()
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         path = Path(cache or scratch, f"native-{real}-{key[:32]}.so")
@@ -257,15 +241,6 @@ def _cache_folder():
         return None
     is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
     return folder if is_ours and os.access(folder, os.W_OK) else None
-
-
-def _processor():
-    """The processor's model and features, on which -march=native depends: machines may share a cache folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
 
 
 def _keep_freed_memory():
