@@ -53,7 +53,8 @@ def result_of(plan: Plan, member: Member) -> dict:
         search = plan.summary(plan.search(member))
         result["search"] = values(search, "epochs", "valid_top1", "verdict", "eigenvalue") | origin(search)
         if plan.truth_known:
-            result["search"]["history"] = read_json(plan.search(member).config.folder().history)
+            history = read_json(plan.search(member).config.folder().history)
+            result["search"]["history"] = [without_truth(entry) for entry in history]
     cell = from_str(genotype)
     result["skip_connections"] = {kind: skip_connections(getattr(cell, kind)) for kind in space_of(cell).kinds}
     result["truth"] = space_of(cell).truth(cell)
@@ -66,6 +67,11 @@ def result_of(plan: Plan, member: Member) -> dict:
     finals = [(seed, plan.summary(plan.final(member, seed))) for finalist, seed in plan.finals() if finalist == member]
     result["final"] = [{"seed": seed} | values(final, "test_top1") | origin(final) for seed, final in finals if final]
     return result
+
+
+def without_truth(entry: dict) -> dict:
+    """An epoch of a history without what is known of its genotype."""
+    return {name: value for name, value in entry.items() if name != "truth"}
 
 
 def values(summary: dict, *names: str) -> dict:

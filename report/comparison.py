@@ -12,7 +12,8 @@ from command_line.errors import UserError
 from evidence.intervals import difference_interval, mean_interval
 from experiment.protocol_options import CHANCE
 from genotypes import from_str
-from report import figures
+from models.spaces import SPACES
+from report import figures, published
 from report.html import drawings, picture, write_page
 
 NONE = "-"  # in a table
@@ -20,7 +21,6 @@ KINDS_OF_RUNS = ("search", "selection", "final")
 IMAGES = {
     "held-out": "held-out training images",
     "test": "test images",
-    "published": "test images, as published for each cell",
 }
 
 
@@ -74,15 +74,20 @@ def final_accuracies(member):
 def write(all_results: list[dict], path: str | Path) -> None:
     """Write about these results, each the content of a results.json.
 
-    path: the file; .md gets the tables of accuracy alone, .svg the figure, and all others the whole as HTML. Raises
-    UserError if the results can't be compared.
+    path: the file; .md gets the tables of accuracy, .svg the figure (by epoch where accuracies are published), and
+    all others the whole as HTML. Raises UserError if the results can't be compared.
     """
     methods, path = methods_of(all_results), Path(path)
     figure = figures.members(methods, CHANCE)
+    by_epoch = published.by_epoch(methods, SPACES[all_results[0]["search_space"]["space"]])
     if path.suffix == ".md":
-        path.write_text("\n".join(markdown(methods, images) for images in IMAGES), "utf-8", "backslashreplace")
+        titled = published.tables(methods) or {
+            f"Accuracy on {text}, %": [ACCURACY_HEADS, *accuracy_rows(methods, images)]
+            for images, text in IMAGES.items()
+        }
+        path.write_text("\n".join(map(markdown, titled, titled.values())), "utf-8", "backslashreplace")
     elif path.suffix == ".svg":
-        path.write_bytes(figures.to_svg(figure))
+        path.write_bytes(figures.to_svg(by_epoch or figure))
     else:
         write_page(
             path,
@@ -95,7 +100,8 @@ def write(all_results: list[dict], path: str | Path) -> None:
             accuracies={description: accuracy_rows(methods, images) for images, description in IMAGES.items()},
             figure=picture(figure),
             member_heads=MEMBER_HEADS,
-            ranks=rank_rows(methods),
+            published=published.tables(methods),
+            by_epoch=by_epoch and picture(by_epoch),
             members=[member_row(method, member) for method in methods for member in method.members],
             cells={method.label: cells_of(method) for method in methods},
             origins={results["label"]: origins(results) for results in all_results},
@@ -184,11 +190,11 @@ def n_runs(member):
 ACCURACY_HEADS = ["method", "n", "mean", "sd", "95 %", "selected", f"less {CHANCE}", "95 %"]
 
 
-def markdown(methods, images):
-    """The table of accuracies in Markdown."""
-    lines = [ACCURACY_HEADS, ["---"] * len(ACCURACY_HEADS), *accuracy_rows(methods, images)]
+def markdown(title, rows):
+    """A table in Markdown, with its title. rows: the first are the heads."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     table = "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
-    return f"Accuracy on {IMAGES[images]}, %:\n\n{table}\n"
+    return f"{title}:\n\n{table}\n"
 
 
 def accuracy_rows(methods: list[Method], images: str) -> list[list]:
@@ -208,18 +214,6 @@ def accuracy_rows(methods: list[Method], images: str) -> list[list]:
         else:
             row += [NONE, NONE]
         rows.append(row)
-    return rows
-
-
-def rank_rows(methods: list[Method]) -> list[list]:
-    """For each method with published results: the number of cells, their median rank, the best hundredth's share."""
-    rows = []
-    for method in methods:
-        cells = [truth["rank"] for truth in method.truths()]
-        if cells:
-            of = method.truths()[0]["of"]
-            share = sum(100 * rank <= of for rank in cells) / len(cells)
-            rows.append([method.label, len(cells), f"{statistics.median(cells):g} of {of}", f"{share:.0%}"])
     return rows
 
 

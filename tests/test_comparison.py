@@ -178,4 +178,5 @@ def test_the_tables_of_our_own_results_are_those_of_their_files():
     assert sorted(named) == sorted(f"docs/results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.json"))
     all_results = [json.loads((ROOT / name).read_text()) for name in named]
     for images in ("held-out", "test"):
-        assert comparison.markdown(comparison.methods_of(all_results), images) in page
+        rows = [comparison.ACCURACY_HEADS, *comparison.accuracy_rows(comparison.methods_of(all_results), images)]
+        assert comparison.markdown(f"Accuracy on {comparison.IMAGES[images]}, %", rows) in page
