@@ -264,7 +264,8 @@ def test_mutated_genotypes_parse_or_are_refused():
         parses_or_is_refused(text)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.long
+@settings(max_examples=50, deadline=None)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(TOKENS)).map("".join)))
 def test_any_text_parses_or_is_refused(text):
     parses_or_is_refused(text)
