@@ -73,7 +73,7 @@ def by_epoch(methods, space) -> Figure | None:
         return None
     columns = min(len(shown), 3)
     figure = Figure(figsize=(4 * columns, 3 * -(-len(shown) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).flat)
     marks = next(iter(space.truth_marks().values()))
     for axes in panels:
         axes.set_axis_off()
