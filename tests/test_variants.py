@@ -138,8 +138,7 @@ def test_pc_darts_betas_learn_as_alphas_do_and_neither_does_in_the_warm_up():
     words = ["--variant", "pc-darts", "--pc-warm-up", "2"]
     for epoch, learns in ((1, False), (2, False), (3, True)):
         net = network(*words, epoch=epoch)
-        before = [number.detach().clone() for number in net.alphas()]
-        weights = [w.detach().clone() for w in net.weights()]
+        before, weights = ([p.detach().clone() for p in group] for group in (net.alphas(), net.weights()))
         if learns:
             two_steps(net)
         else:
