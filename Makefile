@@ -1,6 +1,7 @@
 # make demo: set up, search a cell on the embedded digits, train the network that it makes
 # make check: set up, lint, and the tests that are quick and start no process: for daily work
 # make test: set up, run all tests          make lint: ruff, ty          make clean: remove what make made
+# make oldest: the tests of make check, with the oldest versions that requirements*.txt allow; needs Python 3.11 or 3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ BIN := .venv/bin
 SEARCH ?= --epochs 60 --layers 3 --init-channels 8 --nodes 2 --alpha-lr 0.01 --eigenvalue-images 0
 AUGMENT ?= --epochs 30 --layers 8 --init-channels 16 --batch-size 64
 
-.PHONY: setup setup-dev demo check test lint clean
+.PHONY: setup setup-dev demo check test oldest lint clean
 
 setup: .venv/ready
 setup-dev: .venv/ready-dev
@@ -23,6 +24,12 @@ setup-dev: .venv/ready-dev
 	PYTHON=$(PYTHON) ./setup.sh requirements-dev.txt
 	touch $@
 
+.venv-oldest/ready: requirements.txt requirements-dev.txt requirements-export.txt setup.sh
+	mkdir -p .venv-oldest
+	sed -n 's/^\([^ #]*\)>=/\1==/p' requirements*.txt >.venv-oldest/constraints.txt
+	PYTHON=$(PYTHON) VENV=.venv-oldest PIP_CONSTRAINT=.venv-oldest/constraints.txt ./setup.sh requirements-dev.txt
+	touch $@
+
 demo: setup
 	$(BIN)/python search.py --name demo --overwrite --print-freq 4 $(SEARCH)
 	$(BIN)/python augment.py --name demo --overwrite --genotype runs/search/demo $(AUGMENT)
@@ -31,8 +38,13 @@ demo: setup
 	@echo "the results        runs/search/demo/summary.json and runs/augment/demo/summary.json"
 	@echo "the curves         $(BIN)/tensorboard --logdir runs"
 
+QUICK := -m pytest -q -n 2 --dist worksteal -m "not process and not long and not slow"
+
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not process and not long and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(QUICK)
+
+oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(QUICK)
 
 test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -43,4 +55,4 @@ lint: setup-dev
 	$(BIN)/ty check --quiet
 
 clean:
-	rm -rf .venv runs/search/demo runs/augment/demo .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest runs/search/demo runs/augment/demo .pytest_cache .ruff_cache

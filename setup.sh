@@ -1,11 +1,12 @@
 #!/bin/sh
-# Make the virtual environment in .venv and install a file of requirements into it (requirements.txt unless another is
-# named); install graphviz's `dot` and a C compiler where that can be done without asking. Run by make; PYTHON names the
-# interpreter to use.
+# Make a virtual environment, .venv unless VENV names another, and install a file of requirements into it (requirements.txt
+# unless another is named); install graphviz's `dot` and a C compiler where that can be done without asking. Run by make;
+# PYTHON names the interpreter to use.
 set -eu
 requirements=${1:-requirements.txt}
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
+venv=${VENV:-.venv}
 
 can_apt() { command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; }
 apt_install() {
@@ -40,7 +41,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then # Debian and Ubuntu
     can_apt && apt_install "python$version-venv" ||
         { echo "setup: $python lacks venv; apt-get install python$version-venv" >&2; exit 2; }
 fi
-echo "setup: installing $requirements into .venv; the first time this downloads PyTorch"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-.venv/bin/python -c 'import torch; print("setup: done; torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
+echo "setup: installing $requirements into $venv; the first time this downloads PyTorch"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+"$venv/bin/python" -c 'import torch; print("setup: done; torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
