@@ -29,7 +29,7 @@ from command_line.errors import UserError, one_line, user_errors_in_one_line
 from genotypes import resolve
 from images.loading import Loader
 from machine import ranks
-from machine.devices import seed_generators
+from machine.devices import limit_threads, seed_generators
 from models.augment_cnn import AugmentCNN
 from models.costs import cost, describe, describe_latency
 from models.sync_bn import synchronise
@@ -74,6 +74,7 @@ def augment(network, loggers, augment_batch):
 
     size, channels, n_classes, trn_data, val_data = ranks.in_turn(lambda: load_data(config))
     check_sizes(config, size)
+    limit_threads(config.batch_size, size, config.init_channels)
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers, "seed": config.seed}
     trn_loader = Loader(trn_data, range(len(trn_data)), **options)
     val_loader = Loader(val_data, range(len(val_data)), shuffle=False, **options)

@@ -33,7 +33,7 @@ from images.data_sets import stratified_split
 from images.loading import Loader, mix
 from machine import ranks
 from machine.cuda_graphs import StepGraphs
-from machine.devices import seed_generators
+from machine.devices import limit_threads, seed_generators
 from models.search_cnn import SearchCNN
 from models.spaces import SPACES
 from models.sync_bn import synchronise
@@ -71,6 +71,7 @@ def search(network, architect_class, loggers, select):
 
     # the training set in two halves: w learns on one, alpha on the other
     size, channels, n_classes, data = ranks.in_turn(lambda: load_data(config))
+    limit_threads(config.batch_size, size, config.init_channels)
     w_half, alpha_half = stratified_split(data.labels, every=2, seed=config.seed)
     options = {"batch_size": config.batch_size, "device": run.device, "workers": config.workers}
     w_loader = Loader(data, w_half, seed=config.seed, **options)

@@ -11,6 +11,9 @@ from command_line.errors import ThisRankError, UserError
 from machine import ranks
 
 
+ELEMENTS_PER_THREAD = 65536
+
+
 def pick_device(name):
     """The torch.device for --device. `auto` is CUDA if available, else the CPU. Each of several ranks has its own GPU.
 
@@ -36,6 +39,17 @@ def pick_device(name):
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # else PyTorch keeps a context, and memory, on the first one too
     return device
+
+
+def limit_threads(n_images, size, channels):
+    """Use at most one thread for every `ELEMENTS_PER_THREAD` in the largest feature maps of a batch.
+
+    More gain nothing there, and beside other programs they wait for each other. What OMP_NUM_THREADS sets stays.
+    size: pixels a side; channels: of the first cells.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        n_threads = n_images * size**2 * channels // ELEMENTS_PER_THREAD
+        torch.set_num_threads(max(1, min(n_threads, torch.get_num_threads())))
 
 
 def use_deterministic_algorithms():

@@ -8,7 +8,7 @@ from conftest import batch, sgd, small_net
 
 from architect import Architect
 from config import SearchConfig
-from machine.devices import pick_device
+from machine.devices import limit_threads, pick_device
 from run.run import Run
 
 
@@ -48,3 +48,17 @@ def test_deterministic_sets_what_cuda_needs_and_changes_nothing_on_the_cpu(setti
     assert torch.backends.cudnn.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # read when a process first uses cuBLAS
     assert all(torch.equal(a, b) for a, b in zip(step(), expected))
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "batch", "expected"), [(None, (64, 8, 16), 1), (None, (64, 16, 16), 2), ("2", (64, 8, 16), 2)]
+)
+def test_small_feature_maps_get_one_thread_unless_the_user_says_otherwise(set_by_user, batch, expected, monkeypatch):
+    chosen = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    limit_threads(*batch)
+    assert chosen[-1] == expected
