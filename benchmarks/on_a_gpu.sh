@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # A quarter of an hour on a GPU: what must hold there, and what it costs. Needs no network.
 #
-#   benchmarks/on_a_gpu.sh OUT first       tests, steps, torch.compile, kernels, augment: less than eight minutes
+#   benchmarks/on_a_gpu.sh OUT first       tests, steps, augment: less than seven minutes
 #   benchmarks/on_a_gpu.sh OUT second      a search for as long as there is time, and one that is stopped and resumed
 #   benchmarks/on_a_gpu.sh OUT STAGE...    these stages, such as: tests steps
 #
-# OUT gets a text file for each stage, STAGE.txt. A stage that fails does not keep the next one from running; the script's exit code is then 1. Variables: PYTHON; DEVICE, cpu to try
-# the script without a GPU, with small SIZE, BATCH, LAYERS, CHANNELS and ROUNDS; IMAGES, a folder with train/CLASS/ for the
-# long search, which otherwise searches on digits; SEARCH_SECONDS.
+# OUT gets a text file for each stage, STAGE.txt. A stage that fails does not keep the next one from running; the script's
+# exit code is then 1. Variables: PYTHON; DEVICE, cpu to try the script without a GPU, with small SIZE, BATCH, LAYERS,
+# CHANNELS and ROUNDS; IMAGES, a folder with train/CLASS/ for the long search, which otherwise searches on digits;
+# SEARCH_SECONDS.
 
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -28,12 +29,6 @@ tests() {
 steps() {
     $PYTHON benchmarks/steps.py search "${options[@]}" --orders second \
         --ways "plain" "plain $graphs" "fused" "fused $graphs" "fused amp"
-}
-compile() {
-    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --ways "fused $graphs" "plain compile"
-}
-kernels() {
-    $PYTHON benchmarks/steps.py search "${options[@]}" --orders second --profile --ways "fused"
 }
 augment() {
     $PYTHON benchmarks/steps.py augment "${options[@]}" \
@@ -60,8 +55,8 @@ sys.exit(bool(differences(*states)))
 END
 }
 
-declare -A limits=([tests]=120 [steps]=150 [compile]=120 [kernels]=45 [augment]=120 [search]=420)
-[ "$*" = first ] && set -- tests steps compile kernels augment
+declare -A limits=([tests]=120 [steps]=150 [augment]=120 [search]=420)
+[ "$*" = first ] && set -- tests steps augment
 [ "$*" = second ] && set -- search
 failed=0
 for stage in "$@"; do

@@ -2,13 +2,11 @@
 
     python benchmarks/steps.py search                    # plain against fused, 32x32 and 8x8, second and first order
     python benchmarks/steps.py augment                   # the same of augment.py
-    python benchmarks/steps.py variants --sizes 8        # a step of each published variant
     python benchmarks/steps.py search --beside OTHER     # this checkout against another one
-    python benchmarks/steps.py search --profile          # operations and bytes of a step, instead of its time
-    python benchmarks/steps.py search --device cuda --ways "plain" "plain graphs" "fused" "fused graphs" "plain compile"
+    python benchmarks/steps.py search --device cuda --ways "plain" "plain graphs" "fused" "fused graphs"
 
 A way is some words: `plain` or `fused`, then any of `recompute`, `nchw` (instead of channels-last), `amp`, `graphs`
-(CUDA graphs), `compile` (torch.compile of each cell) and the name of a variant. Each way runs in its own process. One
+(CUDA graphs) and the name of a variant. Each way runs in its own process. One
 step of each is a round, and ratios are taken within a round, since a shared machine is slow for a while and then fast.
 """
 
@@ -25,12 +23,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = {"search": ["plain nchw", "fused", "fused recompute"], "augment": ["plain nchw", "fused"], "variants": ["fused"]}
+WAYS = {"search": ["plain nchw", "fused", "fused recompute"], "augment": ["plain nchw", "fused"]}
 
 
 def main():
@@ -45,7 +40,6 @@ def main():
     parser.add_argument("--layers", type=int, help="number of cells (default: 8; augment: 20)")
     parser.add_argument("--rounds", type=int, default=9, help="counted steps of each way (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cuda: memory is what PyTorch allocates (default: cpu)")
-    parser.add_argument("--profile", action="store_true", help="what a step launches and moves, instead of its time")
     parser.add_argument("--serve", metavar="CHECKOUT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     defaults = (96, 36, 20) if args.what == "augment" else (64, 16, 8)
@@ -54,11 +48,7 @@ def main():
     sys.path[:0] = [args.serve or str(ROOT), str(ROOT / "tests")]
     if args.serve:
         return serve(step_of(args), args)
-    from variants import VARIANTS
-
-    args.ways = args.ways or WAYS[args.what] + [f"fused {name}" for name in VARIANTS if args.what == "variants"]
-    if args.profile:
-        return profile(args)
+    args.ways = args.ways or WAYS[args.what]
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     machine += f", torch {torch.__version__}, {torch.get_num_threads()} threads"
     for size in args.sizes:
@@ -147,9 +137,6 @@ def augment_step(words, args):
 
 def prepared(net, words, args):
     """The network on its device, ready for training."""
-    if "compile" in words:
-        for cell in net.cells:
-            cell.compile()
     return net.to(args.device, memory_format=memory_format(words)).train()
 
 
@@ -233,46 +220,6 @@ def median_interval(values):
     while sum(math.comb(n, i) for i in range(k + 2)) / 2**n <= 0.025:
         k += 1
     return statistics.median(values), ordered[k], ordered[n - 1 - k]
-
-
-def profile(args):
-    """Print how many operations a step of each way launches, and the bytes that they read and write.
-
-    On a GPU also how long it works in a step, and on which kernels most. Without one the path of CUDA runs on the CPU.
-    """
-    from launches import Launches
-
-    from models.fast import search_cell
-
-    search_cell.layout_for = lambda x: search_cell.BATCHED
-    for way in args.ways:
-        step = step_of(argparse.Namespace(**vars(args) | {"ways": [way]}))
-        step()
-        with Launches() as launches, Bytes() as moved:
-            step()
-        print(f"{way}: {launches.count} operations launched, {moved.count / 1e9:.1f} GB read and written", flush=True)
-        if args.device == "cuda":
-            with torch.profiler.profile() as profiler:
-                step()
-                torch.cuda.synchronize()
-            kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-            kernels.sort(key=lambda event: -event.self_device_time_total)
-            print(f"the GPU works for {sum(event.self_device_time_total for event in kernels) / 1e6:.4f} s of a step")
-            for event in kernels[:15]:
-                print(f"{event.self_device_time_total / 1e6:9.5f} s  {event.count:6}  {event.key[:120]}")
-
-
-class Bytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations read and write; views of tensors count nothing."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-            self.count += sum(tensor.nbytes for tensor in tensors)
-        return result
 
 
 if __name__ == "__main__":

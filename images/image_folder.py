@@ -160,7 +160,8 @@ def open_image(file: str | Path, size: int | None, mode: str, resize: str = "cro
     try:
         with Image.open(file, formats=FORMATS) as opened:
             opened.load()
-            image = _eight_bits(ImageOps.exif_transpose(opened), mode)
+            ImageOps.exif_transpose(opened, in_place=True)
+            image = _eight_bits(opened, mode)
     except MemoryError:  # says nothing of the file
         raise
     except Exception as error:  # for damaged files, readers raise a dozen different types

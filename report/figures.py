@@ -1,10 +1,12 @@
 """The figures of a report, by matplotlib. Each function returns a `Figure`."""
 
 import io
+import itertools
 import warnings
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -18,7 +20,6 @@ GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
 MAX_NAMED_CLASSES = 20  # on the axes of a confusion matrix
-MAX_MISTAKES = 16
 
 
 def to_svg(figure):
@@ -68,11 +69,8 @@ def line_styles(candidates):
     An operation of DARTS's search space has the same style in every run.
     """
     names = [name for name in dict.fromkeys([*PRIMITIVES, *candidates]) if name != "none"]
-    styles = {"none": {"color": GREY, "linestyle": "-"}}
-    for i, name in enumerate(names):
-        dash, colour = divmod(i, len(COLOURS))
-        styles[name] = {"color": COLOURS[colour], "linestyle": DASHES[dash % len(DASHES)]}
-    return {name: styles[name] for name in candidates}
+    styles = dict(zip(names, itertools.cycle(cycler(linestyle=DASHES) * cycler(color=COLOURS))))
+    return {name: styles.get(name, {"color": GREY}) for name in candidates}
 
 
 def edge_weights(run, kind):
@@ -184,25 +182,6 @@ def confusion_matrix(counts, names):
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=is_named, xticks_rotation="vertical")
     if not is_named:
         axes.set(xticks=[], yticks=[])
-    return figure
-
-
-def mistakes(evaluation):
-    """The misclassified images with the largest predicted probability. evaluation: an `Evaluation`, with some."""
-    worst = evaluation.wrong()[:MAX_MISTAKES]
-    names = [printable(name, 14) for name in evaluation.trained.results["classes"]]
-    columns = min(len(worst), 8)
-    rows = -(-len(worst) // columns)
-    figure = Figure(figsize=(1.15 * columns, 1.65 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in panels:
-        axes.set_axis_off()
-    for axes, i in zip(figure.axes, worst):
-        image, label = evaluation.images.source[i]
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        predicted = evaluation.predictions[i]
-        certainty = f"{evaluation.probabilities[i, predicted]:.0%}"
-        axes.set_title(f"{names[label]}\ntaken for\n{names[predicted]} ({certainty})", fontsize=6)
     return figure
 
 

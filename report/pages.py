@@ -78,5 +78,4 @@ def augment_content(run):
         "accuracy": evaluation.describe(),
         "classes": list(zip(names, accuracies)),
         "confusion": picture(figures.confusion_matrix(confusion, names)),
-        "mistakes": picture(figures.mistakes(evaluation)) if evaluation.wrong() else None,
     }

@@ -93,13 +93,11 @@ def test_a_searchs_report_shows_all_epochs(copied):
 
 def test_an_augment_report_shows_what_the_network_does_on_the_test_images(copied):
     evaluation = evaluate(copied["augment"])
-    confusion, n, wrong = evaluation.confusion(), len(evaluation.images), evaluation.wrong()
+    confusion, n = evaluation.confusion(), len(evaluation.images)
     summary = json.loads((copied["augment"] / "summary.json").read_text())
     assert evaluation.top1 == pytest.approx(summary["test_top1"], abs=1e-6)
     assert np.trace(confusion) / n == pytest.approx(evaluation.top1)
     assert confusion.sum(1).tolist() == np.bincount(evaluation.images.labels).tolist()
-    assert len(wrong) == n - np.trace(confusion)
-    assert (np.diff(evaluation.probabilities.max(1)[wrong]) <= 0).all()
     assert evaluation.describe() in page_of(copied["augment"])
 
 

@@ -16,22 +16,6 @@ from run.folder import RunFolder, read_json
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tb", "plots/x.png"])
-def test_a_folder_with_a_link_in_it_is_refused_and_nothing_is_written(name, copied, tmp_path, capsys):
-    victim = tmp_path / "victim"
-    path = copied["search"] / name
-    if path.is_dir():
-        shutil.rmtree(path)
-        victim.mkdir()
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        victim.write_text("mine")
-    path.symlink_to(victim)
-    refused(capsys, search.main, ["--resume", copied["search"]], name, "a link")
-    assert victim.read_text() == "mine" if victim.is_file() else os.listdir(victim) == []
-
-
 @pytest.mark.process
 def test_a_run_that_is_running_is_not_touched_by_another_command(tmp_path, capsys):
     words = [word.format(tmp_path) for word in STAGES["search"][1]] + ["--epochs", "1000000", "--workers", "1"]

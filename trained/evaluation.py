@@ -87,11 +87,6 @@ class Evaluation:
 
         return confusion_matrix(self.images.labels, self.predictions, labels=range(self.probabilities.shape[1]))
 
-    def wrong(self) -> list[int]:
-        """The indices of the misclassified images, in order of decreasing probability of the predicted class."""
-        indices = np.flatnonzero(self.predictions != self.images.labels)
-        return indices[np.argsort(-self.probabilities.max(1)[indices], kind="stable")].tolist()
-
     def describe(self) -> str:
         """The checkpoint and its accuracy, in words."""
         images = f"{len(self.images)} {self.images_name} images"

@@ -21,6 +21,7 @@ forms above runs by its own `forward` on each edge. So a new operation or class 
 but is slower than the others.
 """
 
+import functools
 import logging
 
 import torch
@@ -52,16 +53,12 @@ def can_run(dag: nn.ModuleList, x: torch.Tensor, w_dag: list[torch.Tensor]) -> b
     return len(kinds) == 1 and [weights.shape for weights in w_dag] == shapes and layout_for(x) is not None
 
 
+@functools.cache  # says it once
 def _log_class(kind):
-    """Say once for each class of edges that cells with such an edge are not fused."""
-    if kind not in _classes_in_log:
-        _classes_in_log.add(kind)
-        logging.getLogger("darts").info(
-            f"edges of class {kind.__name__} run by their own forward: only an unchanged MixedOp is fused"
-        )
-
-
-_classes_in_log = set()
+    name = kind.__name__
+    logging.getLogger("darts").info(
+        f"edges of class {name} run by their own forward: only an unchanged MixedOp is fused"
+    )
 
 
 def layout_for(x: torch.Tensor) -> Layout | None:
