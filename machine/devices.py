@@ -10,7 +10,6 @@ import torch
 from command_line.errors import ThisRankError, UserError
 from machine import ranks
 
-
 ELEMENTS_PER_THREAD = 65536
 
 

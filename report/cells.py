@@ -14,34 +14,35 @@ HOW_TO_INSTALL = (
     "install graphviz's `dot` to draw it (Debian, Ubuntu: apt-get install graphviz; macOS: brew install graphviz)"
 )
 OUTPUT = "c_{k}"
+FONT = {"fontname": "Helvetica", "fontsize": "18"}
 
 
-def plot(
-    gene: list,
-    file_path: str | Path,
-    caption: str | None = None,
-    concat: list | range | None = None,
-    space: Space = SPACES["darts"],
-) -> Path:
+def plot(gene: list, file_path: str | Path, caption: str | None = None, **options) -> Path:
     """Draw a gene (a list of nodes, each a list of (operation, source)) as a picture, and return its path.
 
-    file_path: the output, which ends in .png or .svg; otherwise .png is appended. caption: a line above the cell;
-    concat: the states that the output consists of, by default all nodes. If `dot` is missing or fails, a .gv file,
-    which `dot` can draw later, is written instead.
+    file_path: the output, which ends in .png or .svg; otherwise .png is appended. caption, options: see `draw`. If
+    `dot` is missing or fails, a .gv file, which `dot` can draw later, is written instead.
     """
+    return write(draw(gene, caption, **options), file_path)
+
+
+def plot_cell(genotype: Any, kind: str, file_path: str | Path, caption: str | None = None) -> Path:
+    """As `plot`, of a genotype's cell of a kind."""
+    return write(draw_cell(genotype, kind, caption), file_path)
+
+
+def write(graph: graphviz.Digraph, file_path: str | Path) -> Path:
+    """Write the picture of a graph, or its source, see `plot`."""
     path = Path(file_path)
     if path.suffix[1:] not in FORMATS:
         path = path.with_name(path.name + ".png")
-    graph = draw(gene, caption, concat, space)
     if path.suffix == ".png":
         graph.graph_attr["dpi"] = "100"  # an SVG of another resolution than the default would be cut off
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = render(graph, path.suffix[1:])
-    if picture is not None:
-        path.write_bytes(picture)
-    else:
-        path = path.with_suffix(".gv")
-        path.write_text(graph.source, encoding="utf-8")
+    if picture is None:
+        path, picture = path.with_suffix(".gv"), graph.source.encode()
+    path.write_bytes(picture)
     return path
 
 
@@ -53,33 +54,21 @@ def render(graph: graphviz.Digraph, picture_format: str) -> bytes | None:
         return None
 
 
-def plot_cell(genotype: Any, kind: str, file_path: str | Path, caption: str | None = None) -> Path:
-    """As `plot`, of a genotype's cell of a kind."""
+def draw_cell(genotype: Any, kind: str, caption: str | None = None) -> graphviz.Digraph:
+    """As `draw`, of a genotype's cell of a kind."""
     space = space_of(genotype)
-    caption = caption or cell_name(kind)
-    return plot(getattr(genotype, kind), file_path, caption, space.output_states(genotype, kind), space)
+    return draw(getattr(genotype, kind), caption or cell_name(kind), space.output_states(genotype, kind), space)
 
 
 def draw(
-    gene: list,
-    caption: str | None = None,
-    concat: list | range | None = None,
-    space: Space = SPACES["darts"],
+    gene: list, caption: str | None = None, concat: list | range | None = None, space: Space = SPACES["darts"]
 ) -> graphviz.Digraph:
-    """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right."""
-    graph = graphviz.Digraph(
-        graph_attr={"rankdir": "LR", "fontname": "Helvetica", "fontsize": "20", "labelloc": "t"},
-        node_attr={
-            "style": "filled,rounded",
-            "shape": "box",
-            "fontname": "Helvetica",
-            "fontsize": "18",
-            "height": "0.5",
-            "width": "0.5",
-            "penwidth": "1.5",
-        },
-        edge_attr={"fontname": "Helvetica", "fontsize": "16"},
-    )
+    """The gene as a `graphviz.Digraph`: inputs left, a box per node, an arrow per operation, output right.
+
+    caption: a line above the cell; concat: the states that the output consists of, by default all nodes.
+    """
+    box = {"style": "filled,rounded", "shape": "box", "height": "0.5", "width": "0.5", "penwidth": "1.5"}
+    graph = graphviz.Digraph(graph_attr=FONT | {"rankdir": "LR", "labelloc": "t"}, node_attr=FONT | box, edge_attr=FONT)
     if caption:
         graph.attr(label=caption)
     n_inputs = space.n_inputs

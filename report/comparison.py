@@ -17,11 +17,7 @@ from report import figures, published
 from report.html import drawings, picture, write_page
 
 NONE = "-"  # in a table
-KINDS_OF_RUNS = ("search", "selection", "final")
-IMAGES = {
-    "held-out": "held-out training images",
-    "test": "test images",
-}
+TITLES = {"held-out": "Accuracy on held-out training images, %", "test": "Accuracy on test images, %"}
 
 
 @dataclass
@@ -80,12 +76,10 @@ def write(all_results: list[dict], path: str | Path) -> None:
     methods, path = methods_of(all_results), Path(path)
     figure = figures.members(methods, CHANCE)
     by_epoch = published.by_epoch(methods, SPACES[all_results[0]["search_space"]["space"]])
+    tables = {title: [ACCURACY_HEADS, *accuracy_rows(methods, images)] for images, title in TITLES.items()}
+    tables = {title: rows for title, rows in tables.items() if len(rows) > 1} | published.tables(methods)
     if path.suffix == ".md":
-        titled = published.tables(methods) or {
-            f"Accuracy on {text}, %": [ACCURACY_HEADS, *accuracy_rows(methods, images)]
-            for images, text in IMAGES.items()
-        }
-        path.write_text("\n".join(map(markdown, titled, titled.values())), "utf-8", "backslashreplace")
+        path.write_text("\n".join(map(markdown, tables, tables.values())), "utf-8", "backslashreplace")
     elif path.suffix == ".svg":
         path.write_bytes(figures.to_svg(by_epoch or figure))
     else:
@@ -95,16 +89,18 @@ def write(all_results: list[dict], path: str | Path) -> None:
             title=", ".join(results["label"] for results in all_results),
             columns=1,
             all_results=all_results,
-            fingerprints={name.replace("_", "-"): text for (_, name), text in fingerprints(all_results[0]).items()},
-            accuracy_heads=ACCURACY_HEADS,
-            accuracies={description: accuracy_rows(methods, images) for images, description in IMAGES.items()},
+            tables=tables,
             figure=picture(figure),
-            member_heads=MEMBER_HEADS,
-            published=published.tables(methods),
             by_epoch=by_epoch and picture(by_epoch),
-            members=[member_row(method, member) for method in methods for member in method.members],
-            cells={method.label: cells_of(method) for method in methods},
-            origins={results["label"]: origins(results) for results in all_results},
+            members=[MEMBER_HEADS, *(member_row(method, member) for method in methods for member in method.members)],
+            cells={
+                method.label: [
+                    (member["name"], drawings(from_str(member["genotype"])))
+                    for member in method.members
+                    if member["genotype"]
+                ]
+                for method in methods
+            },
         )
 
 
@@ -112,39 +108,17 @@ def write(all_results: list[dict], path: str | Path) -> None:
 
 
 def conditions(results):
-    """What results must have in common to be compared, beside the images."""
-    space = results["search_space"]
-    return {
-        "--space": space["space"],
-        "--nodes": space["nodes"],
-        "--primitives": sorted(space["primitives"].split(",")),
-        "options of trainings": results["training_options"],
-        "--finals": results["finals"],
-    }
-
-
-def fingerprints(results):
-    """(kind of run, images) -> the fingerprint of these images, which all runs of a kind have in common."""
-    known = {}
-    for member in results["members"]:
-        for kind in KINDS_OF_RUNS:
-            for run in runs_of(member, kind):
-                known |= {(kind, images): text for images, text in run["fingerprints"].items()}
-    return known
-
-
-def runs_of(member, kind):
-    """The runs of a kind that are over."""
-    runs = member.get(kind, [])
-    return runs if isinstance(runs, list) else [runs]
+    """What results must have in common to be compared; None: not known yet."""
+    images = (member["selection"]["fingerprints"] for member in results["members"] if "selection" in member)
+    space = {f"--{name}": value for name, value in results["search_space"].items()}
+    others = {"options of trainings": results["training_options"], "--finals": results["finals"]}
+    return space | others | {"images": next(images, None)}
 
 
 def check_comparable(first, other):
     """Raise UserError, which says what differs, if two results can't be compared."""
-    differences = [name for name, value in conditions(first).items() if conditions(other)[name] != value]
-    images, other_images = fingerprints(first), fingerprints(other)
-    if any(images[key] != other_images[key] for key in images.keys() & other_images.keys()):
-        differences.append("images")
+    pairs = zip(conditions(first).items(), conditions(other).values())
+    differences = [name for (name, value), of_other in pairs if None not in (value, of_other) and value != of_other]
     if differences:
         raise UserError(
             f"{first['label']!r} and {other['label']!r} can't be compared, since they have other "
@@ -155,9 +129,9 @@ def check_comparable(first, other):
 def methods_of(all_results: list[dict]) -> list[Method]:
     """The `Method`s of results. A member that several results have counts once.
 
-    Raises UserError if results can't be compared, different searches have the same label, or one seed two cells.
+    Raises UserError if results can't be compared, or if different searches have the same label.
     """
-    members_by_method = defaultdict(dict)  # label -> seed -> member
+    members_by_method = defaultdict(dict)  # label -> seed, or name of a published cell -> member
     search_options = {}  # label -> options
     for results in all_results:
         check_comparable(all_results[0], results)
@@ -165,23 +139,10 @@ def methods_of(all_results: list[dict]) -> list[Method]:
         if options is not None and search_options.setdefault(label, options) != options:
             raise UserError(f"searches with different options are both called {label!r}: change a label")
         for member in results["members"]:
-            method = {
-                "search": label,
-                "random": CHANCE,
-                "published": member["name"],
-            }[member["kind"]]
-            known = members_by_method[method].get(member["seed"])
-            if known and known["genotype"] and member["genotype"] not in (None, known["genotype"]):
-                raise UserError(f"{method!r} has two cells of seed {member['seed']}: write a report of each")
-            if known is None or n_runs(member) > n_runs(known):
-                members_by_method[method][member["seed"]] = member
+            method = {"search": label, "random": CHANCE, "published": member["name"]}[member["kind"]]
+            members_by_method[method].setdefault(member["seed"], member)
     finals = all_results[0]["finals"]
     return [Method(label, list(members.values()), finals) for label, members in members_by_method.items()]
-
-
-def n_runs(member):
-    """How many of a member's runs are over."""
-    return sum(len(runs_of(member, kind)) for kind in KINDS_OF_RUNS)
 
 
 # The tables
@@ -222,48 +183,27 @@ def interval_text(interval, number_format):
 
 
 MEMBER_HEADS = [
-    *("method", "member", "seed", "held-out, %", "test, %", "published, %", "rank"),
-    *("parameters, M", "multiply-adds, M", "skips"),
-    *("hours of search", "hours of trainings", "eigenvalue", "the search's verdict"),
+    *("method", "member", "held-out, %", "test, %", "published, %", "parameters, M", "skips"),
+    *("hours of search", "hours of trainings", "the search's verdict"),
 ]
 
 
 def member_row(method, member):
-    search, trainings = member.get("search", {}), [*runs_of(member, "selection"), *runs_of(member, "final")]
-    held_out = [100 * member["held_out_top1"]] if "held_out_top1" in member else []
-    truth, skips = member.get("truth") or {}, member.get("skip_connections", {})
+    search, trainings = member.get("search", {}), [*member.get("final", [])]
+    trainings += [member["selection"]] if "selection" in member else []
     return [
         method.label,
         member["name"],
-        text_of(member["seed"], "d"),
-        ", ".join(f"{value:.2f}" for value in held_out) or NONE,
+        text_of(100 * member["held_out_top1"] if "held_out_top1" in member else None, ".2f"),
         ", ".join(f"{value:.2f}" for value in final_accuracies(member)) or NONE,
-        text_of(next(iter(truth.values()), None), ".2f"),
-        text_of(truth.get("rank"), "d"),
+        text_of(next(iter((member.get("truth") or {}).values()), None), ".2f"),
         text_of(member.get("parameters_M"), ".3g"),
-        text_of(member.get("multiply_adds_M"), ".3g"),
-        ", ".join(f"{n} {kind}" for kind, n in skips.items()) or NONE,
+        ", ".join(f"{n} {kind}" for kind, n in member.get("skip_connections", {}).items()) or NONE,
         text_of(search["seconds"] / 3600 if search else None, ".2f"),
         text_of(sum(run["seconds"] for run in trainings) / 3600, ".2f"),
-        text_of(search.get("eigenvalue"), ".3g"),
         search.get("verdict", NONE),
     ]
 
 
 def text_of(number, number_format):
     return NONE if number is None else f"{number:{number_format}}"
-
-
-def cells_of(method):
-    """The name and the drawings of each member that has a genotype."""
-    members = []
-    for member in method.members:
-        if member["genotype"]:
-            members.append({"name": member["name"], "drawings": drawings(from_str(member["genotype"]))})
-    return members
-
-
-def origins(results):
-    """The versions and machines that ran the members."""
-    runs = [run for member in results["members"] for kind in KINDS_OF_RUNS for run in runs_of(member, kind)]
-    return sorted({f"{run['version']}; {run['machine']}" for run in runs})

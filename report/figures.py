@@ -1,24 +1,22 @@
 """The figures of a report, by matplotlib. Each function returns a `Figure`."""
 
 import io
-import itertools
 import warnings
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from evidence.intervals import mean_interval
 from evidence.search_state import WINDOW, changes, early_stop, genes, skip_connections
-from models.choices import PRIMITIVES
 from models.spaces import space_of
 
 GREY = mpl.colormaps["tab10"](7)
 COLOURS = [mpl.colormaps["tab10"](i) for i in range(10) if i != 7]  # all but grey
-DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
+DASHES = ["-", "--", ":", "-."]
+LINES = mpl.cycler(linestyle=DASHES) * mpl.cycler(color=COLOURS)
 MAX_NAMED_CLASSES = 20  # on the axes of a confusion matrix
 
 
@@ -63,53 +61,35 @@ def curves(run):
 # Figures of a search.
 
 
-def line_styles(candidates):
-    """A colour and a dash pattern for each candidate: 36 combinations, and grey for `none`.
-
-    An operation of DARTS's search space has the same style in every run.
-    """
-    names = [name for name in dict.fromkeys([*PRIMITIVES, *candidates]) if name != "none"]
-    styles = dict(zip(names, itertools.cycle(cycler(linestyle=DASHES) * cycler(color=COLOURS))))
-    return {name: styles.get(name, {"color": GREY}) for name in candidates}
-
-
 def edge_weights(run, kind):
     """Weights by epoch: a panel for each edge (row: node, column: source) with a line for each candidate.
 
     run: a `RecordedRun`; kind: a kind of cell.
     """
-    weights, candidates, space = run.edge_weights(kind), run.candidates, run.space
+    weights, candidates, space = run.edge_weights(kind), run.config.primitives, run.space
     n_nodes, n_sources = len(weights), space.n_inputs + len(weights) - 1
-    width = 1.75 * n_sources
-    columns = max(1, int(width / (0.7 + 0.07 * max(map(len, candidates)))))
-    legend_rows = -(-len(candidates) // columns)
-    figure = Figure(figsize=(width, 1.5 * n_nodes + 0.5 + 0.18 * legend_rows), layout="constrained")
+    choosable = [candidates.index(name) for name in space.choosable(candidates)]
+    figure = Figure(figsize=(1.75 * n_sources, 1.5 * n_nodes + 1), layout="constrained")
     panels = figure.subplots(n_nodes, n_sources, sharex=True, sharey=True, squeeze=False)
     for node, row in enumerate(panels):
         row[0].set_ylabel(f"node {node}", fontsize=8)
         for source, axes in enumerate(row):
-            if source < space.n_inputs + node:
-                choosable = space.choosable(candidates)
-                draw_edge(axes, weights[node][source], candidates, choosable, space.state_name(source))
-            else:
+            if source >= space.n_inputs + node:
                 axes.set_axis_off()
+                continue
+            of_edge = weights[node][source]
+            axes.set_prop_cycle(LINES)
+            axes.plot(range(1, len(of_edge) + 1), of_edge, label=candidates, lw=1.4, marker=".", ms=2)
+            strongest = max(choosable, key=of_edge[-1].__getitem__)
+            axes.set_title(f"{space.state_name(source)}: {candidates[strongest]}", fontsize=7.5)
+            axes.tick_params(labelsize=7)
+            epoch_axis(axes)
     for axes in panels[-1]:
         axes.set_xlabel("epoch", fontsize=8)
+    columns = max(1, int(1.75 * n_sources / (0.7 + 0.07 * max(map(len, candidates)))))
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, handlelength=3)
     return figure
-
-
-def draw_edge(axes, weights, candidates, choosable, source):
-    """One edge's weights by epoch; the title names the source and the strongest candidate that can be chosen."""
-    epochs = range(1, len(weights) + 1)
-    marker = "." if len(weights) == 1 else None  # a line with a single point is invisible
-    for name, style in line_styles(candidates).items():
-        axes.plot(epochs, weights[:, candidates.index(name)], lw=1.4, label=name, marker=marker, **style)
-    last = {name: weight for name, weight in zip(candidates, weights[-1]) if name in choosable}
-    axes.set_title(f"{source}: {max(last, key=last.get)}", fontsize=7.5)
-    axes.tick_params(labelsize=7)
-    epoch_axis(axes)
 
 
 def margins_and_changes(genotypes, history):
@@ -117,28 +97,29 @@ def margins_and_changes(genotypes, history):
 
     genotypes, history: of the search, by epoch; see `search_state`.
     """
-    has_eigenvalues = any(entry["eigenvalue"] is not None for entry in history)
-    figure = Figure(figsize=(10 if has_eigenvalues else 7, 2.8), layout="constrained")
-    left, right, *rest = figure.subplots(1, 2 + has_eigenvalues)
-    for axes in rest:
-        eigenvalues(axes, history)
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     epochs = [entry["epoch"] for entry in history]
-    for kind, colour, height in zip(space_of(genotypes[0]).kinds, ("C0", "C3"), (-0.35, -0.7)):
+    for kind, colour, height in zip(space_of(genotypes[0]).kinds, COLOURS, (-0.35, -0.7)):
         margins = [entry["margins"][kind] for entry in history]
         left.plot(epochs, list(map(np.mean, margins)), color=colour, label=f"{kind}, mean")
         left.plot(epochs, list(map(np.min, margins)), color=colour, ls=":", label=f"{kind}, smallest")
         skips = [skip_connections(getattr(genotype, kind)) for genotype in genotypes]
-        right.plot(epochs, skips, color=colour, label=kind, drawstyle="steps-mid")
+        middle.plot(epochs, skips, color=colour, label=kind, drawstyle="steps-mid")
         changed = [epochs[i] for i in changes([genes(genotype)[kind] for genotype in genotypes])]
-        right.plot(changed, [height] * len(changed), "|", color=colour)
-    left.set(xlabel="epoch")
-    left.set_title("weight of the chosen less the next's", fontsize=10)
-    right.set(xlabel="epoch", ylim=(-1, None))
-    right.set_title("skip connections (marks: changes)", fontsize=10)
-    right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (left, right):
+        middle.plot(changed, [height] * len(changed), "|", color=colour)
+    middle.set_ylim(-1, None)
+    right.plot(epochs, [entry["eigenvalue"] for entry in history], marker=".")  # None leaves a gap
+    stop = early_stop(history)
+    if stop is not None:
+        right.axvline(stop - WINDOW, color=GREY, ls="--", label="the cell of DARTS-ES")
+    titles = "weight of the chosen less the next's", "skip connections (marks: changes)", "dominant eigenvalue"
+    for axes, title in zip((left, middle, right), titles):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
         epoch_axis(axes)
-        axes.legend(fontsize=7)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
     return figure
 
 
@@ -155,19 +136,6 @@ def truth(run):
         axes.legend(fontsize=7)
         epoch_axis(axes)
     return figure
-
-
-def eigenvalues(axes, history):
-    """The dominant eigenvalue of the Hessian of L_val in alpha, and where DARTS-ES stops."""
-    known = [entry for entry in history if entry["eigenvalue"] is not None]
-    axes.plot([entry["epoch"] for entry in known], [entry["eigenvalue"] for entry in known], marker=".")
-    stop = early_stop(history)
-    if stop is not None:
-        axes.axvline(stop - WINDOW, color=GREY, ls="--", label="the cell of DARTS-ES")
-        axes.legend(fontsize=8)
-    axes.set(xlabel="epoch")
-    axes.set_title("dominant eigenvalue", fontsize=10)
-    epoch_axis(axes)
 
 
 # Figures of an augment run.

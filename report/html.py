@@ -7,7 +7,7 @@ import jinja2
 
 from models.spaces import space_of
 from models.spaces.space import cell_name
-from report.cells import HOW_TO_INSTALL, draw, render
+from report.cells import HOW_TO_INSTALL, draw_cell, render
 from report.figures import to_svg
 
 TEMPLATES = jinja2.Environment(
@@ -31,15 +31,14 @@ def picture(figure):
 
 
 def drawings(genotype):
-    """The cells of a genotype, for the macro `cell`. A picture is None if `dot` is missing or fails."""
+    """The cells of a genotype, each for the macro `cell`. A picture is None if `dot` is missing or fails."""
     return [drawing(genotype, kind) for kind in space_of(genotype).kinds]
 
 
 def drawing(genotype, kind):
-    """The genotype's cell of a kind, see `drawings`."""
-    space, gene, name = space_of(genotype), getattr(genotype, kind), cell_name(kind)
-    svg = render(draw(gene, name, space.output_states(genotype, kind), space), "svg")
-    return {"name": name, "gene": str(gene), "svg": svg and _data_url(svg), "how_to_install": HOW_TO_INSTALL}
+    svg = render(draw_cell(genotype, kind), "svg")
+    name, gene = cell_name(kind), str(getattr(genotype, kind))
+    return {"name": name, "gene": gene, "svg": svg and _data_url(svg), "how_to_install": HOW_TO_INSTALL}
 
 
 def _data_url(svg):

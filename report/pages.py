@@ -38,10 +38,12 @@ def content_of(run: RecordedRun) -> dict:
 
 def search_content(run):
     genotypes, kinds = run.genotypes(), run.space.kinds
-    drawings, epochs = cells_by_epoch(genotypes, kinds)
+    cells = [[(kind, str(getattr(genotype, kind))) for kind in kinds] for genotype in genotypes]
+    genotype_of = {cell: genotype for genotype, pair in zip(genotypes, cells) for cell in pair}
+    indices = {cell: i for i, cell in enumerate(genotype_of)}  # equal cells are drawn once
     return {
-        "drawings": drawings,
-        "epochs": epochs,
+        "drawings": [drawing(genotype, kind) for (kind, _), genotype in genotype_of.items()],
+        "epochs": [[indices[cell] for cell in pair] for pair in cells],
         "labels": [f"epoch {epoch['epoch']}, top 1 {epoch['valid_top1']:.2%}" for epoch in run.history],
         "edge_weights": {cell_name(kind): picture(figures.edge_weights(run, kind)) for kind in kinds},
         "verdict": verdict(run.history),
@@ -49,21 +51,6 @@ def search_content(run):
         "margins_and_changes": picture(figures.margins_and_changes(genotypes, run.history)),
         "truth": picture(figures.truth(run)) if run.history[-1].get("truth") else None,
     }
-
-
-def cells_by_epoch(genotypes, kinds):
-    """The drawings of all cells, equal ones once, and for each epoch the indices of its drawings."""
-    drawings, index_of, epochs = [], {}, []
-    for genotype in genotypes:
-        indices = []
-        for kind in kinds:
-            key = f"{kind} {getattr(genotype, kind)}"
-            if key not in index_of:
-                index_of[key] = len(drawings)
-                drawings.append(drawing(genotype, kind))
-            indices.append(index_of[key])
-        epochs.append(indices)
-    return drawings, epochs
 
 
 def augment_content(run):

@@ -54,11 +54,6 @@ class RecordedRun:
     # Only for a search
 
     @property
-    def candidates(self) -> list[str]:
-        """The names of the candidate operations on every edge."""
-        return self.config.primitives
-
-    @property
     def space(self) -> Space:
         """The search space."""
         return SPACES[self.config.space]
@@ -70,14 +65,13 @@ class RecordedRun:
     def edge_weights(self, kind: str) -> list[list[np.ndarray]]:
         """[node][source]: weights of the candidates on an edge after each epoch of `history`, (epochs, candidates)."""
         epochs = [epoch["epoch"] for epoch in self.history]
-        nodes = []
-        for node in range(self.config.nodes):
-            edges = []
-            for source in range(self.space.n_inputs + node):
-                tags = [alpha_tag(kind, node, source, op) for op in self.candidates]
-                edges.append(np.stack([self.by_epoch(tag, epochs) for tag in tags], axis=1))
-            nodes.append(edges)
-        return nodes
+
+        def of_edge(node, source):
+            tags = [alpha_tag(kind, node, source, op) for op in self.config.primitives]
+            return np.stack([self.by_epoch(tag, epochs) for tag in tags], axis=1)
+
+        n_inputs = self.space.n_inputs
+        return [[of_edge(node, source) for source in range(n_inputs + node)] for node in range(self.config.nodes)]
 
 
 def read_run(path: str | Path) -> RecordedRun:
@@ -87,7 +81,7 @@ def read_run(path: str | Path) -> RecordedRun:
     if options is None:
         raise UserError(f"{folder} is not the folder of a run: there is no {folder.config.name} in it")
     stage = "search" if "order" in options else "augment"
-    config = {"search": SearchConfig, "augment": AugmentConfig}[stage](["--resume", str(folder)])
+    config = (SearchConfig if stage == "search" else AugmentConfig)(["--resume", str(folder)])
     summary, history = read_json(folder.summary) or {}, read_json(folder.history) or []
     run = RecordedRun(folder.path, stage, config, summary, _read_scalars(folder.tensorboard), history)
     if not run.steps or (stage == "search" and not history):
