@@ -34,6 +34,7 @@ OPTIONS = {"search": f"{VARIANT} {SMALL}", "augment": f"--genotype DARTS_V2 {SMA
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=OPTIONS)
+    parser.add_argument("--options", help='options of the runs besides their size, such as "--space nas-bench-201"')
     parser.add_argument("--kills", type=int, default=50, help="number of kills in all runs (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=1, help="number of processes of a run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants (default: %(default)s)")
@@ -71,7 +72,8 @@ class Run:
         self.folder, self.output = Path(folder, "runs", args.stage, name), Path(folder, f"{name}.txt")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
         torchrun += ["--max-restarts", str(KILLS_PER_RUN)]
-        script = [str(ROOT / f"{args.stage}.py"), *OPTIONS[args.stage].split(), "--name", name, "--auto-resume"]
+        options = f"{args.options} {SMALL}" if args.options else OPTIONS[args.stage]
+        script = [str(ROOT / f"{args.stage}.py"), *options.split(), "--name", name, "--auto-resume"]
         self.command = [sys.executable, *(torchrun if args.ranks > 1 else []), *script]
         self.start()
 

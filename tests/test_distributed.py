@@ -19,6 +19,7 @@ from machine import ranks
 from models.augment_cnn import AugmentCNN
 from models.fast import search_cell
 from models.search_cnn import SearchCNN
+from models.spaces import SPACES
 from models.sync_bn import synchronise
 from run.run import Run
 from utils import cosine_lr
@@ -43,7 +44,8 @@ def searched(execution, sync_bn=True, variant=(), **changes):
     trn, val = (Batches(batch(n=n, seed=seed + i) for i, n in enumerate(SIZES)) for seed in (10, 50))
     config = SearchConfig(["--w-lr", "0.1", "--alpha-lr", "0.01", "--device", "cpu", "--overwrite", *variant])
     kind, architect_kind = compose(config, SearchCNN, Architect)
-    net = small_net(kind=kind, C=4, n_nodes=1, execution="plain" if execution == "plain" else "fused", **changes)
+    options = {"C": 4, "n_nodes": 1, "execution": "plain" if execution == "plain" else "fused"}
+    net = small_net(kind=kind, **options | changes)
     net.begin_epoch(20, 50)
     if sync_bn:
         synchronise(net)
@@ -121,6 +123,7 @@ GLOBAL |= {
     "snas": functools.partial(searched, "edge by edge", variant=["--variant", "snas"]),
     "drnas": functools.partial(searched, "edge by edge", variant=["--variant", "drnas", "--drnas-kl-strength", "0.1"]),
     "sdarts": functools.partial(searched, "edge by edge", variant=["--variant", "sdarts"]),
+    "nas-bench-201": functools.partial(searched, "plain", n_nodes=3, n_layers=1, space=SPACES["nas-bench-201"]),
     "augment": augmented,
     "augment, an input unused": functools.partial(augmented, genotype=UNUSED_INPUT),
     "statistics": functools.partial(statistics, True),
