@@ -7,7 +7,7 @@ import torch
 
 from command_line.errors import UserError, warn
 from images.data_sets import DATASETS, hold_out_of_training, pixel_statistics
-from images.image_folder import listed
+from images.image_folder import distinguishable, listed
 from images.loading import Images
 from models.costs import param_size
 from preproc import data_transforms
@@ -66,7 +66,7 @@ def get_data(
         data.append(Images(source, labels, valid, valid, seed))
         differing = set(data[3].class_names(n_classes)) ^ set(data[4].class_names(n_test_classes))
         if differing:
-            names = listed(sorted(differing))
+            names = listed(distinguishable(sorted(differing)))
             raise UserError(f"{data_path}: train/ and val/ must hold the same classes; only one has {names}")
         if data[4].is_copy_of(data[3]):
             warn(f"{data_path}: val/ has the images of train/, so its accuracy says nothing about other images")

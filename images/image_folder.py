@@ -5,6 +5,7 @@ Listing reads file names only, in time linear in their number. An image is read 
 
 import functools
 import os
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -141,6 +142,12 @@ def _readable_images(folder):
     if bad:
         warn_once(f"{folder.root}: {len(bad)} of {len(folder)} images left out; the first: {bad[0]}")
     return folder.subset([i for i, error in enumerate(errors) if not error])
+
+
+def distinguishable(names: list[str]) -> list[str]:
+    """The names, but with escapes in those that look like another, such as composed and decomposed letters."""
+    looks = [" ".join(unicodedata.normalize("NFKC", name).split()) for name in names]
+    return [ascii(name) if looks.count(look) > 1 else name for name, look in zip(names, looks)]
 
 
 def listed(words: list[str]) -> str:

@@ -42,6 +42,12 @@ class RunFolder:
     def __str__(self):
         return str(self.path)
 
+    def check(self):
+        """Raise UserError if there are links in the folder, through which a run would write elsewhere."""
+        links = [path for path in Path(self.path).rglob("*") if path.is_symlink()]
+        if links:
+            raise UserError(f"{links[0]} is a link; a run's folder may not contain links")
+
     def check_free(self, overwrite: bool):
         """Raise UserError unless a new run may use this folder: it is free, or holds a run that may be overwritten."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):

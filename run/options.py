@@ -231,6 +231,7 @@ class RunOptions(Options):
             if name not in (*MAY_CHANGE, "resume", "gpus"):
                 allowed = ", ".join(f"--{option_name(other)}" for other in MAY_CHANGE)
                 raise UserError(f"--{option_name(name)} is fixed by the run {folder}; --resume allows only {allowed}")
+        folder.check()
         saved = read_json(folder.config)
         if saved is None:
             raise UserError(f"--resume {given['resume']}: no {cls.stage} run's {folder.config.name} in {folder}")

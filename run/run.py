@@ -56,6 +56,7 @@ class Run:
     def _check_folder(self):
         if self.config.resume is None:
             self.folder.check_free(self.config.overwrite)
+        self.folder.check()
         if self.folder.config.is_file():
             self.folder.lock()
 

@@ -234,3 +234,11 @@ def test_mnist_is_read_and_damaged_files_are_one_line(tmp_path):
     file.write_bytes(file.read_bytes()[:17])
     with pytest.raises(UserError, match=f"{tmp_path}.*delete"):
         get_data("mnist", tmp_path, 0, True)
+
+
+def test_class_names_that_look_alike_are_told_apart(image_folder):
+    root = image_folder(splits=("train",), classes=("Gr\u00f6\u00dfe", "a", "b"))
+    image_folder(root, splits=("val",), classes=("Gro\u0308\u00dfe", "a ", "c"))
+    with pytest.raises(UserError) as error:
+        get_data("folder", root, 0, validation=True)
+    assert str(error.value).endswith("only one has 'Gro\\u0308\\xdfe', 'Gr\\xf6\\xdfe', 'a', 'a ', b, c")

@@ -58,3 +58,11 @@ def test_an_overwritten_run_is_there_until_the_new_one_is_saved(how, place, fini
     assert differences(before, outcome(path)) == []
     assert command(search.main, words) == 0
     assert read_json(path / "config.json")["seed"] == 7
+
+
+def test_a_run_whose_folder_has_a_link_in_it_is_not_continued(copied, tmp_path, capsys):
+    (tmp_path / "elsewhere.txt").write_text("as it was")
+    (copied["search"] / "log.txt").unlink()
+    (copied["search"] / "log.txt").symlink_to(tmp_path / "elsewhere.txt")
+    refused(capsys, search.main, ["--resume", copied["search"], "--epochs", "3"], "log.txt is a link")
+    assert (tmp_path / "elsewhere.txt").read_text() == "as it was"
