@@ -10,51 +10,41 @@ from evidence.signals import RULES, accuracy, correlations, truth
 from report.figures import COLOURS, GREY, epoch_axis, printable
 
 
+HEADS = ["n", "mean accuracy, %", "95 %", "median rank", "in the best hundredth"]
+
+
 def tables(methods) -> dict[str, list[list]]:
     """Title -> rows, of which the first are the heads. methods: of `comparison`; {} if nothing is published."""
     known = [method for method in methods if method.truths()]
     if not known:
         return {}
-    heads = ["n", "mean accuracy, %", "95 %", "median rank", "in the best hundredth"]
-    result = {"Published accuracy": [["method", *heads]]}
-    result["Published accuracy"] += [[method.label, *summary(method.truths())] for method in known]
+    result = {"Published accuracy": [["method", *HEADS], *([m.label, *summary(m.truths())] for m in known)]}
     for method in known:
         histories = histories_of(method)
         if histories:
-            rows = [
-                [rule, *summary([truth(choose(history)) for history in histories])] for rule, choose in RULES.items()
-            ]
-            result[f"{method.label}: the epoch that a rule would choose"] = [["rule", *heads], *rows]
-            rows = []
-            for signal, interval in correlations(histories).items():
-                rows.append(
-                    [signal, "-", "-"] if interval is None else [signal, f"{interval.value:+.2f}", ends(interval)]
-                )
+            rules = [[rule, *summary([truth(choose(h)) for h in histories])] for rule, choose in RULES.items()]
+            result[f"{method.label}: the epoch that a rule would choose"] = [["rule", *HEADS], *rules]
             title = f"{method.label}: rank correlation with the published accuracy over epochs, mean over searches"
-            result[title] = [["signal", "correlation", "95 %"], *rows]
+            signals = [[name, *in_words(interval, "+")] for name, interval in correlations(histories).items()]
+            result[title] = [["signal", "correlation", "95 %"], *signals]
     return result
 
 
 def summary(truths):
-    """n, mean accuracy on the first data set, its interval, median rank, and the share in the best hundredth."""
-    values, ranks, of = (
-        [next(iter(known.values())) for known in truths],
-        [known["rank"] for known in truths],
-        truths[0]["of"],
-    )
-    interval = mean_interval(values)
+    """The values under `HEADS`; accuracies and ranks are those on the first data set."""
+    values, ranks = [next(iter(known.values())) for known in truths], [known["rank"] for known in truths]
+    of = truths[0]["of"]
     share = sum(100 * rank <= of for rank in ranks) / len(ranks)
-    return [
-        len(values),
-        f"{interval.value:.2f}",
-        ends(interval),
-        f"{statistics.median(ranks):g} of {of}",
-        f"{share:.0%}",
-    ]
+    return [len(values), *in_words(mean_interval(values)), f"{statistics.median(ranks):g} of {of}", f"{share:.0%}"]
 
 
-def ends(interval):
-    return "-" if interval.low is None else f"{interval.low:.2f} to {interval.high:.2f}"
+def in_words(interval, sign=""):
+    """(the value, its interval), both as text; the interval may be None."""
+    if interval is None:
+        return "-", "-"
+    has_ends = interval.low is not None
+    ends = f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}" if has_ends else "-"
+    return f"{interval.value:{sign}.2f}", ends
 
 
 def histories_of(method):
