@@ -9,7 +9,6 @@ from evidence.intervals import mean_interval
 from evidence.signals import RULES, accuracy, correlations, truth
 from report.figures import COLOURS, GREY, epoch_axis, printable
 
-
 HEADS = ["n", "mean accuracy, %", "95 %", "median rank", "in the best hundredth"]
 
 
