@@ -15,6 +15,7 @@ from config import SearchConfig
 if __name__ == "__main__":
     SearchConfig.answer_help()  # before torch is imported, which takes seconds
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -111,14 +112,9 @@ def search(network, architect_class, loggers, select):
                 save_genotypes(run, genotypes, history)
             run.end_epoch(is_best, results | {"genotypes": genotypes, "history": history})
 
-        if config.select == "perturbation" and select is None:
-
-            def select(net, w_loader, alpha_loader):
-                return select_by_perturbation(net, eval_loader, tune, config.seed)
-
-            def tune():
-                tune_weights(run, net, architect, w_loader, w_optim)
-
+        if config.select == "perturbation":
+            tune = functools.partial(tune_weights, run, net, architect, w_loader, w_optim)
+            select = select or (lambda net, *loaders: select_by_perturbation(net, eval_loader, tune, config.seed))
         if select is not None:
             genotypes["last"]["string"] = str(select(net, w_loader, alpha_loader))
             ranks.on_rank_0(lambda: save_genotypes(run, genotypes, history))

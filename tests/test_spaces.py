@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import protocol
 import search
 import visualize
 from architect import Architect
-from config import AugmentConfig
+from config import AugmentConfig, SearchConfig
 from evidence.perturbation import accuracy, select_by_perturbation
 from genotypes import GenotypeError, from_str, random_genotypes
 from models.augment_cnn import AugmentCNN
@@ -297,3 +298,17 @@ def test_a_search_selects_by_perturbation_and_repeats_the_selection(short_runs, 
     genotype = read_json(first.summary)["genotype"]
     assert command(search.main, ["--resume", first.path]) == 0  # as after a kill in the selection
     assert read_json(first.summary)["genotype"] == genotype
+
+
+def test_between_two_decisions_w_takes_clipped_steps_with_a_draw_each():
+    config = SearchConfig(["--select", "perturbation", "--tune-epochs", "2", "--w-grad-clip", "0.001"])
+    run = SimpleNamespace(config=config, device=torch.device("cpu"), stop_if_asked=lambda: None)
+    net, draws = net_201(), []
+    net.draw_noise = lambda: draws.append(1)
+    before, alphas = [w.detach().clone() for w in net.weights()], [alpha.detach().clone() for alpha in net.alphas()]
+    optim = torch.optim.SGD(net.weights(), 0.5)
+    search.tune_weights(run, net, Architect(net, 0.9, 0), WholeBatches([batch(seed=1), batch(seed=2)]), optim)
+    length = torch.cat([(w - b).flatten() for w, b in zip(net.weights(), before)]).norm()
+    assert len(draws) == 4
+    assert 0 < length <= 4 * 0.5 * 0.001 * (1 + 1e-6)
+    assert all(map(torch.equal, net.alphas(), alphas))
