@@ -8,8 +8,7 @@ from models.search_cnn import SearchCNN
 
 class SigmoidCNN(SearchCNN):
     def edge_weights(self, noise=None):
-        alphas = {"normal": self.alpha_normal, "reduce": self.alpha_reduce}
-        return {kind: [torch.sigmoid(edges) for edges in alpha] for kind, alpha in alphas.items()}
+        return {kind: [torch.sigmoid(edges) for edges in alpha] for kind, alpha in self.alpha.items()}
 
 
 if __name__ == "__main__":
