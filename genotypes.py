@@ -84,13 +84,14 @@ def _unexpected(text):
 
 def to_str(genotype: Genotype, form: str = "nested") -> str:
     """Write a genotype. form: `nested`, as by `str`; `flat`, one list of pairs as in the authors' code; or `json`.
+    Cells of other spaces than DARTS's have one form, their `str`.
 
     Raises GenotypeError if the form is `flat` and a node does not have two edges.
     """
-    if form == "json":
-        return json.dumps(as_lists(genotype))
     if form == "nested" or not isinstance(genotype, Genotype):
         return str(genotype)
+    if form == "json":
+        return json.dumps(as_lists(genotype))
     if any(len(node) != 2 for node in (*genotype.normal, *genotype.reduce)):
         raise GenotypeError("genotype: the flat form needs two edges in each node")
     flat = {kind: [edge for node in getattr(genotype, kind) for edge in node] for kind in ("normal", "reduce")}
