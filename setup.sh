@@ -1,7 +1,7 @@
 #!/bin/sh
-# Make a virtual environment, .venv unless VENV names another, and install a file of requirements into it (requirements.txt
-# unless another is named); install graphviz's `dot` and a C compiler where that can be done without asking. Run by make;
-# PYTHON names the interpreter to use.
+# Make a virtual environment, .venv unless VENV names another, and install a file of requirements into it
+# (requirements.txt unless another is named); install graphviz's `dot` and a C compiler where that can be done without
+# asking. Run by make; PYTHON names the interpreter to use.
 set -eu
 requirements=${1:-requirements.txt}
 cd "$(dirname "$0")"
