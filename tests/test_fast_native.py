@@ -77,6 +77,54 @@ def test_sums_and_products_of_images(N, H, W, C, K, edges, terms, with_bases, wi
     close(native.dots(gs, gs), exact, dtype, magnitudes)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(2, 60),
+    C=st.integers(1, 18),
+    K=st.integers(1, 18),
+    edges=several,
+    terms=several,
+    scales=st.sampled_from(["none", "one", "each"]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(list(DTYPES)),
+)
+def test_fold_is_batch_normalisation_of_products(n, C, K, edges, terms, scales, with_bias, seed, dtype):
+    """And `fold_gradients` its gradient. z are numbers of float32, so that both types see the same."""
+
+    def near(one, other):
+        """Small numbers are differences of numbers around 1."""
+        assert (one.double() - other).norm() <= DTYPES[dtype] * (other.norm() + other.numel() ** 0.5)
+
+    torch.manual_seed(seed)
+    count = edges * terms
+    z, M, g = (torch.randn(count, *shape).to(dtype) for shape in ((n, K), (C, K), (n, C)))
+    z = z + torch.randn(count, 1, K).to(dtype)
+    scale = None if scales == "none" else torch.randn(count, 1 if scales == "one" else C).to(dtype)
+    bias = torch.randn(edges, C).to(dtype) if with_bias else None
+    exact_z, exact_M = z.double().requires_grad_(), M.double().requires_grad_()
+    exact_scale = (torch.ones(count, 1) if scale is None else scale).double().requires_grad_()
+    u = exact_z @ exact_M.mT
+    y = (u - u.mean(1, keepdim=True)) * (u.var(1, keepdim=True, correction=0) + 0.1).rsqrt() * exact_scale[:, None]
+
+    sums, grams = z.double().sum(1), z.double().mT @ z.double()
+    A, shifts, mean, var, moments = native.fold(sums, grams, float(n), M, scale, bias, 0.1, edges)
+    near(mean, u.mean(1))
+    near(var, u.var(1))
+    found = (z.double() @ A.double()).unflatten(0, (terms, edges)).sum(0) + shifts.double()[:, None]
+    near(found, y.unflatten(0, (terms, edges)).sum(0) + (bias.double()[:, None] if with_bias else 0))
+
+    dz, dM, dscale = torch.autograd.grad(y, (exact_z, exact_M, exact_scale), g.double())
+    of_g = g.double().sum(1), g.double().mT @ z.double()
+    found_dscale, found_dM, A, D, shift = native.fold_gradients(
+        *of_g, float(n), M, scale, moments, scale is not None, True, True
+    )
+    near(found_dM, dM)
+    if scale is not None:
+        near(found_dscale, dscale)
+    near(g.double() @ A.double() + z.double() @ D.double() + shift.double()[:, None], dz)
+
+
 kernels = st.tuples(
     st.sampled_from([1, 3, 5, 7]),
     st.integers(1, 3),  # stride
@@ -139,19 +187,23 @@ def test_relu_lets_nan_pass_and_its_gradient_too():
 
 def test_the_number_of_threads_changes_nothing():
     x, weight = images(9, 17, 11, 7, torch.float32), torch.randn(17, 1, 5, 5)
+    sums, M = (torch.rand(12, 17).double(), 9 * torch.eye(17).double().repeat(12, 1, 1)), torch.randn(12, 17, 17)
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         convolution = only(weight, 1)
         (z,) = native.depthwise([x], *convolution)
         dimages, dkernels = native.depthwise_gradients([x], *convolution, [z], [True], [True])
+        fold = native.fold(*sums, 9.0, M, None, None, 0.1, 12)
+        gradients = native.fold_gradients(*sums, 9.0, M, None, fold[-1], False, True, True)[1:]
         mixed = native.mix([([x], weight[None, :, 0, 0])])
-        found.append([z, *dimages, *dkernels, *native.products([x], [x]), *mixed])
+        found.append([z, *dimages, *dkernels, *native.products([x], [x]), *mixed, *fold, *gradients])
         found[-1].append(native.dots([x], [x]))
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others))
 
 
 X, Y, A = images(2, 9, 6, 6, torch.float32), images(2, 3, 6, 6, torch.float32), torch.randn(1, 9, 3)
+GRAMS, M = torch.rand(1, 9, 9).double(), torch.randn(1, 3, 9)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +215,9 @@ X, Y, A = images(2, 9, 6, 6, torch.float32), images(2, 3, 6, 6, torch.float32), 
         lambda: native.blend([X, Y], torch.randn(1, 2)),
         lambda: native.dots([X], [Y]),
         lambda: native.products([X], [X[:1]]),
+        lambda: native.fold(GRAMS[:, 0], GRAMS[:, :8], 9.0, M, None, None, 0.1, 1),
+        lambda: native.fold(GRAMS[:, 0], GRAMS, 9.0, M, torch.rand(1, 3).double(), None, 0.1, 1),
+        lambda: native.fold(GRAMS[:, 0], GRAMS, 9.0, M, None, torch.rand(1, 2), 0.1, 1),
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused_before_c_reads_them(wrong):

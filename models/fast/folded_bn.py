@@ -9,11 +9,11 @@ y = sum_k A_k z_k + const with A_k = w_k diag(var_k + eps)^-1/2 M_k, which takes
 z is saved for the backward pass. For the gradient let g = dL/dy, R = sum over pixels of g (z - m)' and v = diag(M R'):
 
     dL/dw  = v / sqrt(var + eps), summed over the channels that share w
-    dL/dM  = diag(w) diag(var + eps)^-1/2 R - diag(c) M S      with c = w v (var + eps)^-3/2
-    dL/dz  = A' g - M' diag(c) M (z - m) / n - (mean over the pixels of A' g)      for n pixels
+    dL/dM  = diag(w) diag(var + eps)^-1/2 R - n diag(c) M S      with c = w v (var + eps)^-3/2 / n, for n pixels
+    dL/dz  = A' g - M' diag(c) M (z - m) - (mean over the pixels of A' g)
 
 In a search cell w is the weight of a candidate, in the augment network it is the weight parameter of BN. native.c adds
-the sums over pixels in float64, since variances are differences of such sums; so what follows from them is in float64.
+the sums over pixels in float64, since variances are differences of such sums.
 """
 
 import torch
@@ -53,28 +53,18 @@ class Mixture(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, eps, synced, edges, w, bias, M, *tensors):
         images, bases = tensors[: len(M)], tensors[len(M) :]
+        ctx.save_for_backward(w, M, *images)
+        ctx.set_materialize_grads(False)
         n = images[0].numel() // images[0].shape[1]
         if n < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel: a larger batch")
         sums, grams = native.products(images, images)
         if synced:
             sums, grams, n = _sums_over_ranks(sums, grams, sums.new_tensor(float(n)))
-        n = float(n)
-        m, M_64 = sums / n, M.double()
-        MS = M_64 @ torch.baddbmm(grams, m.unsqueeze(2), m.unsqueeze(1), beta=1 / n, alpha=-1)
-        mean, var = (M_64 @ m.unsqueeze(2)).squeeze(2), (MS * M_64).sum(2).clamp_(min=0)
-        inverse = (var + eps).rsqrt_()
-        factor = inverse if w is None else inverse * w
-        shifts = (factor * mean).view(-1, edges, mean.shape[1]).sum(0).neg_()
-        shifts = shifts if bias is None else shifts.add_(bias)
-        A = (factor.unsqueeze(2) * M_64).mT.to(M.dtype, memory_format=torch.contiguous_format)
+        A, shifts, mean, var, moments = native.fold(sums, grams, float(n), M, w, bias, eps, edges)
         terms = [(images[i : i + edges], A[i : i + edges]) for i in range(0, len(M), edges)]
-        ys = native.mix(terms, list(bases), shifts.to(M.dtype))
-        ctx.save_for_backward(w, M, *images)
-        ctx.set_materialize_grads(False)
-        ctx.options = synced, edges, n, bool(bases)
-        ctx.moments = m, MS, inverse, factor
-        mean, var = mean.to(M.dtype), var.mul_(n / (n - 1)).to(M.dtype)
+        ys = native.mix(terms, list(bases), shifts)
+        ctx.options = synced, edges, float(n), moments, bool(bases)
         ctx.mark_non_differentiable(mean, var)
         return mean, var, *ys
 
@@ -83,38 +73,25 @@ class Mixture(torch.autograd.Function):
     def backward(ctx, _, __, *gs):
         refuse_second_derivatives()
         w, M, *images = ctx.saved_tensors
-        synced, edges, n, has_bases = ctx.options
-        m, MS, inverse, factor = ctx.moments
-        M_64 = M.double()
+        synced, edges, n, moments, has_bases = ctx.options
         _, _, _, wants_w, wants_bias, wants_M, *wants_z = ctx.needs_input_grad
         N, _, *size = images[0].shape
         gs = [images[0].new_zeros(N, M.shape[1], *size) if g is None else g for g in gs]
         gs_of_products = [g.contiguous(memory_format=torch.channels_last) for g in gs] * (len(images) // edges)
         sums, products = native.products(gs_of_products, images)
-        R, v = _centred(sums, products, m, M_64)
-        dw = (v * inverse).sum_to_size(w.shape).to(w.dtype) if wants_w else None
+        wants_z = any(wants_z[: len(images)])
+        dw, dM, *for_z = native.fold_gradients(
+            sums, products, n, M, w, moments, wants_w, wants_M, wants_z and not synced
+        )
         dbias = sums[:edges].to(M.dtype) if wants_bias else None
-        dM, dzs = None, [None] * len(images)
-        if wants_M:
-            c = factor * inverse.square() * v
-            dM = R.mul_(factor.unsqueeze(2)).addcmul_(c.unsqueeze(2), MS, value=-1).to(M.dtype)
-        if any(wants_z[: len(images)]):
+        dzs = [None] * len(images)
+        if wants_z:
             if synced:
                 sums, products = _sums_over_ranks(sums, products)
-                _, v = _centred(sums, products, m, M_64)
-            c = factor * inverse.square() * v / n
-            A_64 = factor.unsqueeze(2) * M_64
-            D = M_64.mT @ (c.unsqueeze(2) * M_64).neg_()
-            shifts = torch.baddbmm(A_64.mT @ sums.unsqueeze(2), D, m.unsqueeze(2), beta=-1 / n, alpha=-1).squeeze(2)
-            A, D, shifts = (values.to(M.dtype) for values in (A_64, D, shifts))
-            dzs = native.mix([(gs_of_products, A), (images, D)], shifts=shifts)
+                _, _, *for_z = native.fold_gradients(sums, products, n, M, w, moments, False, False, True)
+            A, D, shift = for_z
+            dzs = native.mix([(gs_of_products, A), (images, D)], shifts=shift)
         return None, None, None, dw, dbias, dM, *dzs, *(gs if has_bases else [])
-
-
-def _centred(sums, products, m, M):
-    """R and v, see above, from the sums of g and of g z' over pixels."""
-    R = torch.baddbmm(products, sums.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-    return R, (M * R).sum(2)
 
 
 def _sums_over_ranks(*tensors):

@@ -4,6 +4,7 @@
 
    Images are (N, H, W, C) in memory. Functions return 0, or 1 if there is no memory. The threads are PyTorch's. */
 
+#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -402,6 +403,122 @@ int products(struct pair *all, long count, double *sums, double *products, long 
     free(totals);
     free(copies);
     return failed;
+}
+
+
+/* BN of products u = M z, with K channels of z and C of u, times a scale, written as one product: folded_bn.py has the
+   mathematics. It is computed in double, for `count` products of the same sizes. */
+
+/* to[.] += sum over rows of a[k * step] X[k, .], of n numbers each */
+INLINE void add_rows(double *restrict to, const double *restrict a, long step, const double *restrict X, long rows,
+                     long n) {
+    long k = 0;
+    for (; k + 4 <= rows; k += 4, X += 4 * n) {
+        const double a0 = a[k * step], a1 = a[(k + 1) * step], a2 = a[(k + 2) * step], a3 = a[(k + 3) * step];
+        for (long j = 0; j < n; j++) to[j] += a0 * X[j] + a1 * X[n + j] + a2 * X[2 * n + j] + a3 * X[3 * n + j];
+    }
+    for (; k < rows; k++, X += n)
+        for (long j = 0; j < n; j++) to[j] += a[k * step] * X[j];
+}
+INLINE double dot(const double *restrict a, const double *restrict b, long n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+struct moments { /* what the gradient of a product needs */
+    double *mean, *MS, *inverse; /* of z (K); M times its covariance (C, K); 1 / the standard deviation of u (C) */
+};
+INLINE struct moments moments_of(double *all, long product, long K, long C) {
+    double *first = all + product * (K + C * K + C);
+    return (struct moments){first, first + K, first + K + C * K};
+}
+
+/* From the sums of z (K) and of z z' (K, K) over n pixels compute A (K, C) and shift (C), so that A' z + shift is
+   BN(M z) times the scale: `scales` numbers, one or one for each channel; null for 1. shifts: (edges, C); that of edge
+   e is the sum of the shifts of products e, e + edges, ..., and of the bias, (edges, C) or null. mean, var: of u,
+   unbiased, (C). moments: what fold_gradients reads. */
+int fold(const double *sums, const double *grams, double n, const REAL *M, const REAL *scale, long scales,
+         const REAL *bias, double eps, REAL *A, REAL *shifts, long edges, REAL *mean, REAL *var, double *moments,
+         long count, long K, long C) {
+    double *covariances = malloc(max(1, count * (K * K + C) + omp_get_max_threads() * K) * sizeof(double));
+    double *shift = covariances + count * K * K, *rows = shift + count * C;
+    if (!covariances) return 1;
+#pragma omp parallel for schedule(static) if (count * K > 64)
+    for (long u = 0; u < count * K; u++) {
+        const struct moments z = moments_of(moments, u / K, K, C);
+        const double *of_product = sums + u / K * K, mean_k = sums[u] / n;
+        z.mean[u % K] = mean_k;
+        for (long j = 0; j < K; j++) covariances[u * K + j] = grams[u * K + j] / n - mean_k * (of_product[j] / n);
+    }
+#pragma omp parallel for schedule(static) if (count * C > 64)
+    for (long u = 0; u < count * C; u++) {
+        long p = u / C, i = u % C;
+        const struct moments z = moments_of(moments, p, K, C);
+        double *row = rows + omp_get_thread_num() * K, *MS = z.MS + i * K;
+        for (long k = 0; k < K; k++) row[k] = M[u * K + k], MS[k] = 0;
+        add_rows(MS, row, 1, covariances + p * K * K, K, K);
+        double mean_u = dot(row, z.mean, K), var_u = dot(MS, row, K);
+        var_u = var_u < 0 ? 0 : var_u; /* nan stays */
+        z.inverse[i] = 1 / sqrt(var_u + eps);
+        double factor = z.inverse[i] * (scale ? scale[p * scales + i % scales] : 1);
+        for (long k = 0; k < K; k++) A[(p * K + k) * C + i] = factor * row[k];
+        shift[u] = -factor * mean_u;
+        mean[u] = mean_u;
+        var[u] = var_u * n / (n - 1);
+    }
+    for (long e = 0; e < edges * C; e++) {
+        double sum = bias ? bias[e] : 0;
+        for (long at = e; at < count * C; at += edges * C) sum += shift[at];
+        shifts[e] = sum;
+    }
+    free(covariances);
+    return 0;
+}
+
+/* From the sums over n pixels of g = dL/dy (C) and of g z' (C, K) compute the gradients of M and of the scale, and
+   that of z as A' g + D' z + shift, with A (C, K), D (K, K), shift (K). What is not wanted is null; A, D and shift are
+   wanted together or not at all. */
+int fold_gradients(const double *sums, const double *products, double n, const REAL *M, const REAL *scale, long scales,
+                   double *moments, REAL *dscale, REAL *dM, REAL *A, REAL *D, REAL *shift, long count, long K, long C) {
+    long room = 2 * C * K + 2 * K + 2 * C;
+    double *rooms = malloc(max(1, omp_get_max_threads() * room) * sizeof(double));
+    if (!rooms) return 1;
+#pragma omp parallel for schedule(static) if (count > 1)
+    for (long p = 0; p < count; p++) {
+        const struct moments z = moments_of(moments, p, K, C);
+        double *matrix = rooms + omp_get_thread_num() * room, *cM = matrix + C * K, *R = cM + C * K, *row = R + K;
+        double *means = row + K /* means of the gradient of u */, *of_scale = means + C;
+        for (long i = 0; i < C; i++) {
+            double *m = matrix + i * K, sum = sums[p * C + i];
+            for (long k = 0; k < K; k++) {
+                m[k] = M[(p * C + i) * K + k];
+                R[k] = products[(p * C + i) * K + k] - sum * z.mean[k];
+            }
+            double v = dot(m, R, K), factor = z.inverse[i] * (scale ? scale[p * scales + i % scales] : 1);
+            double c = factor * z.inverse[i] * z.inverse[i] * v / n;
+            for (long k = 0; dM && k < K; k++) dM[(p * C + i) * K + k] = factor * R[k] - n * c * z.MS[i * K + k];
+            for (long k = 0; A && k < K; k++) A[(p * C + i) * K + k] = factor * m[k], cM[i * K + k] = -c * m[k];
+            means[i] = factor * sum / n;
+            of_scale[i] = v * z.inverse[i];
+        }
+        for (long s = 0; dscale && s < scales; s++) {
+            double sum = 0;
+            for (long i = s; i < C; i += scales) sum += of_scale[i];
+            dscale[p * scales + s] = sum;
+        }
+        for (long k = 0; A && k < K; k++) {
+            double sum = 0;
+            for (long j = 0; j < K; j++) row[j] = 0;
+            add_rows(row, cM + k, K, matrix, C, K);
+            for (long j = 0; j < K; j++) D[(p * K + k) * K + j] = row[j];
+            for (long i = 0; i < C; i++) sum += means[i] * matrix[i * K + k];
+            shift[p * K + k] = -dot(row, z.mean, K) - sum;
+        }
+    }
+    free(rooms);
+    return 0;
 }
 
 

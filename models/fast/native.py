@@ -116,6 +116,45 @@ def products(a, b):
     return sums, matrices
 
 
+def fold(sums, grams, n, M, scale, bias, eps, edges):
+    """Write scale * BN(M z) as A' z + shift, for several products M z; see folded_bn.py.
+
+    sums, grams: the sums of z and of z z' over n pixels, (products, K) and (products, K, K), in float64; M: (products,
+    C, K); scale: (products, 1) or (products, C), or None; bias: (edges, C), or None. Returns A, (products, K, C);
+    shifts, (edges, C): for edge e the bias plus the shifts of the products e, e + edges, ...; mean and unbiased
+    variance of M z, (products, C) each; and moments, which `fold_gradients` takes.
+    """
+    count, C, K = M.shape
+    _check([grams], (count, K, K), torch.float64)
+    if scale is not None:
+        _check([scale], (count, scale.shape[1]), M.dtype)
+    if bias is not None:
+        _check([bias], (edges, C), M.dtype)
+    sums, grams, M, scale, bias = _contiguous(sums, grams, M, scale, bias)
+    A, shifts, mean, var = (M.new_empty(shape) for shape in ((count, K, C), (edges, C), (count, C), (count, C)))
+    moments = M.new_empty(count, K + C * K + C, dtype=torch.float64)
+    before = sums.data_ptr(), grams.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale), _pointer(bias), eps
+    outputs = A.data_ptr(), shifts.data_ptr(), edges, mean.data_ptr(), var.data_ptr(), moments.data_ptr()
+    _call(M.dtype, "fold", *before, *outputs, count, K, C)
+    return A, shifts, mean, var, moments
+
+
+def fold_gradients(sums, products, n, M, scale, moments, wants_scale, wants_M, wants_z):
+    """The gradients of `fold`: (dscale, dM, A, D, shift), None for those not wanted. dL/dz = A' g + D' z + shift.
+
+    sums, products: the sums of g = dL/dy and of g z' over pixels, (products, C) and (products, C, K), in float64;
+    moments: from `fold`. A: (products, C, K); D: (products, K, K); shift: (products, K).
+    """
+    count, C, K = M.shape
+    sums, products, M, scale = _contiguous(sums, products, M, scale)
+    dscale = torch.empty_like(scale) if wants_scale else None
+    dM = torch.empty_like(M) if wants_M else None
+    A, D, shift = (M.new_empty(shape) if wants_z else None for shape in ((count, C, K), (count, K, K), (count, K)))
+    before = sums.data_ptr(), products.data_ptr(), n, M.data_ptr(), _pointer(scale), _scales(scale), moments.data_ptr()
+    _call(M.dtype, "fold_gradients", *before, *map(_pointer, (dscale, dM, A, D, shift)), count, K, C)
+    return dscale, dM, A, D, shift
+
+
 def blend(images, weights):
     """E weighted sums of T images of one size, as a list. weights: (E, T)."""
     _check(images, images[0].shape, weights.dtype)
@@ -152,6 +191,14 @@ def _empty(x, C, H, W):
     bytes; then freed blocks are often slightly too small for the next tensor, and memory is wasted.
     """
     return torch.from_numpy(np.empty((len(x), H, W, C), NUMPY[x.dtype]).transpose(0, 3, 1, 2))
+
+
+def _contiguous(*tensors):
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _scales(scale):
+    return 1 if scale is None else scale.shape[1]
 
 
 def _table(rows):
