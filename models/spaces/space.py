@@ -1,5 +1,6 @@
 """What a search space is. A new one is a subclass of `Space`, with an entry in `SPACES`."""
 
+import abc
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ class Layer(NamedTuple):
     stride: int
 
 
-class Space:
+class Space(abc.ABC):
     """A search space: the candidates, the cells, how a genotype is chosen, and the network around the cells.
 
     A cell has `n_inputs` inputs, the outputs of the cells before it, and some nodes. Its states are the inputs, then
@@ -64,25 +65,25 @@ class Space:
         """Those of the candidates that a genotype can have."""
         return list(primitives)
 
+    @abc.abstractmethod
     def genotype(self, weights: dict[str, list["Tensor"]], k: int, primitives: Sequence[str]) -> Any:
         """The genotype for these weights of the candidates, from `SearchCNN.edge_weights`. k: edges of a node."""
-        raise NotImplementedError
 
     def check(self, genotype: Any) -> Any:
         """Return the genotype. Raises GenotypeError, which says what is wrong, if it is not valid."""
         return genotype
 
+    @abc.abstractmethod
     def from_str(self, text: str) -> Any:
         """The genotype that a text describes; None if it does not look like one of this space."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def random(self, generator: random.Random, n_nodes: int, primitives: Sequence[str]) -> Any:
         """A random genotype; all are equally likely."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def output_states(self, genotype: Any, kind: str) -> list[int]:
         """The states that a cell's output consists of."""
-        raise NotImplementedError
 
     def state_name(self, state: int) -> str:
         """The name of a state of a cell in figures and logs: c_{k-1} is the previous cell's output."""
@@ -102,26 +103,26 @@ class Space:
 
     # Networks
 
+    @abc.abstractmethod
     def stem(self, C_in: int, C: int, stem_multiplier: int) -> tuple["nn.Module", int]:
         """The layers before the cells, and their output channels."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def layers(self, C_stem: int, C: int, n_layers: int, new_cell: Callable[..., "nn.Module"]) -> Iterator[Layer]:
         """The stack of cells, and what stands between them.
 
         C_stem: output channels of the stem; C: channels of the first cells; n_layers: --layers; new_cell: builds a
         cell, called as new_cell(kind, **channels), with what `search_cell` and `augment_cell` need.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def head(self, C: int) -> "nn.Module":
         """What makes the output of the last layer, of C channels, an image of one pixel."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def search_cell(self, kind: str, **options) -> "nn.Module":
         """A cell of the search network, called with its inputs and its weights of the candidates."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def augment_cell(self, kind: str, **options) -> "nn.Module":
         """A cell of the augment network, called with its inputs."""
-        raise NotImplementedError
