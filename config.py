@@ -160,7 +160,7 @@ class SearchConfig(DataOptions, RunOptions):
     w_nesterov: bool = option(False, "use Nesterov's momentum for w")
     w_weight_decay: float = option(3e-4, "weight decay of w's SGD", nonnegative)
     w_grad_clip: float = option(5.0, "norm to which w's gradient is clipped", positive)
-    alpha_lr: float = option(3e-4, "learning rate of alpha's Adam", positive)
+    alpha_lr: float = option(3e-4, "learning rate of alpha's Adam; 0: only w learns", nonnegative)
     alpha_betas: list[float] = option([0.5, 0.999], "beta 1 and beta 2 of alpha's Adam (default: 0.5,0.999)", betas)  # noqa: RUF009
     alpha_weight_decay: float = option(1e-3, "weight decay of alpha's Adam", nonnegative)
     early_stop: bool = option(False, "end by the rule of DARTS-ES, with the genotype from before the eigenvalue grew")
@@ -211,6 +211,8 @@ class SearchConfig(DataOptions, RunOptions):
                 raise UserError(f"--primitives: --space {space.name} has {', '.join(space.primitives)}")
         if self.select == "magnitude":
             self.refuse_without_effect(("tune_epochs",), "without --select perturbation")
+            if self.alpha_lr == 0:
+                raise UserError("--alpha-lr 0 needs --select perturbation, since alphas stay random")
         if self.order == "first":
             self.refuse_without_effect(("eps_scale",), "with --order first")
         if self.early_stop:

@@ -188,7 +188,7 @@ def train(epoch, run, net, architect, w_loader, alpha_loader, w_optim, alpha_opt
 
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
         alpha_numbers = {}
-        if net.alphas_learn:
+        if net.alphas_learn and config.alpha_lr > 0:
             with autocast:
                 batch = w_X, w_y, alpha_X, alpha_y
                 alpha_loss = graphs.run(architect.unrolled_backward, inputs=batch, fixed=(xi, w_optim), fills=alphas)

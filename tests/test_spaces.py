@@ -293,10 +293,12 @@ def test_selection_by_perturbation_is_its_definition(in_darts):
     assert len(tuned) == len(places) - 1 + (len(nodes) if in_darts else 0)
 
 
-def test_a_search_selects_by_perturbation_and_repeats_the_selection(short_runs, tmp_path):
-    words = ["--select", "perturbation", "--tune-epochs", "1", "--eigenvalue-images", "0"]
+@pytest.mark.parametrize("alpha_lr", ["0.001", "0"])
+def test_a_search_selects_by_perturbation_and_repeats_the_selection(alpha_lr, short_runs, tmp_path):
+    words = ["--select", "perturbation", "--tune-epochs", "1", "--eigenvalue-images", "0", "--alpha-lr", alpha_lr]
     first = searched(short_runs, tmp_path, "nas-bench-201", *words)
-    genotype = read_json(first.summary)["genotype"]
+    genotype, history = read_json(first.summary)["genotype"], read_json(first.history)
+    assert (history[0]["margins"] == history[1]["margins"]) == (alpha_lr == "0")
     assert command(search.main, ["--resume", first.path]) == 0  # as after a kill in the selection
     assert read_json(first.summary)["genotype"] == genotype
 
