@@ -95,13 +95,15 @@ class RunFolder:
             write_json(new.config, options)
             new.plots.mkdir()
             save(new.path)
+            new.lock()
             if overwrite and self.path.exists():
                 os.rename(self.path, old.path)
             os.rename(new.path, self.path)
         finally:
             shutil.rmtree(new.path, ignore_errors=True)
             shutil.rmtree(old.path, ignore_errors=True)
-        self.lock()
+        self.unlock()  # the old run, if there was one
+        self._lock = new._lock
 
 
 def write_atomically(path: Path, data: bytes):
