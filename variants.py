@@ -145,6 +145,9 @@ class DartsMinus(NetworkVariant):
     changes = (Change.mixed_op,)
 
     minus_strength: float = option(1.0, "weight of the auxiliary skip connections at the start", nonnegative)
+    minus_epochs: int | None = option(
+        None, "number of epochs in which that weight falls to 0 (default: all of the run)", positive_int
+    )
 
     auxiliary_weight = 0.0  # beta
 
@@ -162,7 +165,7 @@ class DartsMinus(NetworkVariant):
 
     def begin_epoch(self, epoch, epochs):
         super().begin_epoch(epoch, epochs)
-        self.auxiliary_weight = self.minus_strength * (1 - (epoch - 1) / epochs)
+        self.auxiliary_weight = self.minus_strength * max(0, 1 - (epoch - 1) / (self.minus_epochs or epochs))
 
 
 class FairDartsObjective(Architect):

@@ -151,11 +151,12 @@ def test_pc_darts_betas_learn_as_alphas_do_and_neither_does_in_the_warm_up():
 # DARTS-
 
 
-@pytest.mark.parametrize("epoch", [1, 26, 50])
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "fading"), [(1, "50", 1.0), (26, "50", 0.5), (50, "50", 0.02), (26, "100", 0.75), (26, "20", 0)]
+)
 @both_executions
-def test_darts_minus_adds_a_skip_connection_that_fades_out(execution, epoch):
-    net = network("--variant", "darts-minus", execution=execution, epoch=epoch)
-    fading = {1: 1.0, 26: 0.5, 50: 0.02}[epoch]
+def test_darts_minus_adds_a_skip_connection_that_fades_out(execution, epoch, epochs, fading):
+    net = network("--variant", "darts-minus", "--minus-epochs", epochs, execution=execution, epoch=epoch)
     cell, s = net.cells[1], torch.randn(3, 8, 8, 8, dtype=torch.float64)  # a reduction cell
     assert net.kinds[1] == "reduce"
     alphas = net.alpha_reduce
