@@ -18,9 +18,9 @@ class Architect:
     the optimizer of its weights, so that the virtual step is the one it would take if gradients were not clipped;
     eps_scale: the length of eq. 7's shift of w.
 
-    Each method takes this rank's rows of a batch and returns the global batch's result on every rank, at the cost of
-    three all-reduces: w', (d, the alphas' gradient at w'), and H. Every method leaves weights, BN statistics and
-    optimizer as they were, to the last bit.
+    The objectives are those of this rank's rows of a batch; what is computed from them is that of the global batch, the
+    same on every rank, at the cost of three all-reduces: w', (d, the alphas' gradient at w'), and H. Weights, BN
+    statistics and optimizer are afterwards as they were, to the last bit.
     """
 
     def __init__(self, net: SearchCNN, w_momentum: float, w_weight_decay: float, eps_scale: float = 0.01):
@@ -68,9 +68,9 @@ class Architect:
     # Eq. 6 and 7
 
     def virtual_step(self, trn_X: Tensor, trn_y: Tensor, xi: float, w_optim: torch.optim.Optimizer) -> list[Tensor]:
-        """w' = w - xi * (momentum * buf + grad_w L_T(w, a) + weight_decay * w), a tensor per weight.
+        """w' = w - xi u, with the update u of `w_update` at grad_w L_T(w, alpha): a tensor per weight.
 
-        xi: the weights' learning rate.
+        xi: the learning rate of w.
         """
         _, grads = self._grad(self.w_objective, trn_X, trn_y, self.weights)
         is_plain_sgd = type(self).w_update is Architect.w_update and not self._is_nesterov(w_optim)

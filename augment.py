@@ -52,7 +52,7 @@ def main(
 ):
     """Train or evaluate, as the command line says.
 
-    network: the class, a script of yours may give a subclass; loggers: classes of loggers besides TensorBoard's;
+    network: the class to use; your script may pass a subclass; loggers: classes of loggers besides TensorBoard's;
     augment_batch: a function of a training batch (images, labels, number of classes) that returns other images and
     targets, such as mixup. A target is a label, or the probabilities of all classes.
     """
@@ -162,7 +162,7 @@ def load_data(config):
 def check_sizes(config, size):
     """Raise UserError if batches or images (`size` pixels a side) are too small for the network."""
     if config.aux_weight > 0 and config.batch_size < 2:
-        raise UserError("--batch-size must be at least 2 with an auxiliary head, whose BN sees a pixel an image")
+        raise UserError("--batch-size must be at least 2 with an auxiliary head, whose BN sees one pixel of each image")
     if config.stem == "imagenet" and (size < 64 or config.init_channels < 2):
         raise UserError(
             "--stem imagenet needs images of at least 64 pixels a side and --init-channels of at least 2, not "

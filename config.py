@@ -1,4 +1,4 @@
-"""All options of search.py and augment.py, with their defaults."""
+"""The options of search.py and augment.py, with their defaults; run/options.py has those of every run."""
 
 import argparse
 import dataclasses
@@ -25,9 +25,8 @@ from run.options import (
     probability,
 )
 
-# DARTS-ES (Zela et al., arXiv:1909.09656, section 4.3) compares means of the eigenvalue over WINDOW epochs. In the
-# authors' code FIRST_RETURNED is the first epoch whose genotype can be returned; it stops at the mean WINDOW epochs
-# later, which is known after another WINDOW // 2 epochs.
+# DARTS-ES (evidence/search_state.py) compares means of the eigenvalue over WINDOW epochs, and in the authors' code
+# FIRST_RETURNED is the first epoch whose genotype can be returned.
 WINDOW = 5
 FIRST_RETURNED = 10
 
@@ -127,7 +126,7 @@ class SearchConfig(DataOptions, RunOptions):
 
     space: str = option(
         "darts",
-        "search space; nas-bench-201 has other defaults, and --layers is the number of cells in each of three stages",
+        "search space; with nas-bench-201 defaults differ, and --layers is the number of cells in each of three stages",
         group="network",
         choices=SPACES,
     )
@@ -179,8 +178,7 @@ class SearchConfig(DataOptions, RunOptions):
 
     @classmethod
     def default_values(cls, given):
-        space = SPACES.get(given.get("space"))
-        return super().default_values(given) | (space.defaults.get("search", {}) if space else {})
+        return super().default_values(given) | SPACES[given.get("space", "darts")].defaults.get("search", {})
 
     @classmethod
     def groups(cls, given):
@@ -297,7 +295,7 @@ class AugmentConfig(DataOptions, RunOptions):
 
     @staticmethod
     def space_of_genotype(text: str | None) -> Space:
-        """The search space that a genotype belongs to; DARTS's if it cannot be read, of which augment.py will tell."""
+        """The search space that a genotype belongs to; DARTS's if it cannot be read; augment.py will tell why."""
         try:
             return space_of(resolve(text)) if text else SPACES["darts"]
         except GenotypeError:
@@ -305,16 +303,8 @@ class AugmentConfig(DataOptions, RunOptions):
 
     def check(self):
         if self.evaluate is not None:
-            others = vars(self).keys() - {
-                "evaluate",
-                "predict",
-                "mirror",
-                "data_path",
-                "batch_size",
-                "workers",
-                "device",
-            }
-            return self.refuse_without_effect(sorted(others), "with --evaluate")
+            used = {"evaluate", "predict", "mirror", "data_path", "batch_size", "workers", "device"}
+            return self.refuse_without_effect(sorted(vars(self).keys() - used), "with --evaluate")
         super().check()
         if self.genotype is None:
             raise UserError("--genotype is required")

@@ -30,7 +30,9 @@ def main():
     parser.add_argument("genotypes", nargs="*", metavar="GENOTYPE", help="as for augment.py; none: all published cells")
     parser.add_argument("--stem", default="cifar", choices=STEMS, help="first layers (default: %(default)s)")
     parser.add_argument("--layers", type=positive_int, help="cells (default: 20; ImageNet stem: 14)")
-    parser.add_argument("--init-channels", type=positive_int, help="channels of the first cells (default: 36; 48)")
+    parser.add_argument(
+        "--init-channels", type=positive_int, help="channels of the first cells (default: 36; ImageNet stem: 48)"
+    )
     parser.add_argument("--image-size", type=positive_int, help="pixels a side (default: 32; ImageNet stem: 224)")
     parser.add_argument("--classes", type=positive_int, help="number of classes (default: 10; ImageNet stem: 1000)")
     parser.add_argument("--device", default="auto", help="where latency is measured: auto, cpu, cuda (default: auto)")

@@ -18,7 +18,7 @@ def main():
         "--output",
         type=os.path.expanduser,
         metavar="FILE",
-        help="the file to write: .onnx, or .pt2 for torch.export (default: CKPT's, .onnx)",
+        help="the file to write: .onnx, or .pt2 for torch.export (default: CKPT's path with .onnx)",
     )
     parser.add_argument(
         "--data-path", type=os.path.expanduser, metavar="DIR", help="folder of the test images, if they have moved"

@@ -45,8 +45,8 @@ def from_str(s: str, name: str | None = None) -> Genotype:
     which the last genotype counts. It never executes the string. Lists, tuples and ranges keep their types, so that
     from_str(str(genotype)) == genotype; JSON gives the types that a search writes.
 
-    name: of a text such as the genotypes.py of a DARTS code, the genotype with this name. Raises GenotypeError (a
-    ValueError), which says where the error is and what is allowed there.
+    name: which genotype to take if the text defines several, as the genotypes.py of a DARTS code does. Raises
+    GenotypeError (a ValueError), which says where the error is and what is allowed there.
     """
     text = s.strip().removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
     genotype = _of_a_space(text)
@@ -132,7 +132,9 @@ def _choose_call(text, name):
     if alias and name not in names:
         name = alias[1]
     if name not in names:
-        raise GenotypeError(f"genotype: here are {', '.join(names) or 'no names'}; give one of them, as FILE:NAME")
+        raise GenotypeError(
+            f"genotype: the text defines {', '.join(names) or 'no names'}; give one of them, as FILE:NAME"
+        )
     return dict(calls)[name]
 
 
@@ -224,6 +226,7 @@ PUBLISHED = _published()
 DARTS_V1, DARTS_V2 = PUBLISHED["DARTS_V1"].genotype, PUBLISHED["DARTS_V2"].genotype
 
 
+@functools.cache  # so that what it warns of is told once
 def resolve(text: str) -> Genotype:
     """Read a genotype from a text that `from_str` reads, from a file with such a text, or from the folder of a search.
 
@@ -231,15 +234,12 @@ def resolve(text: str) -> Genotype:
     Warns if the search is not over, or if nothing uses a node of the cells. `FILE:NAME` is a genotype of a file with
     several; `random:SEED` is the first cell that `random_genotypes` draws with this seed. Raises GenotypeError.
     """
-    return _resolve(text)
-
-
-@functools.cache  # so that what it warns of is told once
-def _resolve(text):
     if text.startswith("random:"):
         seed = text.removeprefix("random:")
         if not (seed.isascii() and seed.isdecimal() and len(seed) <= 10):
-            raise GenotypeError(f"genotype: {shorten(text)} must be random:SEED, SEED a whole number of at least 0")
+            raise GenotypeError(
+                f"genotype: {shorten(text)} must be random:SEED, SEED a whole number of up to 10 digits"
+            )
         return random_genotypes(1, int(seed))[0]
     path, name = _file_of(text), None
     if path is None and ":" in text:
@@ -304,7 +304,7 @@ def _warn_of_unused_nodes(genotype):
         used = {*concat, *(source for node in gene for _, source in node)}
         for i in range(len(gene)):
             if i + 2 not in used:
-                warn(f"genotype: nothing uses node {i} of the {kind} cell: {kind}_concat, {concat}, lacks {i + 2}")
+                warn(f"genotype: no edge and no {kind}_concat has state {i + 2}, node {i} of the {kind} cell")
 
 
 # Random cells

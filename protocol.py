@@ -54,7 +54,7 @@ def main():
         stop_signals: list[signal.Signals] = []
         failures = asyncio.run(run(plan, gpus, stop_signals))
         if stop_signals:
-            say(f"{stop_signals[0].name}: stopped; the same command goes on")
+            say(f"{stop_signals[0].name}: stopped; run the same command to go on")
             sys.exit(128 + stop_signals[0])
         if options.member is None:
             from report.comparison import write
@@ -62,7 +62,7 @@ def main():
             write([results_of(plan, program_version())], plan.folder / "report.html")
             say(f"results: {plan.folder / 'results.json'} and {plan.folder / 'report.html'}")
         if failures:
-            raise UserError(f"{', '.join(failures)} failed; the same command tries again")
+            raise UserError(f"{', '.join(failures)} failed; run the same command to try again")
 
 
 def open_folder(plan: Plan) -> None:
@@ -140,7 +140,7 @@ async def run_child(task: Task, gpu: str | None, n_gpus: int, stop_signals: list
     )
     while process.poll() is None and not stop_signals:
         await asyncio.sleep(POLL_SECONDS)
-    process.terminate()  # no effect if it is over; not SIGINT, since Ctrl-C sent it one, and a second ends it at once
+    process.terminate()  # if it still runs; Ctrl-C has sent SIGINT to the child too, and a second would kill it unsaved
     while process.poll() is None:
         await asyncio.sleep(POLL_SECONDS)
     return process.returncode

@@ -55,7 +55,7 @@ def main(
 ):
     """Run the search that the command line describes.
 
-    network, architect: the classes to use, a script of yours gives subclasses of these; loggers: classes of loggers
+    network, architect: the classes to use; your script may pass subclasses; loggers: classes of loggers
     besides TensorBoard's; select: how the genotype is chosen at the end, given the trained network and the loaders of
     the two halves of the training set, in the place of --select. docs/changing.md has an example of each.
     """

@@ -46,8 +46,8 @@ def get_data(
     image's side if it is larger; seed: of the augmentation; mean_std: per channel, to normalise by instead of the data
     set's. For the data set `folder` only: image_size (pixels a side) and image_channels (1 or 3); skip_bad_images:
     leave out images that cannot be read; crops: random crops of any scale in training, as for ImageNet; resize: how an
-    image that is not square gets its size, see `open_image`. hold_out: a fraction of the training images which then are
-    valid_data, in the place of the test images: these are not opened. augmentation: see `data_transforms`. train_data
+    image that is not square gets its size, see `open_image`. hold_out: a fraction of the training images that
+    becomes valid_data; the test images are not opened then. augmentation: see `data_transforms`. train_data
     and valid_data are `Images`. Raises UserError if the data set is unknown or cannot be loaded.
     """
     folder_options = {"skip_bad_images": skip_bad_images, "whole": crops, "resize": resize}

@@ -26,7 +26,7 @@ from run.options import natural, nonnegative, option, positive, positive_int, pr
 
 
 class Change(enum.Enum):
-    """What a variant can change, called after the method. Two variants that change the same can't be combined."""
+    """What a variant can change, by the name of the method. Two variants that change the same can't be combined."""
 
     edge_weights = "how alphas become weights"
     mixed_op = "the operation on an edge"
@@ -38,7 +38,7 @@ class NetworkVariant(SearchCNN):
     """The base of all variants. An annotated attribute, made by `option`, is an option of the command line."""
 
     changes: tuple[Change, ...] = ()
-    architect = None  # the class that goes in front of the architect's, a subclass of `Architect`; None: it stays
+    architect = None  # a subclass of `Architect` to put in front of the run's architect; None: that is unchanged
 
     def __init_subclass__(cls):
         dataclasses.dataclass(cls, init=False, repr=False, eq=False)
@@ -127,7 +127,7 @@ class BetaDarts(NetworkVariant):
     changes = (Change.alpha_objective,)
     architect = BetaDartsObjective
 
-    beta_strength: float = option(50.0, "factor to which the penalty grows", nonnegative)
+    beta_strength: float = option(50.0, "weight of the penalty that it approaches, linearly from 0", nonnegative)
 
     penalty = 0.0  # lambda
 
@@ -188,7 +188,9 @@ class FairDarts(NetworkVariant):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if not self.space.chooses_edges:
-            raise UserError(f"--variant fair-darts chooses edges; in --space {self.space.name} nodes have all of them")
+            raise UserError(
+                f"--variant fair-darts needs edges to choose; in --space {self.space.name} a node keeps all"
+            )
 
     def edge_weights(self, noise=None):
         return by_node(self, torch.sigmoid)
@@ -248,7 +250,7 @@ class Gdas(Concrete):
     gdas_temperature_end: float = option(0.1, "temperature in the last epoch, linear in between", positive)
     gdas_zeros: str = option(
         "off",
-        "whether the weights of candidates that were not drawn are added to the output, as zeros that have a gradient",
+        "whether alphas of candidates that were not drawn get a gradient too, by zeros added to the edge's output",
         choices=("on", "off"),
     )
 
@@ -318,12 +320,12 @@ class DrNas(NetworkVariant):
     architect = DrNasObjective
 
     drnas_kl_strength: float = option(
-        0.0, "weight of the KL divergence to the start; 0: none, --alpha-weight-decay holds alpha back", nonnegative
+        0.0, "weight of the KL divergence from Dirichlet(1); 0: only --alpha-weight-decay holds alpha back", nonnegative
     )
 
     def draw_noise(self):
-        """For each node (weights, their derivatives): the weights drawn for its edges, and the pathwise derivatives of
-        these by the concentrations.
+        """For each node the weights drawn for its edges, and their pathwise derivatives with respect to the
+        concentrations.
 
         They are drawn here and not in `edge_weights`, so that all passes of a step share one draw.
         """
@@ -426,7 +428,7 @@ def named(text: str) -> dict[str, type[NetworkVariant]]:
 
 
 def compose(options, network: type[SearchCNN], architect: type[Architect]) -> tuple[type[SearchCNN], type[Architect]]:
-    """The classes of the network and the architect for a run with these options: those given, with its variants.
+    """The classes of the network and the architect for a run with these options: those given, extended by its variants.
 
     A variant that replaces the way from alphas to weights comes after those that extend it, so that their `super()`
     finds it. For `--variant drnas,pc-darts` the orders of inheritance are
@@ -440,7 +442,7 @@ def compose(options, network: type[SearchCNN], architect: type[Architect]) -> tu
         return network, architect
     variants = named(options.variant)
     for name, variant in variants.items():
-        for change in (Change.edge_weights, Change.mixed_op):  # variants extend the others, and replace these
+        for change in (Change.edge_weights, Change.mixed_op):  # variants replace these two, and extend the rest
             if change in variant.changes and getattr(network, change.name) is not getattr(SearchCNN, change.name):
                 raise UserError(f"--variant {name} replaces {change.name}, which {network.__name__} has overridden")
     ordered = sorted(variants.values(), key=lambda variant: Change.edge_weights in variant.changes)

@@ -15,13 +15,7 @@ from pathlib import Path
 from command_line.errors import OneLineParser, user_errors_in_one_line
 from genotypes import resolve
 from models.spaces import space_of
-from report.cells import (  # noqa: F401 -- `draw` and `plot` are imported from here by users
-    FORMATS,
-    HOW_TO_INSTALL,
-    draw,
-    plot,
-    plot_cell,
-)
+from report.cells import FORMATS, HOW_TO_INSTALL, draw, plot, plot_cell  # noqa: F401 -- users import `draw` and `plot`
 from run.folder import RunFolder, read_json, reading
 
 
@@ -33,8 +27,8 @@ def main():
         "--output",
         type=os.path.expanduser,
         metavar="PATH",
-        help="the report (default: report.html, in a single run's folder; of protocols also .md, tables, or .svg, the "
-        "figure); pictures are PATH-normal and PATH-reduce, or PATH-cell",
+        help="the report (default: report.html, in a single run's folder); for protocols a name in .md gives the "
+        "tables, and one in .svg the figure; pictures are PATH-normal and PATH-reduce, or PATH-cell",
     )
     parser.add_argument("--format", choices=FORMATS, default="png", help="of the pictures (default: %(default)s)")
     args = parser.parse_args()

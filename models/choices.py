@@ -19,7 +19,7 @@ SEARCH_SPACES = {
     "s3": ["none", "skip_connect", "sep_conv_3x3"],
 }
 
-EXECUTIONS = ("fused", "plain")  # `plain` is the definition; `fused` computes the same numbers faster
+EXECUTIONS = ("fused", "plain")  # `plain` is the definition; `fused` computes the same numbers, up to rounding, faster
 
 STEM_STRIDES = {"cifar": 1, "imagenet": 8}  # stem -> by how much it divides the side of an image
 STEMS = tuple(STEM_STRIDES)

@@ -19,8 +19,8 @@ def cost(net: nn.Module, channels: int, size: int) -> dict[str, float]:
     """The cost of an augment network for one image: parameters_M and multiply_adds_M (millions), activations_MB.
 
     parameters_M: without the auxiliary head; multiply_adds_M: of convolutions and the linear layer in a forward pass
-    without the auxiliary head, half of the FLOPs of PyTorch's FlopCounterMode; activations_MB: the float32 tensors that
-    training saves for the backward pass, in 10^6 bytes, with those of the auxiliary head if there is one.
+    without the auxiliary head, half of the FLOPs of PyTorch's FlopCounterMode; activations_MB: what training in float32
+    saves for the backward pass, in 10^6 bytes, with the auxiliary head's part if there is one.
     """
     net = copy.deepcopy(net).to("meta")  # on the meta device only shapes are computed
     x = torch.empty(2, channels, size, size, device="meta")

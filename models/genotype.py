@@ -4,7 +4,8 @@ A gene describes one cell: it is a list of nodes, and a node is a list of (opera
 Sources 0 and 1 are the outputs of the two previous cells, sources 2, 3, ... are the nodes of this cell in order. A
 `Genotype` has a gene for the normal and for the reduction cell, and the list of the nodes that each concatenates.
 
-`genotypes.py` reads and writes genotypes, and offers these names too. Only `to_dag` imports torch, which takes seconds.
+`genotypes.py` reads and writes genotypes, and offers these names too. torch is imported only in
+functions that use it, since this takes seconds.
 """
 
 from collections import namedtuple

@@ -11,8 +11,8 @@ from models.search_cells import check_execution, plain_nodes
 class SearchCell201(nn.Module):
     """A cell of the search network: from (N, C, H, W) to the same. The arguments are those of `SearchCell`.
 
-    Both executions compute it one operation at a time: nearly all of the time goes into its convolutions, and to join
-    those from one state, with their BN, gained nothing.
+    Both executions compute it one operation at a time: nearly all of the time goes into its convolutions, and
+    joining those that read one state, with their BN, gained nothing.
     """
 
     def __init__(self, n_nodes, C, primitives, execution, mixed_op):
@@ -48,7 +48,7 @@ class AugmentCell201(nn.Module):
 class ResidualBlock(nn.Module):
     """Halves the size: two convolutions, added to a 1x1 convolution of the averages of 2x2 pixels.
 
-    An odd size is rounded up in both.
+    Half of an odd size is rounded up, in both branches.
     """
 
     def __init__(self, C_in, C_out):

@@ -12,7 +12,7 @@ from torch import nn
 from models.choices import PRIMITIVES
 
 # name -> f(C, stride, affine), which returns a module with C input and C output channels; its output has
-# ceil(size / stride) pixels a side. `affine` is passed by this name.
+# ceil(size / stride) pixels a side.
 OPS: dict[str, Callable[..., nn.Module]] = {
     "max_pool_3x3": lambda C, stride, affine: PoolBN("max", C, 3, stride, 1, affine),
     "avg_pool_3x3": lambda C, stride, affine: PoolBN("avg", C, 3, stride, 1, affine),

@@ -41,7 +41,7 @@ class SearchCNN(nn.Module):
     C_in: channels of the images, which may have any size from 8x8 pixels
     C: channels of a node in the first cells; each reduction cell doubles them
     n_classes: number of classes
-    n_layers: number of cells, in NAS-Bench-201's space of each of three stages
+    n_layers: number of cells; in NAS-Bench-201's space in each of three stages
     criterion: f(logits, y) -> loss
     n_nodes: nodes of a cell
     stem_multiplier: the stem has stem_multiplier * C channels in DARTS's space
@@ -49,7 +49,7 @@ class SearchCNN(nn.Module):
     recompute: keep only the inputs of the cells for the backward pass, which then runs each cell forward again
         (gradient checkpointing): less memory, more time
     primitives: the candidates on every edge, keys of `OPS`
-    space: the search space; here and below what is said is true of DARTS's
+    space: the search space; shapes here and below are those of DARTS's
 
     `alpha_normal[i]` and `alpha_reduce[i]` are the alphas of node i's edges, of shape (i + 2, len(primitives)). In
     general there is an `alpha_KIND` for each kind of cell of the space, and node i has an edge from each input too.

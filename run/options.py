@@ -22,15 +22,8 @@ from run.folder import RunFolder, read_json, reading
 
 MAX_NUMBER = 2**31 - 1  # the largest value of any option
 MAY_CHANGE = ("epochs", "workers", "device", "print_freq", "data_path")  # with --resume; all other options are fixed
-NOT_SAVED = (
-    "resume",
-    "auto_resume",
-    "overwrite",
-    "gpus",
-    "evaluate",
-    "predict",
-    "mirror",
-)  # not written to config.json
+MAY_CHANGE_IN_WORDS = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE)
+NOT_SAVED = ("resume", "auto_resume", "overwrite", "gpus", "evaluate", "predict", "mirror")  # not in config.json
 
 
 # Types of options: functions that read a text, and raise argparse.ArgumentTypeError if it is not allowed
@@ -164,7 +157,7 @@ class Options:
 
     @classmethod
     def values(cls, given: dict) -> dict:
-        """name -> value of each option, if these are given."""
+        """name -> value of each option. given: those of the command line."""
         return cls.default_values(given) | given
 
     @classmethod
@@ -190,11 +183,12 @@ class RunOptions(Options):
     stage = None  # "search" or "augment": the name of the folder that contains the run's folder
 
     name: str | None = option(None, "name of the run's folder (default: the data set)", folder_name, "run")
-    runs_path: str = option("runs", "folder of all runs; this run's is in its subfolder search or augment", path)
+    runs_path: str = option("runs", "folder of all runs; a run has its own in the subfolder search or augment", path)
     overwrite: bool = option(False, "replace the run that the folder holds, if there is one")
     resume: str | None = option(
         None,
-        f"folder of a run to continue, or a checkpoint in it; only {', '.join(MAY_CHANGE)} may be given with it",
+        f"folder of a run to continue, or a checkpoint in it; of other options only --gpus and {MAY_CHANGE_IN_WORDS} "
+        "may be given with it",
         path,
     )
     auto_resume: bool = option(False, "continue the run of this name if there is one, as torchrun's restarts need")
@@ -204,7 +198,7 @@ class RunOptions(Options):
     gpus: str | None = option(None, "GPUs of this machine to use, with a process for each: 0,1,2 or all", gpus)
     sync_bn: bool = option(False, "normalise by the statistics of the global batch, not of each rank's part")
     amp: bool = option(False, "compute in mixed precision: bfloat16 wherever PyTorch considers it safe")
-    deterministic: bool = option(False, "use algorithms that give the same bits each time on a GPU, as on a CPU")
+    deterministic: bool = option(False, "make repeated runs on a GPU give the same bits, as they do on a CPU anyway")
     print_freq: int = option(50, "number of steps between two lines of the log", positive_int)
 
     def __init__(self, argv: Iterable[str] | None = None):
@@ -229,8 +223,10 @@ class RunOptions(Options):
         folder = cls._resumed_folder(given["resume"])
         for name in given:
             if name not in (*MAY_CHANGE, "resume", "gpus"):
-                allowed = ", ".join(f"--{option_name(other)}" for other in MAY_CHANGE)
-                raise UserError(f"--{option_name(name)} is fixed by the run {folder}; --resume allows only {allowed}")
+                raise UserError(
+                    f"--{option_name(name)} is fixed by the run {folder}; --resume allows only --gpus and "
+                    f"{MAY_CHANGE_IN_WORDS}"
+                )
         folder.check()
         saved = read_json(folder.config)
         if saved is None:

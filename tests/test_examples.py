@@ -1,4 +1,4 @@
-"""The small researches of examples/, which docs/changing.md shows: each has its effect, under both executions."""
+"""The small studies of examples/, which docs/changing.md shows: each has its effect, under both executions."""
 
 import json
 import re

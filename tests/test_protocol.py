@@ -239,7 +239,7 @@ def test_a_run_that_fails_is_named_and_the_rest_goes_on(pretend, pretended, tmp_
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{best}-selection, DARTS_V2-final-seed-1 failed; the same command tries again" in error
+    assert f"{best}-selection, DARTS_V2-final-seed-1 failed; run the same command to try again" in error
     content = results(tmp_path / "unlucky")
     assert content["selected"]["search"] not in (None, best)
     assert len(next(m for m in content["members"] if m["name"] == content["selected"]["search"])["final"]) == 2

@@ -19,7 +19,7 @@ def run(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Compute op(x); the modules of an `nn.Sequential` run one after the other.
 
     In training on channels-last CPU images SepConv and DilConv run in C: ReLU and depthwise convolution in one call,
-    pointwise convolution and BN in another. The numbers are the same.
+    pointwise convolution and BN in another. The numbers are the same up to rounding.
     """
     if type(op) is nn.Sequential and not is_changed(op):
         for module in op:

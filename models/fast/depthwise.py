@@ -1,4 +1,4 @@
-"""Depthwise convolutions of channels-last CPU images in C, and views whose gradients have the strides of the images.
+"""Depthwise convolutions of channels-last CPU images by C code; views whose gradients have the strides of the images.
 
 PyTorch's depthwise convolution (oneDNN) is fast on such images in the forward pass and, at dilation 1, for the gradient
 of x. Other gradients take 5 to 100 times longer than the arithmetic needs. native.c computes all of them, for many

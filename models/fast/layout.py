@@ -44,7 +44,7 @@ class Product:
     """Pointwise convolutions of one or several chains as one matrix product, with the BN that follows.
 
     links: of all edges of the first chain, then of the second, ...; M: the matrices, (links, C, K); weights: after a
-    last step, the candidates' weights, (links, 1) or (links, at least C).
+    last step, the candidates' weights, (links, 1), or (links, n) with n >= C, of which the first C columns count.
     """
 
     kind: tuple
@@ -79,7 +79,8 @@ class Layout:
 
     A subclass has `mixed(states, group, statistics)`, the weighted sum of the candidates' outputs for each target: a
     list of tensors (N, C, h, w). states: the sources, (N, C, H, W); group: an `EdgeGroup`; statistics: a
-    `RunningStatistics`.
+    `RunningStatistics`. It also has the steps that are called here: `_repeated`, `_depthwise`, `_normalised`,
+    `_add_mixture`, `_pooled` and `_batch_norm`.
     """
 
     relu_in_depthwise = False  # whether `_depthwise` computes the ReLU too
@@ -168,7 +169,7 @@ class RunningStatistics:
 
     def __init__(self):
         self.bns, self.means, self.variances = [], [], []
-        self.zeros = None  # not used yet
+        self.zeros = None  # zeros that nobody uses yet
 
     def moments(self, n: int, like: torch.Tensor) -> torch.Tensor:
         """Two rows of n zeros, cut from a larger tensor, since each allocation of zeros would be a launch on CUDA."""

@@ -29,7 +29,7 @@ static vector *zeros(size_t vectors) {
     return posix_memalign(&memory, 64, size) ? NULL : memset(memory, 0, size);
 }
 
-/* Copy some numbers of a vector; the usual numbers of channels leave all lanes, a half or a quarter. */
+/* Copy some numbers of a vector; with the usual numbers of channels these are all lanes, a half or a quarter. */
 INLINE void copy(void *to, const void *from, long lanes) {
     if (lanes == LANES) memcpy(to, from, BYTES);
     else if (lanes == LANES / 2) memcpy(to, from, BYTES / 2);

@@ -40,8 +40,8 @@ BATCHED, EDGE_BY_EDGE = Batched(), EdgeByEdge()
 def can_run(dag: nn.ModuleList, x: torch.Tensor, w_dag: list[torch.Tensor]) -> bool:
     """Whether the fused execution supports a cell with these edges, states like x, and these weights.
 
-    All edges must be an unchanged `MixedOp`, or all an unchanged `PartialMixedOp`, of as many candidates, and each must
-    have a number for each candidate as its weights.
+    All edges must be unchanged instances of one class, `MixedOp` or `PartialMixedOp`, with equally many candidates, and
+    there must be a weight for each candidate.
     """
     edges = [edge for node in dag for edge in node]
     for edge in edges:
@@ -57,7 +57,7 @@ def can_run(dag: nn.ModuleList, x: torch.Tensor, w_dag: list[torch.Tensor]) -> b
 def _log_class(kind):
     name = kind.__name__
     logging.getLogger("darts").info(
-        f"edges of class {name} run by their own forward: only an unchanged MixedOp is fused"
+        f"edges of class {name} run by their own forward: only an unchanged MixedOp or PartialMixedOp is fused"
     )
 
 

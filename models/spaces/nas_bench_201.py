@@ -1,7 +1,6 @@
 """NAS-Bench-201 (Dong and Yang, arXiv:2001.00326): one kind of cell, and a table of what each cell is worth.
 
-nas-bench-201.csv.gz has, of each of the 15,625 cells, the published test accuracy in percent after 200 epochs, mean
-over its seeds, on CIFAR-10, CIFAR-100 and ImageNet16-120; see README.md beside it.
+README.md beside this file says what is in the table, nas-bench-201.csv.gz.
 """
 
 import csv

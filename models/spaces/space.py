@@ -39,12 +39,12 @@ class Space(abc.ABC):
     kinds: the kinds of cell; the state of a search is judged by the first of them
     n_inputs, n_nodes: inputs of a cell, and nodes by default
     primitives: the default candidates on every edge
-    defaults: option -> default of search.py and augment.py, where it is another than in DARTS's space
+    defaults: "search" or "augment" -> option of that script -> default, where it differs from DARTS's space
     min_layers: the smallest --layers with cells of each kind
-    is_fixed: whether --nodes and the names in --primitives are fixed
+    is_fixed: whether there is no other number of nodes, and no other candidate than `primitives`
     chooses_edges: whether a genotype has some edges of each node, not all
-    has_auxiliary_head: whether augment networks have one, drop path, and other stems
-    genotype_class: a genotype's `str` is what `genotypes.from_str` reads
+    has_auxiliary_head: whether augment networks can have one, and drop path, and another stem
+    genotype_class: the class of genotypes; `genotypes.from_str` reads what its `str` gives
     """
 
     name: str
@@ -92,8 +92,8 @@ class Space(abc.ABC):
     def truth(self, genotype: Any) -> dict[str, float] | None:
         """The published results of a genotype; None if there are none.
 
-        A dict from the data set to the test accuracy in percent, and with "rank" and "of": how many cells there are,
-        and 1 + the number of those that are better on the first of the data sets.
+        A dict from the data set to the test accuracy in percent, with two more entries: "rank", 1 + the number of cells
+        that are better on the first of the data sets, and "of", the number of all cells.
         """
         return None
 
@@ -112,12 +112,12 @@ class Space(abc.ABC):
         """The stack of cells, and what stands between them.
 
         C_stem: output channels of the stem; C: channels of the first cells; n_layers: --layers; new_cell: builds a
-        cell, called as new_cell(kind, **channels), with what `search_cell` and `augment_cell` need.
+        cell, called as new_cell(kind, **channels); channels: the arguments that this space's cells need.
         """
 
     @abc.abstractmethod
     def head(self, C: int) -> "nn.Module":
-        """What makes the output of the last layer, of C channels, an image of one pixel."""
+        """The pooling of the last layer's output, of C channels, to one pixel, before the classifier."""
 
     @abc.abstractmethod
     def search_cell(self, kind: str, **options) -> "nn.Module":
