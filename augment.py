@@ -37,7 +37,7 @@ from preproc import preprocessing
 from run.loggers import Logger
 from run.run import Run
 from trained.evaluation import accuracy_by_class, confusion_of, evaluate, initial_tensors, predict
-from utils import cosine_lr, exponential_lr, get_data, param_size
+from utils import cosine_lr, get_data, param_size
 
 
 def unchanged(X: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ def build(network, config, device, size, channels, n_classes, genotype):
 def learning_rate(optim, config, done):
     """The learning-rate scheduler after `done` epochs: exponential with --lr-decay, else a cosine to zero."""
     if config.lr_decay:
-        return exponential_lr(optim, config.lr_decay, done)
+        return torch.optim.lr_scheduler.LambdaLR(optim, lambda epoch: config.lr_decay**epoch, last_epoch=done - 1)
     return cosine_lr(optim, config.epochs, done=done)
 
 

@@ -102,11 +102,6 @@ def _data_set(dataset, data_path, image_size, image_channels, folder_options):
     return size, channels, functools.partial(spec.load, data_path, size=size, channels=channels, **folder_options)
 
 
-def exponential_lr(optim, decay, done=0):
-    """A scheduler, stepped once per epoch, that multiplies the learning rate by `decay`. done: epochs trained."""
-    return torch.optim.lr_scheduler.LambdaLR(optim, lambda epoch: decay**epoch, last_epoch=done - 1)
-
-
 def cosine_lr(optim, epochs, lr_min=0.0, done=0):
     """A scheduler, stepped once per epoch: cosine annealing of the learning rate to lr_min. done: epochs trained.
 
