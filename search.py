@@ -29,7 +29,7 @@ from command_line.errors import one_line, shell_quote, user_errors_in_one_line
 from evidence import search_state
 from evidence.curvature import dominant_eigenvalue, images_within
 from evidence.perturbation import select_by_perturbation
-from genotypes import as_lists, from_str
+from genotypes import as_lists, describe_truth, from_str
 from images.data_sets import stratified_split
 from images.loading import Loader, mix
 from machine import ranks
@@ -290,6 +290,7 @@ def finish(run, genotypes, history, size, channels, n_classes):
     genotype = from_str(last["string"])
     space = SPACES[run.config.space]
     truth = space.truth(genotype) or {}
+    run.log(f"the result: genotype = {genotype}" + (f"; {describe_truth(truth)}" if truth else ""))
     run.finish(
         epochs=history[-1]["epoch"],
         valid_top1=last["valid_top1"],
