@@ -200,8 +200,7 @@ def print_evaluation(config):
         rows = predict(config.evaluate, config.predict, **options)
         csv.writer(sys.stdout, lineterminator="\n").writerows([("path", "class", "probability"), *rows])
         return
-    data_path = None if config.data_path == config.defaults().data_path else config.data_path
-    evaluation = evaluate(config.evaluate, data_path, **options)
+    evaluation = evaluate(config.evaluate, config.data_path, **options)
     print(evaluation.describe())
     for line in accuracy_by_class(evaluation.confusion(), evaluation.trained.results["classes"]):
         print(line)

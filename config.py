@@ -291,6 +291,8 @@ class AugmentConfig(DataOptions, RunOptions):
         defaults = super().default_values(given)
         if given.get("stem") == "imagenet":
             return defaults | IMAGENET
+        if given.get("evaluate") is not None:
+            return defaults | {"data_path": None}  # that of the training
         return defaults | cls.space_of_genotype(given.get("genotype")).defaults.get("augment", {})
 
     @staticmethod

@@ -84,12 +84,14 @@ def _unexpected(text):
 
 def to_str(genotype: Genotype, form: str = "nested") -> str:
     """Write a genotype. form: `nested`, as by `str`; `flat`, one list of pairs as in the authors' code; or `json`.
-    Cells of other spaces than DARTS's have one form, their `str`.
 
-    Raises GenotypeError if the form is `flat` and a node does not have two edges.
+    Raises GenotypeError if the form is `flat` and a node does not have two edges. Cells of other spaces than DARTS's
+    have one form only, `nested`.
     """
-    if form == "nested" or not isinstance(genotype, Genotype):
+    if form == "nested":
         return str(genotype)
+    if not isinstance(genotype, Genotype):
+        raise GenotypeError(f"genotype: a cell of {space_of(genotype).name} has no form {form}, leave --form out")
     if form == "json":
         return json.dumps(as_lists(genotype))
     if any(len(node) != 2 for node in (*genotype.normal, *genotype.reduce)):
@@ -124,13 +126,14 @@ def _choose_call(text, name):
 
     Raises GenotypeError if there are several names and `name` is None, or if it is not one of them.
     """
+    text = re.sub(r"(^|\s)#.*", "", text, flags=re.MULTILINE)  # comments
     calls = _calls_in(text)
     names = list(dict.fromkeys(known for known, _ in calls if known is not None))
     if name is None and len(names) <= 1:
         return calls[-1][1] if calls else text
-    alias = re.search(rf"^{re.escape(name or '')}\s*=\s*(\w+)\s*$", text, re.MULTILINE)  # such as DARTS = DARTS_V2
-    if alias and name not in names:
-        name = alias[1]
+    aliases = re.findall(rf"^{re.escape(name or '')}\s*=\s*(\w+)\s*$", text, re.MULTILINE)  # such as DARTS = DARTS_V2
+    if aliases and name not in names:
+        name = aliases[-1]
     if name not in names:
         raise GenotypeError(
             f"genotype: the text defines {', '.join(names) or 'no names'}; give one of them, as FILE:NAME"

@@ -290,7 +290,7 @@ def finish(run, genotypes, history, size, channels, n_classes):
     genotype = from_str(last["string"])
     space = SPACES[run.config.space]
     truth = space.truth(genotype) or {}
-    run.log(f"the result: genotype = {genotype}" + (f"; {describe_truth(truth)}" if truth else ""))
+    run.log(f"the result is genotype = {genotype}" + (f"; {describe_truth(truth)}" if truth else ""))
     run.finish(
         epochs=history[-1]["epoch"],
         valid_top1=last["valid_top1"],

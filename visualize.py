@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from command_line.errors import OneLineParser, user_errors_in_one_line
+from command_line.errors import OneLineParser, UserError, user_errors_in_one_line
 from genotypes import resolve
 from models.spaces import space_of
 from report.cells import FORMATS, HOW_TO_INSTALL, draw, plot, plot_cell  # noqa: F401 -- users import `draw` and `plot`
@@ -59,7 +59,7 @@ def write_report(folders, output):
     from report.pages import write  # here, since it imports torch and matplotlib, which take seconds
 
     folder = Path(folders[0]) if len(folders) == 1 else Path()
-    path = Path(output or folder / "report.html")
+    path = output_path(output, folder, [".html"])
     with reading(", ".join(map(str, folders))):
         write(folders, path)
     print(path)
@@ -69,10 +69,19 @@ def write_comparison(files, output):
     """Write the report of protocols, by default beside the file of a single one, and print its path."""
     from report.comparison import write  # here, since it imports torch and matplotlib
 
-    path = Path(output or (Path(files[0]).parent if len(files) == 1 else Path()) / "report.html")
+    folder = Path(files[0]).parent if len(files) == 1 else Path()
+    path = output_path(output, folder, [".html", ".md", ".svg"])
     with reading(", ".join(files)):
         write([read_json(file) for file in files], path)
     print(path)
+
+
+def output_path(output, folder, endings):
+    """The path of a report: `output`, or report.html in a folder."""
+    path = Path(output or folder / "report.html")
+    if path.suffix not in endings:
+        raise UserError(f"--output must end in {' or '.join(endings)}, not {path.name!r}")
+    return path
 
 
 def draw_cells(text, output, picture_format):

@@ -44,7 +44,7 @@ def select_by_perturbation(
             choice.mask[kind][i][s, column] = 0
             top1[column] = accuracy(net, loader)
             choice.mask[kind][i][s, column] = 1
-        best = min(top1, key=top1.__getitem__)
+        best = min(top1, key=lambda column: (top1[column], net.primitives[column] == "none"))  # none costs nothing
         choice.fix(kind, i, s, best)
         strengths[kind][i][s, best] = 1
         losses = ", ".join(f"{net.primitives[column]} {value:.2%}" for column, value in top1.items())

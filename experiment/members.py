@@ -96,6 +96,9 @@ class Plan:
             raise UserError(
                 f"--augment and --cells have no effect with --space {search.space}, where nothing is trained"
             )
+        if self.truth_known:
+            names = ("select_epochs", "hold_out", "final_seeds", "finals")
+            options.refuse_without_effect(names, f"with --space {search.space}, where nothing is trained")
         self.members = [Member(f"search-{i}", "search", options.seed + i, None) for i in range(1, options.searches + 1)]
         for i in range(1, options.random + 1):
             seed = options.seed + i

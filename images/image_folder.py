@@ -70,7 +70,7 @@ def list_folder(
     left_out = []  # paths
     for entry in _visible_entries(root, left_out):
         if entry.is_dir():
-            names = _images_of_class(root, entry.name, left_out)
+            names = images_below(root, entry.name, left_out)
             folder.names += names
             folder.labels += [len(folder.classes)] * len(names)
             folder.classes.append(os.fsencode(entry.name).decode("utf-8", "backslashreplace"))
@@ -91,14 +91,15 @@ def list_folder(
     return folder
 
 
-def _images_of_class(root, class_name, left_out):
-    """The image files in root/class_name and its subfolders: their paths relative to root, sorted by folder and name.
+def images_below(root: str, folder: str, left_out: list[str]) -> list[str]:
+    """The image files in root/folder and its subfolders: their paths relative to root, sorted by folder and name.
 
-    Each folder is entered once, whatever links lead to it, and no folder that contains `root`: so loops of links end.
+    folder: a name, or empty for root itself; left_out: gets the paths of all other visible files. Each folder is
+    entered once, whatever links lead to it, and none that contains `root`: so loops of links end.
     """
     real_root = Path(root).resolve()
-    entered = {str(real_root), *map(str, real_root.parents)}
-    pending, names = [class_name], []
+    entered = set(map(str, [real_root, *real_root.parents][not folder :]))
+    pending, names = [folder], []
     while pending:
         folder = pending.pop(0)
         path = os.path.join(root, folder)
@@ -107,10 +108,11 @@ def _images_of_class(root, class_name, left_out):
             continue
         entered.add(os.path.realpath(path))
         for entry in _visible_entries(path, left_out):
+            name = f"{folder}/{entry.name}".lstrip("/")
             if entry.is_dir():
-                pending.append(f"{folder}/{entry.name}")
+                pending.append(name)
             elif entry.name.lower().endswith(ENDINGS):
-                names.append(f"{folder}/{entry.name}")
+                names.append(name)
             else:
                 left_out.append(entry.path)
     return sorted(names, key=os.path.split)
@@ -173,7 +175,9 @@ def open_image(file: str | Path, size: int | None, mode: str, resize: str = "cro
         raise
     except Exception as error:  # for damaged files, readers raise a dozen different types
         reason = str(error) or type(error).__name__
-        raise UserError(f"cannot read the image {file}: {reason}; --skip-bad-images goes on without it") from None
+        raise UserError(
+            f"cannot read the image {file}: {reason}; in training --skip-bad-images leaves it out"
+        ) from None
     if size is None:
         return image
     if resize == "squeeze":

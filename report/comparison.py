@@ -140,7 +140,9 @@ def methods_of(all_results: list[dict]) -> list[Method]:
             raise UserError(f"searches with different options are both called {label!r}: change a label")
         for member in results["members"]:
             method = {"search": label, "random": CHANCE, "published": member["name"]}[member["kind"]]
-            members_by_method[method].setdefault(member["seed"], member)
+            known = members_by_method[method].setdefault(member["seed"], member)
+            if known["genotype"] != member["genotype"]:
+                raise UserError(f"two results of {method!r} with the seed {member['seed']} differ: change a label")
     finals = all_results[0]["finals"]
     return [Method(label, list(members.values()), finals) for label, members in members_by_method.items()]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from command_line.errors import INPUT_ERRORS
 from evidence.search_state import changes, genes, verdict
+from genotypes import from_str
 from models.spaces.space import cell_name
 from report import figures
-from report.html import drawing, picture, write_page
+from report.html import drawing, drawings, picture, write_page
 from report.recorded_run import RecordedRun, commands, read_run
 from run.options import as_text, option_name
 from trained.evaluation import evaluate
@@ -41,7 +42,9 @@ def search_content(run):
     cells = [[(kind, str(getattr(genotype, kind))) for kind in kinds] for genotype in genotypes]
     genotype_of = {cell: genotype for genotype, pair in zip(genotypes, cells) for cell in pair}
     indices = {cell: i for i, cell in enumerate(genotype_of)}  # equal cells are drawn once
+    result = run.summary.get("genotype", run.history[-1]["string"])
     return {
+        "result": drawings(from_str(result)) if result != run.history[-1]["string"] else None,
         "drawings": [drawing(genotype, kind) for (kind, _), genotype in genotype_of.items()],
         "epochs": [[indices[cell] for cell in pair] for pair in cells],
         "labels": [f"epoch {epoch['epoch']}, top 1 {epoch['valid_top1']:.2%}" for epoch in run.history],

@@ -232,6 +232,8 @@ class RunOptions(Options):
         if saved is None:
             raise UserError(f"--resume {given['resume']}: no {cls.stage} run's {folder.config.name} in {folder}")
         with reading(folder.config):
+            if (saved.get("order") is None) == (cls.stage == "search"):
+                raise UserError(f"--resume {given['resume']}: {folder} is not a run of {cls.stage}.py")
             return vars(cls.restored(saved, folder.config)) | given
 
     @classmethod

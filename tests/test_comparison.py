@@ -92,6 +92,10 @@ def test_searches_of_other_options_need_other_labels():
     other = made_up() | {"search_options": {"order": "second"}}
     with pytest.raises(UserError, match="both called 'searched'"):
         comparison.methods_of([made_up(), other])
+    other = made_up()
+    other["members"][0]["genotype"] = "of other images"
+    with pytest.raises(UserError, match="two results of 'searched' with the seed 1 differ"):
+        comparison.methods_of([made_up(), other])
 
 
 def page_of(all_results, tmp_path):

@@ -166,6 +166,8 @@ def test_resuming_takes_the_options_of_the_run_and_allows_few_others(tmp_path):
     resumed = SearchConfig(["--resume", str(tmp_path), "--epochs", "60"])
     assert resumed.as_dict() == saved.as_dict() | {"epochs": 60}
     assert resumed.folder().path == tmp_path
+    with pytest.raises(UserError, match=r"is not a run of augment\.py"):
+        AugmentConfig(["--resume", str(tmp_path)])
     for words in (["--seed", "2"], ["--overwrite"], ["--name", "x"], ["--runs-path", "y"], ["--auto-resume"]):
         with pytest.raises(UserError, match=f"{words[0]} is fixed by the run"):
             SearchConfig(["--resume", str(tmp_path), *words])

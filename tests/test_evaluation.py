@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -80,23 +81,25 @@ def test_what_cannot_be_evaluated_is_one_line(run, tmp_path, capsys):
     refused(capsys, augment.main, ["--evaluate", tmp_path / "checkpoint.pt"], "linear.bias")
 
 
-def test_other_images_of_the_same_classes_and_images_without_classes(image_folder, tmp_path, capsys):
+def test_other_images_of_the_same_classes_and_images_without_classes(image_folder, tmp_path, capsys, monkeypatch):
     data = ("--dataset", "folder", "--image-size", 8, "--data-path", image_folder(tmp_path / "a", n=4, size=8))
     words = (*TINY, *data, "--batch-size", 4, "--epochs", 1, "--runs-path", tmp_path, "--hold-out", 0.5)
     assert command(augment.main, words) == 0
-    other = image_folder(tmp_path / "b", splits=("val",), n=7, size=30)
-    lines = printed(capsys, "--evaluate", tmp_path / "augment/folder", "--data-path", other)
+    other = image_folder(tmp_path / "data", splits=("val",), n=7, size=30)
+    monkeypatch.chdir(tmp_path)
+    lines = printed(capsys, "--evaluate", tmp_path / "augment/folder", "--data-path", "data")
     top1 = float(re.search(r"top 1 ([\d.]+)% of 14 other images", lines)[1]) / 100
     (other / "val/notes.txt").write_text("not an image")
+    shutil.copytree(other / "val/left", other / "val/.hidden")
     table = printed(capsys, "--evaluate", tmp_path / "augment/folder", "--predict", other)
     rows = list(csv.DictReader(table.splitlines()))
-    assert [row["path"] for row in rows] == sorted(map(str, other.rglob("*.png")))
+    assert [row["path"] for row in rows] == sorted(map(str, other.glob("val/[!.]*/*.png")))
     assert sum(row["class"] in row["path"] for row in rows) / 14 == pytest.approx(top1, abs=1e-4)
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
     (other / "val/notes.txt").unlink()
     (other / "val/left").rename(other / "val/zzz")
     refused(capsys, augment.main, ["--evaluate", tmp_path / "augment/folder", "--data-path", other], "right, zzz")
-    refused(capsys, augment.main, ["--evaluate", tmp_path / "augment/folder", "--predict", tmp_path / "c"], "no image")
+    refused(capsys, augment.main, ["--evaluate", "augment/folder", "--predict", "c"], "no such folder")
 
 
 # Training that starts from a trained network

@@ -152,7 +152,8 @@ def test_a_file_of_several_genotypes_needs_a_name(tmp_path):
     path = tmp_path / "genotypes.py"
     flat = to_str(DARTS_V1, "flat").replace("reduce=", "\n  reduce=")
     head = "Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')\n"
-    path.write_text(f"{head}DARTS_V1 = {flat}\nDARTS_V2={DARTS_V2}\n\nDARTS = DARTS_V2\n")
+    aliases = f"# DARTS_V2 = {DARTS_V1}\nDARTS = X\nDARTS = DARTS_V2  # new\n"
+    path.write_text(f"{head}DARTS_V1 = {flat}\nDARTS_V2={DARTS_V2}\n{aliases}")
     assert resolve(f"{path}:DARTS_V1") == DARTS_V1
     assert resolve(f"{path}:DARTS_V2") == resolve(f"{path}:DARTS") == DARTS_V2
     for text in (path, f"{path}:PDARTS"):

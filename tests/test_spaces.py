@@ -21,7 +21,7 @@ import visualize
 from architect import Architect
 from config import AugmentConfig, SearchConfig
 from evidence.perturbation import accuracy, select_by_perturbation
-from genotypes import GenotypeError, from_str, random_genotypes
+from genotypes import GenotypeError, from_str, random_genotypes, resolve
 from models.augment_cnn import AugmentCNN
 from models.nas_bench_201_cells import ResidualBlock
 from models.spaces import SPACES, nas_bench_201, space_of
@@ -277,7 +277,7 @@ def test_selection_by_perturbation_is_its_definition(in_darts):
             values = weights[kind][i][s].clone()
             values[column] = 0
             without[column] = top1(kind, i, s, values)
-        best = min(columns, key=without.get)
+        best = min(columns, key=lambda column: (without[column], net.primitives[column] == "none"))
         ops[kind, i, s] = net.primitives[best]
         weights[kind][i][s] = torch.eye(len(net.primitives), dtype=torch.float64)[best]
     edges = {(kind, i): list(range(len(node))) for kind in weights for i, node in enumerate(weights[kind])}
@@ -298,6 +298,7 @@ def test_a_search_selects_by_perturbation_and_repeats_the_selection(alpha_lr, sh
     words = ["--select", "perturbation", "--tune-epochs", "1", "--eigenvalue-images", "0", "--alpha-lr", alpha_lr]
     first = searched(short_runs, tmp_path, "nas-bench-201", *words)
     genotype, history = read_json(first.summary)["genotype"], read_json(first.history)
+    assert str(resolve(str(first.log))) == genotype  # not the last that alphas gave
     assert (history[0]["margins"] == history[1]["margins"]) == (alpha_lr == "0")
     assert command(search.main, ["--resume", first.path]) == 0  # as after a kill in the selection
     assert read_json(first.summary)["genotype"] == genotype

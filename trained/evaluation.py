@@ -9,7 +9,7 @@ import torch
 from command_line.errors import UserError
 from config import AugmentConfig
 from genotypes import Genotype, from_str
-from images.image_folder import ENDINGS, ImageFolder, listed
+from images.image_folder import ENDINGS, ImageFolder, images_below, listed
 from images.loading import Images, Loader, check_unchanged
 from machine import ranks
 from machine.devices import pick_device
@@ -163,7 +163,7 @@ def initial_tensors(
             check_tensor(tensor, state[name], f"--init-checkpoint is of another network: {name}")
     else:
         tensors = _tensors_in(checkpoint)
-        taken = {name: t for name, t in tensors.items() if name in state and t.shape == state[name].shape}
+        taken = {name: t for name, t in tensors.items() if name in state and _fits(t, state[name])}
         if not taken:
             raise UserError(f"{path} has no tensor whose name and shape are those of a tensor of the network")
     words = f"{len(taken)} of {len(state)} tensors are from {path}"
@@ -174,13 +174,18 @@ def initial_tensors(
     return taken, words
 
 
+def _fits(tensor, expected):
+    return tensor.shape == expected.shape and tensor.is_floating_point() == expected.is_floating_point()
+
+
 def _tensors_in(content):
-    """The tensors of a `state_dict`, by name, without what `DataParallel` puts in front of names."""
-    for key in ("state_dict", "model"):
+    """The tensors of a `state_dict`, by name, without what `DataParallel` and `torch.compile` put in front of names."""
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     items = content.items() if isinstance(content, dict) else ()
-    return {str(name).removeprefix("module."): value for name, value in items if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in items if isinstance(value, torch.Tensor) and not value.is_sparse}
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in tensors.items()}
 
 
 def images_of(trained: TrainedNetwork, data_path: str | None = None) -> tuple[Images, str]:
@@ -231,7 +236,9 @@ def predict(path: str | Path, folder: str | Path, **options) -> list[tuple[str, 
     path, options: as of `evaluate`. Raises UserError if there is no image, or one cannot be read.
     """
     trained = load_trained(path)
-    files = [str(file) for file in sorted(Path(folder).rglob("[!.]*")) if file.suffix.lower() in ENDINGS]
+    if not Path(folder).is_dir():
+        raise UserError(f"--predict {folder}: there is no such folder")
+    files = [str(Path(folder, name)) for name in images_below(str(folder), "", [])]
     if not files:
         raise UserError(f"--predict {folder}: there is no image; files of images end in {' '.join(ENDINGS)}")
     config, results = trained.config, trained.results

@@ -62,7 +62,12 @@ class NasBench201(Space):
         return Cell([[(primitives[best], source) for source, best in enumerate(node)] for node in nodes])
 
     def from_str(self, text):
-        """Reads `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. Raises GenotypeError if it is incomplete."""
+        """Reads `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`, in quotes or not, or the last such `genotype = ` in a log.
+
+        Raises GenotypeError if it is incomplete.
+        """
+        logged = re.findall(r"genotype = (\|\S+\|)", text)
+        text = logged[-1] if logged else "".join(text.split()).strip("\"'")
         if not text.startswith("|"):
             return None
         gene = [re.findall(r"([^|~]+)~(\d+)\|", node) for node in text.split("+")]
