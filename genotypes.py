@@ -293,9 +293,10 @@ def _check_search(folder):
         if not history:
             return
         n_epochs = history[-1]["epoch"]
-        if not history[-1]["alphas_learn"]:
+        result = (summary or {}).get("genotype", history[-1]["string"])  # another one if it was not chosen by alphas
+        if not history[-1]["alphas_learn"] and result == history[-1]["string"]:
             raise GenotypeError(
-                f"genotype: the search in {folder} is in its warm-up after epoch {n_epochs}, so that alphas are random"
+                f"genotype: in the search in {folder} alphas have not learned after epoch {n_epochs}, and are random"
             )
         if summary is None or summary["epochs"] != n_epochs:
             warn(f"the search in {folder} stopped after epoch {n_epochs} of {read_json(folder.config)['epochs']}")

@@ -98,6 +98,7 @@ def search(network, architect_class, loggers, select):
             if config.early_stop and search_state.early_stop(history):
                 break
             net.begin_epoch(epoch, config.epochs)
+            net.alphas_learn = net.alphas_learn and config.alpha_lr > 0
             train(epoch, run, net, architect, w_loader, alpha_loader, w_optim, alpha_optim, scheduler, graphs)
             top1 = validate(epoch, run, net, eval_loader)
             scheduler.step()
@@ -188,7 +189,7 @@ def train(epoch, run, net, architect, w_loader, alpha_loader, w_optim, alpha_opt
 
         # alpha: a step by the gradient of L_V(w', alpha), eq. 6 and 7
         alpha_numbers = {}
-        if net.alphas_learn and config.alpha_lr > 0:
+        if net.alphas_learn:
             with autocast:
                 batch = w_X, w_y, alpha_X, alpha_y
                 alpha_loss = graphs.run(architect.unrolled_backward, inputs=batch, fixed=(xi, w_optim), fills=alphas)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Callable
 
 from models.genotype import GenotypeError
 
@@ -57,6 +58,21 @@ def user_errors_in_one_line(program: str):
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def any_error_in_one_line(describe: Callable[[Exception], str], passes: tuple[type[Exception], ...] = ()):
+    """Inside, where a file of anybody's is read, an error of any type becomes a UserError: describe(error).
+
+    For readers that raise whatever a damaged file leads to. What says nothing of the file, and the types in `passes`,
+    stay as they are.
+    """
+    try:
+        yield
+    except (UserError, GenotypeError, MemoryError, *passes):
+        raise
+    except Exception as error:
+        raise UserError(describe(error)) from None
 
 
 def is_rank_0() -> bool:

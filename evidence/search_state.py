@@ -2,8 +2,8 @@
 
 All of it is computed from the history, the content of history.json, a dict for each epoch that is over: `epoch`;
 `string`, the genotype; `eigenvalue`, the dominant eigenvalue of the Hessian of L_val in alpha, or None; `margins`, for
-each kind of cell the list of `margins`; and `alphas_learn`, False in the warm-up of a variant, in which alphas, and so
-genotypes, are random.
+each kind of cell the list of `margins`; and `alphas_learn`, False in the warm-up of a variant and with --alpha-lr 0,
+where alphas, and so genotypes, are random.
 """
 
 import itertools
@@ -115,7 +115,7 @@ def growth(history: list[dict]) -> float | None:
 def verdict(history: list[dict]) -> str:
     """The state of the search in a sentence, which begins with collapsed, collapsing, not settled, or settled."""
     if not history[-1]["alphas_learn"]:
-        return "not settled: alphas do not learn yet"
+        return "not settled: alphas have not learned"
     learned = after_warm_up(history)
     kind, gene = next(iter(genes(from_str(history[-1]["string"])).items()))
     grown = growth(learned)

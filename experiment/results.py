@@ -52,7 +52,7 @@ def result_of(plan: Plan, member: Member) -> dict:
     if member.kind == "search":
         search = plan.summary(plan.search(member))
         result["search"] = values(search, "epochs", "valid_top1", "verdict", "eigenvalue") | origin(search)
-        if plan.truth_known and plan.search_config.alpha_lr > 0:  # else the genotypes of epochs are random
+        if plan.truth_known:
             history = read_json(plan.search(member).config.folder().history)
             result["search"]["history"] = [without_truth(entry) for entry in history]
     cell = from_str(genotype)

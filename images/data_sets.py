@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from command_line.errors import UserError
+from command_line.errors import UserError, any_error_in_one_line
 from images.image_folder import SYSTEM_NAMES, list_folder, listed, warn_once
 
 HELD_OUT = 5  # if a data set has no test images, one in HELD_OUT images is held out as such
@@ -47,17 +47,17 @@ def load_torchvision(name, path, train, size, channels):
     from torchvision import datasets
 
     split = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
-    try:
-        source = getattr(datasets, name)(path, download=True, **split)
-    except MemoryError:  # says nothing of the file
-        raise
-    except Exception as error:  # for damaged files, torchvision raises half a dozen different types
+
+    def describe(error):
         reason = str(error) or type(error).__name__
-        raise UserError(
+        return (
             f"data set {name} in {Path(path).resolve()} cannot be read or downloaded ({reason}); if its files are "
             "damaged, delete them; without network there are --dataset digits, and --dataset folder --data-path DIR "
             "for images of your own"
-        ) from None
+        )
+
+    with any_error_in_one_line(describe):
+        source = getattr(datasets, name)(path, download=True, **split)
     labels = [int(label) for label in (source.labels if name == "SVHN" else source.targets)]
     return source, labels, max(labels) + 1
 

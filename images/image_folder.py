@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from command_line.errors import UserError, warn
+from command_line.errors import UserError, any_error_in_one_line, warn
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # accepted formats of the content of a file
@@ -166,18 +166,15 @@ def open_image(file: str | Path, size: int | None, mode: str, resize: str = "cro
     blended with white. Of 16 bits the upper 8 are used without rescaling, so a camera's 12 bits in a 16-bit file become
     nearly black. Of several frames or pages the first is used. Raises UserError if the image cannot be read.
     """
-    try:
-        with Image.open(file, formats=FORMATS) as opened:
-            opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)
-            image = _eight_bits(opened, mode)
-    except MemoryError:  # says nothing of the file
-        raise
-    except Exception as error:  # for damaged files, readers raise a dozen different types
+
+    def describe(error):
         reason = str(error) or type(error).__name__
-        raise UserError(
-            f"cannot read the image {file}: {reason}; in training --skip-bad-images leaves it out"
-        ) from None
+        return f"cannot read the image {file}: {reason}; in training --skip-bad-images leaves it out"
+
+    with any_error_in_one_line(describe), Image.open(file, formats=FORMATS) as opened:
+        opened.load()
+        ImageOps.exif_transpose(opened, in_place=True)
+        image = _eight_bits(opened, mode)
     if size is None:
         return image
     if resize == "squeeze":

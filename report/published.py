@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evidence.intervals import mean_interval
+from evidence.search_state import after_warm_up
 from evidence.signals import RULES, accuracy, correlations, truth
 from report.figures import COLOURS, GREY, epoch_axis, printable
 
@@ -47,9 +48,10 @@ def in_words(interval, sign=""):
 
 
 def histories_of(method):
-    """The histories of a method's searches, by epoch."""
+    """The histories of a method's searches, of the epochs in which alphas have learned."""
     searches = [member["search"] for member in method.members if "search" in member]
-    return [search["history"] for search in searches if search.get("history")]
+    histories = [after_warm_up(search.get("history", [])) for search in searches]
+    return [history for history in histories if history]
 
 
 def by_epoch(methods, space) -> Figure | None:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command_line.errors import UserError
-from models.genotype import GenotypeError
+from command_line.errors import UserError, any_error_in_one_line
 
 
 class RunFolder:
@@ -131,13 +130,12 @@ def write_json(path: Path, content: Any):
 @contextlib.contextmanager
 def reading(path: str | Path):
     """Inside, where the content of a run's file is used, an error of any kind becomes one line that names the file."""
-    try:
+
+    def describe(error):
+        return f"{path} is not as this program writes it ({f'{type(error).__name__}: {error}'[:100]})"
+
+    with any_error_in_one_line(describe, passes=(FileNotFoundError, PermissionError)):
         yield
-    except (UserError, GenotypeError, FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # a missing key, a wrong type, a huge number: whatever a damaged file leads to
-        text = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is not as this program writes it ({text[:100]})") from None
 
 
 def read_json(path: str | Path) -> Any:

@@ -292,8 +292,8 @@ def test_the_hosted_logger_of_the_docs_logs_to_the_service(tmp_path, monkeypatch
     service = SimpleNamespace(log=lambda values, step=None: logged.append((values, step)), finish=lambda: None)
     wandb = SimpleNamespace(init=lambda **options: started.append(options) or service, Image=np.shape)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    names = {"Logger": Logger}
-    exec(code, names)
+    (tmp_path / "hosted.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "hosted.py"), {"Logger": Logger})
     words = (*TINY, "--epochs", 1, "--genotype", "DARTS_V1", "--runs-path", tmp_path)
     run_main(augment.main, *words, loggers=[names["HostedLogger"]])
     assert started[0]["config"]["layers"] == 3

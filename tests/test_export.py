@@ -1,6 +1,7 @@
 """Exported networks: the file gives the trained network's logits, without this code."""
 
 import re
+import runpy
 import sys
 import zipfile
 
@@ -68,13 +69,12 @@ def test_image_files_are_classified_as_the_docs_show(tmp_path, image_folder, cap
     evaluation = evaluate(run)
     for name, expected in zip(evaluation.images.source.names, evaluation.probabilities):
         variables = {"torch": torch}
-        exec(onnx_example.replace("image.png", f"{root}/val/{name}"), variables)
-        assert variables["classes"] == ["left", "right"]
-        by_onnx = torch.from_numpy(variables["logits"]).softmax(1)[0]
-        np.testing.assert_allclose(by_onnx, expected, atol=1e-4, err_msg=name)
-        exec(pt2_example, variables)
-        assert variables["classes"] == ["left", "right"]
-        np.testing.assert_allclose(torch.from_numpy(variables["logits"]).softmax(1)[0], expected, atol=1e-4)
+        for example in (onnx_example.replace("image.png", f"{root}/val/{name}"), pt2_example):
+            (tmp_path / "example.py").write_text(example)
+            variables = runpy.run_path(str(tmp_path / "example.py"), variables)
+            assert variables["classes"] == ["left", "right"]
+            probabilities = torch.from_numpy(variables["logits"]).softmax(1)[0]
+            np.testing.assert_allclose(probabilities, expected, atol=1e-4, err_msg=name)
 
 
 def test_a_file_of_other_logits_is_refused(tmp_path, image_folder, capsys):

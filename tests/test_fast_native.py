@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.fast import native
+from models.fast.augment_cell import run
+from models.ops import SepConv
 
 COMPILE = native._library.__wrapped__
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4}
@@ -255,3 +257,9 @@ def test_many_processes_may_compile_at_once(cache):
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    op, x = SepConv(3, 4, 3, 2, 1).double(), images(4, 3, 5, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(run(op, x).pow(3).sum(), x, create_graph=True)

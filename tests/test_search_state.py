@@ -74,7 +74,7 @@ def test_epochs_in_which_alphas_do_not_learn_count_for_nothing():
     learning = history_of([with_skips(8)] * 17, [1.0] * 15 + [2.0] * 2)
     later = [entry | {"epoch": entry["epoch"] + 15} for entry in learning]
     assert early_stop(waiting) is None
-    assert verdict(waiting) == "not settled: alphas do not learn yet"
+    assert verdict(waiting) == "not settled: alphas have not learned"
     assert stable_epochs(waiting) == 0
     assert early_stop(waiting + later) == 15 + 15
     assert stable_epochs(waiting + later[:2]) == 2
